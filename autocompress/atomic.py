@@ -1,0 +1,79 @@
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from autocompress.errors import AutocompressError, StorageError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file in the folder of `path`; on success it takes the place of `path`.
+
+    Raises:
+        StorageError: The disk is full, the folder cannot be written, or the like; `path` is unchanged.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files that only the owner can read; results are to be shared like other files.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        StorageError: It cannot be written; an older file is unchanged.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, payload: Any) -> None:
+    """Write JSON, indented, whole or not at all; `nan` and infinity are refused.
+
+    Raises:
+        StorageError: It cannot be written; an older file is unchanged.
+    """
+    write_text(path, json.dumps(payload, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, error: Callable[[str], AutocompressError], what: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        error: Makes the error that is raised when the file is absent or damaged.
+        what: What the file should be, for the message.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{what} not found: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as reason:
+        raise error(f"{what} {path} cannot be read: {reason}") from None

@@ -1,0 +1,272 @@
+"""Additive cost: a space compiled with a price into small dense tables, one for each block.
+
+Every strategy works on this object: the cost of many architectures is a sum of gathers, bounds and minima
+come from variable elimination, expectations from tensor contractions. No module is built to price anything.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import CostError
+from autocompress.ops import Ops
+from autocompress.space import Codes, SearchSpace
+
+Values = NDArray[np.float64]
+Price = Callable[[Ops], float]
+
+MAX_FACTOR_ENTRIES = 1_000_000
+MAX_ELIMINATION_ENTRIES = 10_000_000
+# Rows priced at once: their index matrix then stays in the second-level cache.
+CHUNK_ROWS = 4096
+
+METRIC_UNITS = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "size_bytes": "bytes"}
+"""Every metric a budget can limit, and its unit. `macs` counts a multiply-accumulate once."""
+
+OPERATION_METRICS = ("macs", "params", "size_bytes")
+"""The metrics that operations know of themselves; latency comes from a table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A dense table over a few choices.
+
+    Attributes:
+        positions: Positions of the choices in the space, ascending; one axis each.
+        values: Shape `(options of each choice...)`.
+    """
+
+    positions: tuple[int, ...]
+    values: Values
+
+    def aligned(self, positions: tuple[int, ...]) -> Values:
+        """Return the values with axes for `positions`, a superset of its own, length 1 where it has none."""
+        sizes = dict(zip(self.positions, self.values.shape, strict=True))
+        return self.values.reshape([sizes.get(position, 1) for position in positions])
+
+
+def _combine(factors: Sequence[Factor]) -> Factor:
+    positions = tuple(sorted({p for factor in factors for p in factor.positions}))
+    values: Values = np.zeros((1,) * len(positions))
+    for factor in factors:
+        values = values + factor.aligned(positions)
+    return Factor(positions, values)
+
+
+@dataclass(frozen=True, eq=False)
+class AdditiveCost:
+    """A constant plus a sum of factors, in the unit of its metric.
+
+    Attributes:
+        metric: Name with unit, such as `latency_ms`.
+        counts: Options of each choice of the space.
+        constant: What does not depend on any choice.
+        factors: The rest; no two over the same choices.
+    """
+
+    metric: str
+    counts: tuple[int, ...]
+    constant: float
+    factors: tuple[Factor, ...]
+
+    @cached_property
+    def _gather(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """One flat table, strides that turn codes into positions in it, and where each factor starts."""
+        strides = np.zeros((len(self.counts), len(self.factors)))
+        offsets = np.zeros(len(self.factors), dtype=np.int64)
+        start = 0
+        for column, factor in enumerate(self.factors):
+            step = 1
+            for position, size in zip(factor.positions[::-1], factor.values.shape[::-1], strict=True):
+                strides[position, column] = step
+                step *= size
+            offsets[column] = start
+            start += step
+        flat = np.concatenate([factor.values.ravel() for factor in self.factors] or [np.zeros(0)])
+        return flat, strides, offsets
+
+    def of(self, codes: Codes) -> Values:
+        """Return the cost of every row of `codes (n, choices)`, shape `(n,)`; codes must be valid."""
+        flat, strides, offsets = self._gather
+        # Positions below 2^53 are exact in floating point, and BLAS multiplies those much faster.
+        strides = strides[: codes.shape[1]]
+        result = np.empty(len(codes))
+        for start in range(0, len(codes), CHUNK_ROWS):
+            chunk = codes[start : start + CHUNK_ROWS].astype(np.float64)
+            index = (chunk @ strides).astype(np.int64) + offsets
+            result[start : start + CHUNK_ROWS] = flat.take(index).sum(axis=1)
+        return result + self.constant
+
+    @cached_property
+    def _bounds(self) -> tuple["AdditiveCost", ...]:
+        """Entry p is the exact minimum over the choices from p on, as a cost of the choices before p."""
+        factors = list(self.factors)
+        constant = self.constant
+        bounds = [self]
+        for position in range(len(self.counts) - 1, -1, -1):
+            touching = [factor for factor in factors if position in factor.positions]
+            if touching:
+                factors = [factor for factor in factors if position not in factor.positions]
+                scope = sorted({p for factor in touching for p in factor.positions})
+                entries = math.prod(self.counts[p] for p in scope)
+                if entries > MAX_ELIMINATION_ENTRIES:
+                    raise CostError(
+                        f"bounding {self.metric} joins choices {scope} in one table of {entries} entries; at "
+                        f"most {MAX_ELIMINATION_ENTRIES}: put choices that many blocks share first in the space"
+                    )
+                joined = _combine(touching)
+                axis = joined.positions.index(position)
+                rest = joined.positions[:axis] + joined.positions[axis + 1 :]
+                values = joined.values.min(axis=axis)
+                if rest:
+                    factors = _merge([*factors, Factor(rest, values)])
+                else:
+                    constant += float(values)
+            bounds.append(AdditiveCost(self.metric, self.counts[:position], constant, tuple(factors)))
+        return tuple(reversed(bounds))
+
+    def lower_bound(self, prefix: Codes) -> Values:
+        """Return the least cost any completion of each prefix can have: exact, not only a bound.
+
+        Args:
+            prefix: `(n, p)`: the codes of the first p choices.
+
+        Returns:
+            Shape `(n,)`.
+
+        Raises:
+            CostError: The space's order of choices makes the tables too large.
+        """
+        return self._bounds[prefix.shape[1]].of(prefix)
+
+    @cached_property
+    def minimum(self) -> float:
+        """The least cost of any architecture, exactly as `of` prices it."""
+        return float(self.of(self.argmin())[0])
+
+    @cached_property
+    def maximum(self) -> float:
+        """The greatest cost of any architecture, exactly as `of` prices it."""
+        return float(self.of(self._negated.argmin())[0])
+
+    @cached_property
+    def _negated(self) -> "AdditiveCost":
+        factors = tuple(Factor(factor.positions, -factor.values) for factor in self.factors)
+        return AdditiveCost(self.metric, self.counts, -self.constant, factors)
+
+    def argmin(self) -> Codes:
+        """Return one architecture of minimal cost, shape `(1, choices)`."""
+        prefix = np.zeros((1, 0), dtype=np.int64)
+        for count in self.counts:
+            options = np.arange(count, dtype=np.int64)[:, None]
+            candidates = np.hstack([np.repeat(prefix, count, axis=0), options])
+            prefix = candidates[[int(self.lower_bound(candidates).argmin())]]
+        return prefix
+
+    def expected(self, probabilities: Sequence[Any]) -> Any:
+        """Return the expected cost when every choice is drawn on its own.
+
+        Exact for independent choices, and differentiable where the probabilities are torch tensors.
+
+        Args:
+            probabilities: One vector a choice, `(options,)`; numpy arrays, or torch tensors all on one
+                device and of one floating-point type.
+
+        Returns:
+            A number, or a tensor of shape `()`.
+
+        Raises:
+            CostError: A vector is missing or has a wrong length.
+        """
+        lengths = [len(vector) for vector in probabilities]
+        if lengths != list(self.counts):
+            raise CostError(f"probabilities must have lengths {list(self.counts)}, got {lengths}")
+        total: Any = self.constant
+        for factor in self.factors:
+            value: Any = factor.values
+            if not isinstance(probabilities[0], np.ndarray):
+                import torch
+
+                first = probabilities[0]
+                value = torch.as_tensor(value, dtype=first.dtype, device=first.device)
+            for position in reversed(factor.positions):
+                value = value @ probabilities[position]
+            total = total + value
+        return total
+
+    def scaled(self, scale: float, constant: float) -> "AdditiveCost":
+        """Return `scale * cost + constant` as a cost of the same metric."""
+        factors = tuple(Factor(factor.positions, scale * factor.values) for factor in self.factors)
+        return AdditiveCost(self.metric, self.counts, scale * self.constant + constant, factors)
+
+
+def _merge(factors: Sequence[Factor]) -> list[Factor]:
+    """Add up factors over the same choices."""
+    merged: dict[tuple[int, ...], Factor] = {}
+    for factor in factors:
+        known = merged.get(factor.positions)
+        merged[factor.positions] = (
+            factor if known is None else Factor(factor.positions, known.values + factor.values)
+        )
+    return list(merged.values())
+
+
+def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
+    """Enumerate the settings of every block once and price them.
+
+    Args:
+        space: Where the blocks come from.
+        price: The cost of the operations of one active block; blocks without operations cost nothing.
+        metric: What the price is, with its unit.
+
+    Raises:
+        CostError: A block depends on so many options that its table would have over 10^6 entries, or a
+            price is not a finite number.
+    """
+    constant = 0.0
+    factors = []
+    # Blocks of a stage share their operations, and so their price, under most settings.
+    known: dict[Ops, float] = {(): 0.0}
+    for block in space.blocks:
+        positions = tuple(space.positions[name] for name in block.choices)
+        shape = tuple(int(space.counts[position]) for position in positions)
+        entries = math.prod(shape)
+        if entries > MAX_FACTOR_ENTRIES:
+            raise CostError(
+                f"block {block.name!r} has {entries} settings over choices {list(block.choices)}; at most "
+                f"{MAX_FACTOR_ENTRIES}: split the block so that each part depends on fewer choices"
+            )
+        prices = np.empty(entries)
+        for index, setting in enumerate(space.block_settings(block)):
+            ops = block.operations(*setting)
+            if ops not in known:
+                known[ops] = float(price(ops))
+                if not math.isfinite(known[ops]):
+                    raise CostError(
+                        f"{metric} of block {block.name!r} at {dict(zip(block.choices, setting, strict=True))} "
+                        f"must be finite, got {known[ops]}"
+                    )
+            prices[index] = known[ops]
+        if positions:
+            order = np.argsort(positions)
+            values = prices.reshape(shape).transpose(order)
+            factors.append(Factor(tuple(sorted(positions)), values))
+        else:
+            constant += float(prices[0])
+    return AdditiveCost(metric, tuple(space.counts.tolist()), constant, tuple(_merge(factors)))
+
+
+def operation_cost(space: SearchSpace, metric: str) -> AdditiveCost:
+    """Compile MACs, parameters or bytes, which operations know of themselves.
+
+    Raises:
+        CostError: The metric is another one.
+    """
+    if metric not in OPERATION_METRICS:
+        raise CostError(f"operations know {', '.join(OPERATION_METRICS)}, not {metric!r}")
+    return compile_cost(space, lambda ops: sum(getattr(op, metric) for op in ops), metric)

@@ -1,0 +1,1 @@
+"""Finetuning with knowledge distillation."""

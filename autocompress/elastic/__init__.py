@@ -1,0 +1,1 @@
+"""The supernet: elastic layers, recalibration, extraction, width sorting."""

@@ -1,0 +1,73 @@
+"""Every error autocompress raises on bad input, under one root that also is the fitting built-in."""
+
+
+class AutocompressError(Exception):
+    """Root of all errors raised on purpose; the command line prints them without a traceback."""
+
+
+class SpaceError(AutocompressError, ValueError):
+    """A search space, or an architecture for it, is not well-formed."""
+
+
+class CostError(AutocompressError, ValueError):
+    """A cost cannot be compiled or priced."""
+
+
+class BudgetError(AutocompressError, ValueError):
+    """A budget is not well-formed: an unknown metric, a wrong unit, a wrong number."""
+
+
+class InfeasibleBudgetError(BudgetError):
+    """No architecture of the space fits the budget.
+
+    Attributes:
+        nearest: The nearest feasible budget, metric to limit, in the metric's own unit.
+    """
+
+    def __init__(self, message: str, nearest: dict[str, float]) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+class TableError(AutocompressError, ValueError):
+    """A latency table is damaged, is of another target, or lacks rows."""
+
+
+class MissingRowError(TableError, KeyError):
+    """A latency table has no row for an operation or a block."""
+
+    def __str__(self) -> str:
+        # KeyError would print the message in quotes.
+        return str(self.args[0])
+
+
+class DataError(AutocompressError, ValueError):
+    """A data set is missing, damaged or of the wrong shape."""
+
+
+class CheckpointError(AutocompressError, ValueError):
+    """A checkpoint is damaged or belongs to another space, step or version."""
+
+
+class TrainingError(AutocompressError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or collapses again after every roll-back."""
+
+
+class EvaluationError(AutocompressError, RuntimeError):
+    """One architecture could not be evaluated; the search tells it as failed and goes on."""
+
+
+class StorageError(AutocompressError, OSError):
+    """A run directory, a journal or a history file cannot be read or written."""
+
+
+class RecipeError(AutocompressError, ValueError):
+    """A recipe or a command-line option is wrong; the message has the path of the key."""
+
+
+class PluginError(AutocompressError, LookupError):
+    """No search space or strategy has that name, or it cannot be imported."""
+
+
+class ExportError(AutocompressError, RuntimeError):
+    """An exported network differs from the PyTorch network, or could not be written."""

@@ -1,0 +1,1 @@
+"""Evaluators: supernet slices and accuracy predictors."""

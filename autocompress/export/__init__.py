@@ -1,0 +1,1 @@
+"""Export to ONNX, torch.export and safetensors, with parity checks and a manifest."""

@@ -1,0 +1,1 @@
+"""Latency of this device: targets, measuring, tables, corrections and error reports."""

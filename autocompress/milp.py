@@ -1,0 +1,87 @@
+"""Integer programming over additive costs: what bounds on single metrics cannot decide.
+
+Binary variables say which option each choice takes; continuous ones, which setting each factor is at, tied
+to the binaries by their marginals. Solved by HiGHS through scipy.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from autocompress.cost import AdditiveCost
+from autocompress.errors import CostError
+from autocompress.space import Codes
+
+
+def least_excess(costs: Mapping[str, AdditiveCost], limits: Mapping[str, float]) -> tuple[float, Codes]:
+    """Find the architecture whose largest relative excess over any limit is least.
+
+    Args:
+        costs: Cost of each limited metric, all of one space.
+        limits: Metric to absolute limit.
+
+    Returns:
+        `max over metrics of cost / limit - 1`, and the codes `(1, choices)` that reach it (not canonical).
+
+    Raises:
+        CostError: The solver gave no proven optimum.
+    """
+    from scipy import optimize, sparse
+
+    counts = next(iter(costs.values())).counts
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    columns = int(starts[-1])
+    excess = columns  # one variable for the excess, after the options
+    columns += 1
+    rows: list[tuple[list[int], list[float], float, float]] = []  # columns, weights, lower, upper
+    for position, count in enumerate(counts):
+        rows.append((list(range(starts[position], starts[position] + count)), [1.0] * count, 1.0, 1.0))
+    for metric, limit in limits.items():
+        cost = costs[metric]
+        used, weights = [excess], [-1.0]
+        for factor in cost.factors:
+            values = factor.values / limit
+            if len(factor.positions) == 1:
+                first = int(starts[factor.positions[0]])
+                used += range(first, first + values.size)
+                weights += values.tolist()
+                continue
+            cells = np.arange(columns, columns + values.size).reshape(values.shape)
+            columns += values.size
+            for axis, position in enumerate(factor.positions):
+                for option in range(values.shape[axis]):
+                    members = cells.take(option, axis=axis).ravel().tolist()
+                    rows.append(
+                        ([*members, int(starts[position]) + option], [1.0] * len(members) + [-1.0], 0.0, 0.0)
+                    )
+            used += cells.ravel().tolist()
+            weights += values.ravel().tolist()
+        rows.append((used, weights, -np.inf, 1.0 - cost.constant / limit))
+    matrix = sparse.csr_array(
+        (
+            np.concatenate([row[1] for row in rows]),
+            (
+                np.concatenate([[index] * len(row[0]) for index, row in enumerate(rows)]),
+                np.concatenate([row[0] for row in rows]),
+            ),
+        ),
+        shape=(len(rows), columns),
+    )
+    objective = np.zeros(columns)
+    objective[excess] = 1.0
+    integrality = np.zeros(columns)
+    integrality[: int(starts[-1])] = 1
+    lower, upper = np.zeros(columns), np.ones(columns)
+    lower[excess], upper[excess] = -1.0, np.inf
+    result = optimize.milp(
+        objective,
+        integrality=integrality,
+        bounds=optimize.Bounds(lower, upper),
+        constraints=optimize.LinearConstraint(matrix, [row[2] for row in rows], [row[3] for row in rows]),
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None or result.status != 0:
+        raise CostError(f"the solver found no proven optimum for the joint budget: {result.message}")
+    codes = [int(result.x[starts[p] : starts[p + 1]].argmax()) for p in range(len(counts))]
+    row = np.array([codes], dtype=np.int64)
+    return max(float(costs[m].of(row)[0]) / limit - 1.0 for m, limit in limits.items()), row

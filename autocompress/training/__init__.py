@@ -1,0 +1,1 @@
+"""Data sets, supernet training and checkpoints."""

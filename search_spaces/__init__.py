@@ -1,0 +1,1 @@
+"""Search spaces that come with autocompress, one file each; third parties add theirs by entry point."""

@@ -1,0 +1,1 @@
+"""Search strategies that come with autocompress, one file each; third parties add theirs by entry point."""
