@@ -1,0 +1,125 @@
+"""From a slice of the supernet to a plain PyTorch network, and back to the optimizer: what is active."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.elastic.layers import ElasticConv2d
+from autocompress.elastic.supernet import Statistics, Supernet
+from autocompress.network import build_network, module_name
+from autocompress.ops import Add
+from autocompress.space import Architecture
+
+
+@torch.no_grad()
+def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | None = None) -> nn.Sequential:
+    """Copy one sub-network out of the supernet.
+
+    Its outputs equal those of the slice bit for bit, at equal memory format (which is kept), dtype, threads
+    and batch size.
+
+    Args:
+        supernet: Not changed.
+        arch: The sub-network.
+        statistics: From `recalibrate`. Without them the network is for training only: its running
+            statistics are those of PyTorch's initialisation.
+
+    Returns:
+        A network of `torch.nn` modules and `autocompress.network.SqueezeExcite`, in evaluation mode with
+        statistics, else in training mode; it takes images of the architecture's own resolution.
+    """
+    blocks = supernet.space.operations(supernet.space.encode([arch]))
+    # On the meta device nothing is initialised that would be overwritten at once.
+    network = build_network(blocks, device="meta")
+    state: dict[str, Tensor] = {}
+    channels_last = memory_format(supernet) == torch.channels_last
+    for name, layers in supernet.plan(arch):
+        for position, (layer, op) in enumerate(layers):
+            if layer is None or isinstance(op, Add):
+                continue
+            prefix = f"{module_name(name)}.{position}"
+            for key, tensor in layer.sliced(op).items():
+                last = channels_last and tensor.dim() == 4
+                keep = torch.channels_last if last else torch.contiguous_format
+                state[f"{prefix}.{key}"] = tensor.detach().clone(memory_format=keep)
+            if isinstance(layer, ElasticConv2d) and layer.norm_weight is not None:
+                width = op.out_shape[0]
+                mean, variance = (
+                    (torch.zeros(width), torch.ones(width)) if statistics is None else statistics[layer.name]
+                )
+                like = layer.norm_weight
+                state[f"{prefix}.bn.running_mean"] = mean.to(like, copy=True)
+                state[f"{prefix}.bn.running_var"] = variance.to(like, copy=True)
+                state[f"{prefix}.bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+    network.load_state_dict(state, assign=True)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    return network.train(statistics is None)
+
+
+def memory_format(module: nn.Module) -> torch.memory_format:
+    """Return the memory format of the weights of a network's convolutions."""
+    for parameter in module.parameters():
+        last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+        if last and not parameter.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def active_masks(supernet: Supernet, archs: Iterable[Architecture]) -> dict[str, Tensor]:
+    """Return which entries of each parameter any of the architectures uses, by parameter name.
+
+    Parameters that all of them leave out entirely are absent.
+    """
+    masks: dict[str, Tensor] = {}
+    names = {id(parameter): name for name, parameter in supernet.named_parameters()}
+    for arch in archs:
+        for _, layers in supernet.plan(arch):
+            for layer, op in layers:
+                if layer is None:
+                    continue
+                own = dict(layer.named_parameters())
+                if not own:
+                    continue
+                for key, mask in layer.active(op).items():
+                    name = names[id(own[key])]
+                    masks[name] = masks[name] | mask if name in masks else mask
+    return masks
+
+
+@contextmanager
+def only_active(
+    supernet: Supernet, optimizer: torch.optim.Optimizer, archs: Iterable[Architecture]
+) -> Iterator[None]:
+    """Keep an optimizer step from moving what no architecture used: weight decay and momentum would.
+
+    Parameters without any gradient are the optimizer's own to skip. Of the others, the entries outside of
+    every slice are put back after the step, their optimizer state too.
+
+    Args:
+        supernet: The supernet whose gradients were computed.
+        optimizer: Its optimizer; `step` is called inside the context.
+        archs: The architectures that took part in the gradient.
+    """
+    masks = active_masks(supernet, archs)
+    kept: list[tuple[nn.Parameter, Tensor, Tensor, dict[str, Tensor]]] = []
+    for name, parameter in supernet.named_parameters():
+        mask = masks.get(name)
+        if parameter.grad is None or mask is None or bool(mask.all()):
+            continue
+        state = {
+            key: cast(Tensor, value).clone()
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+        }
+        kept.append((parameter, mask, parameter.detach().clone(), state))
+    yield
+    with torch.no_grad():
+        for parameter, mask, before, state in kept:
+            parameter.copy_(torch.where(mask, parameter, before))
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.copy_(torch.where(mask, value, state.get(key, torch.zeros_like(value))))

@@ -1,0 +1,296 @@
+"""Elastic layers: full-size weights, of which an operation uses a slice.
+
+Each layer serves one place in a block, for every setting the space allows there. What runs is always given
+by an `OpSpec`; a layer holds no notion of what is active. Channels are prefixes, kernels centre crops, each
+smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 2020, section 3.3).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autocompress.errors import SpaceError
+from autocompress.ops import ACTIVATIONS, Conv2d, GlobalAvgPool, Linear, MaxPool, OpSpec, SqueezeExcite
+
+NORM_EPS = 1e-5
+
+Normalise = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+"""Batch norm as a function: name of the layer, input, scale, shift; the caller decides the statistics."""
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hard_swish": F.hardswish,
+    "hard_sigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
+
+
+class ElasticLayer(nn.Module):
+    """One place in a block.
+
+    Attributes:
+        name: Block and place; the key of its batch-norm statistics.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Name the layer."""
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
+        """Run one operation on `(batch, *op.in_shape)`."""
+        raise NotImplementedError
+
+    def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the parameters of the static module of an operation, by their name there.
+
+        Args:
+            op: The operation.
+            parameters: What to slice instead of the layer's own parameters, by name.
+        """
+        raise NotImplementedError
+
+    def active(self, op: OpSpec) -> dict[str, Tensor]:
+        """Return which entries of each parameter an operation uses, as boolean masks by parameter name."""
+        # Slices of ones have a positive derivative exactly where they read.
+        ones = {name: torch.ones_like(p, requires_grad=True) for name, p in self.named_parameters()}
+        with torch.enable_grad():
+            total = torch.stack([tensor.sum() for tensor in self.sliced(op, ones).values()]).sum()
+            gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(one, dtype=torch.bool) if gradient is None else gradient > 0
+            for (name, one), gradient in zip(ones.items(), gradients, strict=True)
+        }
+
+
+def _prefix(tensor: Tensor, *sizes: int) -> Tensor:
+    """Return the leading entries along each axis; the tensor itself where it has just that size."""
+    for axis, size in enumerate(sizes):
+        if tensor.shape[axis] != size:
+            tensor = tensor.narrow(axis, 0, size)
+    return tensor
+
+
+class ElasticConv2d(ElasticLayer):
+    """Convolution, batch norm and activation with elastic kernel, width, depthwise and groups.
+
+    Args:
+        name: Block and place.
+        full: The operation with the largest shapes.
+        kernels: Every kernel size that occurs.
+        kernel_transform: Whether smaller kernels pass through a learned matrix, one a size, shared by all
+            channels and initialised to the identity; otherwise they are plain centre crops.
+    """
+
+    def __init__(self, name: str, full: Conv2d, kernels: Sequence[int], *, kernel_transform: bool) -> None:
+        """Make the parameters with He initialisation by fan-out."""
+        super().__init__(name)
+        self.full = full
+        shape = (full.out_channels, full.in_channels // full.groups, full.kernel, full.kernel)
+        fan_out = full.kernel**2 * full.out_channels // full.groups
+        self.weight = nn.Parameter(torch.empty(shape).normal_(0, math.sqrt(2 / fan_out)))
+        self.bias = nn.Parameter(torch.zeros(full.out_channels)) if full.bias else None
+        self.norm_weight = nn.Parameter(torch.ones(full.out_channels)) if full.norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(full.out_channels)) if full.norm else None
+        self.kernels = tuple(sorted(set(kernels), reverse=True))
+        self.transforms = nn.ParameterDict(
+            {str(kernel): nn.Parameter(torch.eye(kernel**2)) for kernel in self.kernels[1:]}
+            if kernel_transform
+            else {}
+        )
+
+    def _weight(self, op: Conv2d, weight: Tensor, transforms: Mapping[str, Tensor]) -> Tensor:
+        full, inputs = self.full, op.in_channels // op.groups
+        if 1 < op.groups == full.groups and not full.depthwise:
+            # Each group keeps its own filters: prefixes inside the groups.
+            weight = weight.unflatten(0, (full.groups, -1))
+            weight = weight[:, : op.out_channels // op.groups, :inputs].flatten(0, 1)
+        else:
+            weight = _prefix(weight, op.out_channels, inputs)
+        for kernel in self.kernels:
+            if kernel < op.kernel:
+                break
+            margin = (weight.shape[-1] - kernel) // 2
+            if margin:
+                weight = weight[..., margin : margin + kernel, margin : margin + kernel]
+                if str(kernel) in transforms:
+                    weight = F.linear(weight.flatten(2), transforms[str(kernel)]).unflatten(2, (kernel, kernel))
+        return weight
+
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
+        """Map `(batch, in_channels, height, width)` to the operation's output shape."""
+        op = cast(Conv2d, op)
+        width = op.out_channels
+        x = F.conv2d(
+            x,
+            self._weight(op, self.weight, self.transforms),
+            None if self.bias is None else _prefix(self.bias, width),
+            stride=op.stride,
+            padding=op.kernel // 2,
+            groups=op.groups,
+        )
+        if self.norm_weight is not None and self.norm_bias is not None:
+            x = normalise(self.name, x, _prefix(self.norm_weight, width), _prefix(self.norm_bias, width))
+        return _ACTIVATE[op.activation](x)
+
+    def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return `conv.weight`, `conv.bias`, `bn.weight` and `bn.bias`, as far as they exist."""
+        op = cast(Conv2d, op)
+        own = dict(self.named_parameters()) if parameters is None else parameters
+        transforms = {str(k): own[f"transforms.{k}"] for k in self.kernels if f"transforms.{k}" in own}
+        tensors = {"conv.weight": self._weight(op, own["weight"], transforms)}
+        for target, source in {"conv.bias": "bias", "bn.weight": "norm_weight", "bn.bias": "norm_bias"}.items():
+            if source in own:
+                tensors[target] = _prefix(own[source], op.out_channels)
+        return tensors
+
+
+class ElasticLinear(ElasticLayer):
+    """Linear layer on the flattened input, elastic in both widths."""
+
+    def __init__(self, name: str, full: Linear) -> None:
+        """Make the parameters; a classifier starts near zero."""
+        super().__init__(name)
+        self.weight = nn.Parameter(torch.empty(full.out_features, full.in_features).normal_(0, 0.01))
+        self.bias = nn.Parameter(torch.zeros(full.out_features)) if full.bias else None
+
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
+        """Map `(batch, ...)` to `(batch, out_features)`."""
+        op = cast(Linear, op)
+        bias = None if self.bias is None else _prefix(self.bias, op.out_features)
+        weight = _prefix(self.weight, op.out_features, op.in_features)
+        return _ACTIVATE[op.activation](F.linear(x.flatten(1), weight, bias))
+
+    def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return `linear.weight` and `linear.bias`."""
+        op = cast(Linear, op)
+        own = dict(self.named_parameters()) if parameters is None else parameters
+        tensors = {"linear.weight": _prefix(own["weight"], op.out_features, op.in_features)}
+        if "bias" in own:
+            tensors["linear.bias"] = _prefix(own["bias"], op.out_features)
+        return tensors
+
+
+class ElasticSqueezeExcite(ElasticLayer):
+    """Squeeze-excite, elastic in channels and hidden width."""
+
+    def __init__(self, name: str, full: SqueezeExcite) -> None:
+        """Make the parameters with the initialisation of a 1x1 convolution."""
+        super().__init__(name)
+        reduce, expand = nn.Conv2d(full.channels, full.hidden, 1), nn.Conv2d(full.hidden, full.channels, 1)
+        self.reduce_weight, self.reduce_bias = reduce.weight, reduce.bias
+        self.expand_weight, self.expand_bias = expand.weight, expand.bias
+
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
+        """Map `(batch, channels, height, width)` to the same shape."""
+        op = cast(SqueezeExcite, op)
+        tensors = self._sliced(op, self.reduce_weight, self.reduce_bias, self.expand_weight, self.expand_bias)
+        scale = F.conv2d(x.mean((2, 3), keepdim=True), tensors[0], tensors[1]).relu()
+        return x * F.hardsigmoid(F.conv2d(scale, tensors[2], tensors[3]))
+
+    @staticmethod
+    def _sliced(op: SqueezeExcite, *tensors: Tensor | None) -> list[Tensor]:
+        shapes = ((op.hidden, op.channels), (op.hidden,), (op.channels, op.hidden), (op.channels,))
+        return [_prefix(cast(Tensor, t), *shape) for t, shape in zip(tensors, shapes, strict=True)]
+
+    def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return weights and biases of `reduce` and `expand`."""
+        own = dict(self.named_parameters()) if parameters is None else parameters
+        names = ("reduce.weight", "reduce.bias", "expand.weight", "expand.bias")
+        tensors = self._sliced(cast(SqueezeExcite, op), *(own[name.replace(".", "_")] for name in names))
+        return dict(zip(names, tensors, strict=True))
+
+
+class ElasticModule(ElasticLayer):
+    """Any other operation: the parameters of its module, each sliced to the leading entries.
+
+    Raises:
+        SpaceError: The module has buffers, whose slices would share statistics between sub-networks.
+    """
+
+    def __init__(self, name: str, full: OpSpec) -> None:
+        """Take the parameters of the module of the largest operation."""
+        super().__init__(name)
+        self.module = full.module()
+        if any(True for _ in self.module.buffers()):
+            raise SpaceError(
+                f"{name}: the module of {type(full).__name__} has buffers, which slices cannot share; leave "
+                "normalisation to Conv2d(norm=True), which is recalibrated for every sub-network"
+            )
+        self._modules_by_op: dict[OpSpec, nn.Module] = {}
+
+    def _static(self, op: OpSpec) -> nn.Module:
+        if op not in self._modules_by_op:
+            with torch.device("meta"):
+                self._modules_by_op[op] = op.module()
+        return self._modules_by_op[op]
+
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
+        """Run the module of the operation on the sliced parameters."""
+        result = torch.func.functional_call(self._static(op), self.sliced(op), (x,))
+        return cast(Tensor, result)
+
+    def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the leading entries of each parameter."""
+        own = dict(self.named_parameters()) if parameters is None else parameters
+        shapes = {name: p.shape for name, p in self._static(op).named_parameters()}
+        return {name: _prefix(own[f"module.{name}"], *shape) for name, shape in shapes.items()}
+
+
+def slot(position: int, op: OpSpec) -> str:
+    """Return the name of a place in a block: operations of one kind at one position share weights."""
+    kind = "depthwise" if isinstance(op, Conv2d) and op.depthwise else type(op).__name__.lower()
+    return f"{position}_{kind}"
+
+
+def elastic_layer(name: str, ops: Sequence[OpSpec], *, kernel_transform: bool) -> ElasticLayer:
+    """Make the layer that serves all these operations.
+
+    Args:
+        name: Block and place.
+        ops: Every operation that occurs at the place, all of one kind.
+        kernel_transform: See `ElasticConv2d`.
+
+    Raises:
+        SpaceError: No operation has the largest size in every dimension, so none holds all slices.
+    """
+    full = max(ops, key=lambda op: op.params)
+    for op in ops:
+        for mine, its in zip(_extents(full), _extents(op), strict=True):
+            if len(mine) != len(its) or any(a < b for a, b in zip(mine, its, strict=True)):
+                raise SpaceError(f"{name}: {full.key} is the largest operation but does not contain {op.key}")
+    if isinstance(full, Conv2d):
+        kernels = [cast(Conv2d, op).kernel for op in ops]
+        return ElasticConv2d(name, full, kernels, kernel_transform=kernel_transform)
+    if isinstance(full, Linear):
+        return ElasticLinear(name, full)
+    if isinstance(full, SqueezeExcite):
+        return ElasticSqueezeExcite(name, full)
+    return ElasticModule(name, full)
+
+
+def _extents(op: OpSpec) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters of an operation."""
+    match op:
+        case Conv2d():
+            return [(op.out_channels, op.in_channels // op.groups, op.kernel, int(op.bias), int(op.norm))]
+        case Linear():
+            return [(op.out_features, op.in_features, int(op.bias))]
+        case SqueezeExcite():
+            return [(op.channels, op.hidden)]
+        case GlobalAvgPool() | MaxPool():
+            return []
+        case _:
+            with torch.device("meta"):
+                return [tuple(parameter.shape) for parameter in op.module().parameters()]
+
+
+if set(_ACTIVATE) != set(ACTIVATIONS):
+    raise SpaceError(f"activations differ: {sorted(set(_ACTIVATE) ^ set(ACTIVATIONS))}")

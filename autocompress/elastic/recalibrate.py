@@ -1,0 +1,76 @@
+"""Batch-norm statistics for one sub-network."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from autocompress.elastic.layers import NORM_EPS
+from autocompress.elastic.supernet import Statistics, Supernet
+from autocompress.space import Architecture
+
+
+class _Pooled:
+    """Count, mean and sum of squared deviations of a channel over everything seen so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None
+
+    def add(self, count: int, mean: Tensor, variance: Tensor) -> None:
+        """Join a batch (Chan et al., 1983, equation 2.1)."""
+        mean, squares = mean.double(), variance.double() * count
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.squares = self.squares + squares + delta * delta * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+
+@torch.no_grad()
+def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor]) -> Statistics:
+    """Compute the batch-norm statistics of one sub-network; writes no buffer and copies no network.
+
+    A slice of a supernet has other activations than the network its statistics came from; without this
+    its accuracy is close to chance. Mean and variance are pooled over all batches, as if they were one:
+    neither their order nor their sizes matter, except that later layers see each batch normalised by itself.
+
+    Source: Yu & Huang, Universally Slimmable Networks, ICCV 2019, section 3.3 (post-statistics).
+
+    Args:
+        supernet: Not changed.
+        arch: The sub-network.
+        batches: Images `(batch, channels, height, width)` of the training set, normalised.
+
+    Returns:
+        Mean and unbiased variance by name of the layer.
+
+    Raises:
+        ValueError: There is no batch.
+    """
+    pooled: dict[str, _Pooled] = {}
+
+    def record(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # One pass gives the output and the batch's statistics together.
+        output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, NORM_EPS)
+        variance = inverse_std.double().pow(-2) - NORM_EPS
+        pooled.setdefault(name, _Pooled()).add(x.numel() // x.shape[1], mean, variance.clamp_min(0))
+        return output
+
+    for batch in batches:
+        supernet.run(batch, arch, record)
+    if not pooled:
+        raise ValueError("recalibration needs at least one batch of training images, got none")
+    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, pool in pooled.items():
+        if pool.mean is None or pool.squares is None:
+            raise ValueError(f"no batch reached layer {name}")
+        variance = pool.squares / max(pool.count - 1, 1)
+        statistics[name] = (pool.mean.float(), variance.float())
+    return statistics
+
+

@@ -1,0 +1,202 @@
+"""The supernet: one set of weights from which every network of a space is a slice."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autocompress.elastic.layers import NORM_EPS, ElasticConv2d, ElasticLayer, Normalise, elastic_layer, slot
+from autocompress.errors import SpaceError
+from autocompress.network import module_name
+from autocompress.ops import Add, Ops, OpSpec
+from autocompress.space import Architecture, Block, SearchSpace
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+"""Batch-norm mean and variance `(channels,)` of one sub-network, by name of the layer."""
+
+# Plans of so many architectures are kept; a training run meets new ones all the time.
+MAX_PLANS = 1024
+
+_Plan = tuple[tuple[str, tuple[tuple[ElasticLayer | None, OpSpec], ...]], ...]
+
+
+class Supernet(nn.Module):
+    """Elastic layers for every block of a space.
+
+    There is no active sub-network: `forward` takes the architecture. There are no running statistics
+    either, since slices of different width and depth have different ones; they are arguments too.
+
+    Args:
+        space: The space.
+        seed: Of the initialisation; the global random state is left as it was.
+        kernel_transform: Whether smaller kernels are learned transforms of larger ones (as in OFA) or plain
+            centre crops (as in AttentiveNAS).
+
+    Raises:
+        SpaceError: A block has no largest setting that contains all others.
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int = 0, kernel_transform: bool = True) -> None:
+        """Make the weights."""
+        super().__init__()
+        self.space = space
+        self.kernel_transform = kernel_transform
+        self.layers = nn.ModuleDict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for block in space.blocks:
+                self.layers[module_name(block.name)] = self._make_block(block)
+        self._plans: dict[Architecture, _Plan] = {}
+
+    def _make_block(self, block: Block) -> nn.ModuleDict:
+        places: dict[str, dict[OpSpec, None]] = {}
+        last: dict[str, None] = {}
+        for setting in self.space.block_settings(block):
+            ops = block.operations(*setting)
+            for position, op in enumerate(ops):
+                if not isinstance(op, Add):
+                    places.setdefault(slot(position, op), {})[op] = None
+            if len(ops) > 1 and isinstance(ops[-1], Add):
+                last[slot(len(ops) - 2, ops[-2])] = None
+        layers = nn.ModuleDict()
+        for place, ops_there in places.items():
+            layer = elastic_layer(
+                f"{block.name}.{place}", list(ops_there), kernel_transform=self.kernel_transform
+            )
+            if place in last and isinstance(layer, ElasticConv2d) and layer.norm_weight is not None:
+                # A residual block starts as the identity: deep and shallow networks then start alike.
+                nn.init.zeros_(layer.norm_weight)
+            layers[place] = layer
+        return layers
+
+    def _bind(self, name: str, ops: Ops) -> tuple[tuple[ElasticLayer | None, OpSpec], ...]:
+        layers = cast(nn.ModuleDict, self.layers[module_name(name)])
+        return tuple(
+            (None if isinstance(op, Add) else cast(ElasticLayer, layers[slot(position, op)]), op)
+            for position, op in enumerate(ops)
+        )
+
+    def plan(self, arch: Architecture) -> _Plan:
+        """Return the layers and operations of each active block of an architecture."""
+        plan = self._plans.get(arch)
+        if plan is None:
+            blocks = self.space.operations(self.space.encode([arch]))
+            plan = tuple((name, self._bind(name, ops)) for name, ops in blocks)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[arch] = plan
+        return plan
+
+    def forward(
+        self,
+        x: Tensor,
+        arch: Architecture,
+        *,
+        statistics: Statistics | None = None,
+        gates: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run one sub-network.
+
+        Args:
+            x: `(batch, channels, height, width)`; resized when the architecture has another resolution.
+            arch: An architecture of the space.
+            statistics: Batch-norm statistics of this very sub-network, from `recalibrate`; without them
+                the statistics of the batch are used, whether training or not.
+            gates: For some choices one weight an option, `(options,)`. A block that depends on such a
+                choice gives the weighted sum of its outputs over the options, the block's input standing for
+                options that leave the block out; a one-hot gate is the plain choice. Where several choices
+                of a block are gated, their weights multiply.
+
+        Returns:
+            The output of the last block.
+
+        Raises:
+            SpaceError: The architecture is of another space, or a gate cannot be applied.
+        """
+        return self.run(x, arch, batch_statistics if statistics is None else fixed(statistics), gates)
+
+    def run(
+        self,
+        x: Tensor,
+        arch: Architecture,
+        normalise: Normalise,
+        gates: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run one sub-network with batch norm as given; `forward` and recalibration stand on this."""
+        plan = self.plan(arch)
+        x = resize(x, plan[0][1][0][1].in_shape[1:])
+        if gates:
+            return self._run_gated(x, arch, normalise, gates)
+        for _, layers in plan:
+            x = _run_block(x, layers, normalise)
+        return x
+
+    def _run_gated(
+        self, x: Tensor, arch: Architecture, normalise: Normalise, gates: Mapping[str, Tensor]
+    ) -> Tensor:
+        positions = self.space.positions
+        for name, gate in gates.items():
+            if name not in positions:
+                raise SpaceError(f"gates name {name!r}, which is no choice of space {self.space.name!r}")
+            options = self.space.choices[positions[name]].options
+            if gate.shape != (len(options),):
+                raise SpaceError(f"the gate of {name!r} has shape {tuple(gate.shape)}, not ({len(options)},)")
+        row = self.space.encode([arch])[0].tolist()
+        for block in self.space.blocks:
+            gated = [name for name in block.choices if name in gates]
+            chosen = {
+                name: self.space.choices[positions[name]].options[row[positions[name]]]
+                for name in block.choices
+            }
+            total: Tensor | None = None
+            for codes in itertools.product(*(range(len(gates[name])) for name in gated)):
+                weight: Tensor | None = None
+                for name, code in zip(gated, codes, strict=True):
+                    chosen[name] = self.space.choices[positions[name]].options[code]
+                    weight = gates[name][code] if weight is None else weight * gates[name][code]
+                ops = block.operations(*(chosen[name] for name in block.choices))
+                output = _run_block(x, self._bind(block.name, ops), normalise)
+                if weight is not None:
+                    if total is not None and total.shape != output.shape:
+                        raise SpaceError(
+                            f"block {block.name!r} has outputs of different shapes under gates on {gated}; "
+                            "such a choice (resolution, stage width) cannot be gated"
+                        )
+                    output = weight * output
+                total = output if total is None else total + output
+            x = cast(Tensor, total)
+        return x
+
+
+def _run_block(
+    x: Tensor, layers: Sequence[tuple[ElasticLayer | None, OpSpec]], normalise: Normalise
+) -> Tensor:
+    entry = x
+    for layer, op in layers:
+        x = entry + x if layer is None else layer(x, op, normalise)
+    return x
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images `(batch, channels, height, width)` bilinearly, smoothed when they shrink."""
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def batch_statistics(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Batch norm with the statistics of the batch."""
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=NORM_EPS)
+
+
+def fixed(statistics: Statistics) -> Normalise:
+    """Return batch norm with given statistics."""
+
+    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mean, variance = statistics[name]
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=NORM_EPS)
+
+    return normalise

@@ -1,0 +1,249 @@
+"""ONNX models built straight from operations, for timing: milliseconds, where the torch exporters take half a second.
+
+The nodes are those that `torch.onnx.export(dynamo=True)` writes for the same network (batch norm folded into
+the convolution, means as ReduceMean), so that a runtime fuses a timed block as it will fuse the exported one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from autocompress.errors import ExportError
+from autocompress.ops import (
+    Activation,
+    Add,
+    Conv2d,
+    GlobalAvgPool,
+    Linear,
+    MaxPool,
+    Ops,
+    OpSpec,
+    SqueezeExcite,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = NDArray[np.float32]
+Parameters = dict[str, Array]
+
+OPSET: Final = 18
+# Read by every runtime that knows opset 18; onnx would write its own newest.
+IR_VERSION: Final = 10
+KNOWN: Final = frozenset({Add, Conv2d, GlobalAvgPool, Linear, MaxPool, SqueezeExcite})
+
+
+def onnx_model(
+    blocks: Sequence[tuple[str, Ops]], *, batch: int, seed: int = 0, network: "nn.Module | None" = None
+) -> bytes:
+    """Build the ONNX model that runs these blocks one after another.
+
+    A list with operations of a space's own, which have no rule here, is exported by PyTorch as a whole: that
+    takes a second and gives the same input and output.
+
+    Args:
+        blocks: Name and operations of each active block, as `SearchSpace.operations` returns them.
+        batch: Images at once, fixed in the model.
+        seed: Of the random weights; they are scaled so that activations neither vanish nor overflow, which
+            would change the timing.
+        network: Made by `autocompress.network.build_network(blocks)`, in evaluation mode: its weights are
+            taken instead, batch norm folded.
+
+    Returns:
+        A serialized model, `input (batch, *in_shape)` to `output`, 32-bit floats.
+
+    Raises:
+        ExportError: No operations, or a batch below 1.
+    """
+    operations = [op for _, ops in blocks for op in ops]
+    if not operations or batch < 1:
+        raise ExportError(
+            f"an ONNX model needs at least one operation and batch >= 1, got {len(operations)} operations "
+            f"and batch {batch}"
+        )
+    shape = (batch, *operations[0].in_shape)
+    if not all(type(op) in KNOWN for op in operations):
+        return _exported_by_torch(blocks, shape, seed, network)
+    graph = _Graph(np.random.default_rng(seed))
+    value = "input"
+    for name, ops in blocks:
+        value = graph.block(name, ops, value, network)
+    return graph.serialized(value, shape, operations[-1], batch)
+
+
+def _exported_by_torch(
+    blocks: Sequence[tuple[str, Ops]], shape: tuple[int, ...], seed: int, network: "nn.Module | None"
+) -> bytes:
+    import torch
+
+    from autocompress.network import build_network
+
+    if network is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build_network(blocks)
+    program = torch.onnx.export(
+        network.eval(),
+        (torch.zeros(shape),),
+        input_names=["input"],
+        output_names=["output"],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing for a block with operations of its own")
+    serialized: bytes = program.model_proto.SerializeToString()
+    return serialized
+
+
+class _Graph:
+    """Nodes and weights as they are added; values are named by number."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._nodes: list[Any] = []
+        self._weights: list[Any] = []
+
+    def serialized(self, value: str, shape: tuple[int, ...], last: OpSpec, batch: int) -> bytes:
+        """Close the graph at `value`."""
+        out_shape = (batch, last.out_features) if isinstance(last, Linear) else (batch, *last.out_shape)
+        self._nodes.append(helper.make_node("Identity", [value], ["output"]))
+        graph = helper.make_graph(
+            self._nodes,
+            "blocks",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info("output", TensorProto.FLOAT, out_shape)],
+            self._weights,
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        )
+        serialized: bytes = model.SerializeToString()
+        return serialized
+
+    def block(self, name: str, ops: Ops, value: str, network: "nn.Module | None") -> str:
+        """Append one block; return the name of its output."""
+        start = value
+        module = None
+        if network is not None:
+            from autocompress.network import module_name
+
+            module = network.get_submodule(module_name(name))
+        for position, op in enumerate(ops):
+            if isinstance(op, Add):
+                value = self._node("Add", start, value)
+                continue
+            given = None if module is None else _parameters(module.get_submodule(str(position)))
+            value = self._operation(op, value, given)
+        return value
+
+    def _operation(self, op: OpSpec, value: str, given: Parameters | None) -> str:
+        if isinstance(op, Conv2d):
+            return self._conv(op, value, given)
+        if isinstance(op, Linear):
+            weights = given or self._random("linear", (op.out_features, op.in_features), bias=op.bias)
+            inputs = [self._node("Flatten", value, axis=1), *self._stored(weights, "linear")]
+            return self._activation(op.activation, self._node("Gemm", *inputs, transB=1))
+        if isinstance(op, SqueezeExcite):
+            return self._squeeze_excite(op, value, given)
+        if isinstance(op, MaxPool):
+            return self._node(
+                "MaxPool",
+                value,
+                kernel_shape=[op.kernel] * 2,
+                strides=[op.stride] * 2,
+                pads=[op.padding] * 4,
+            )
+        if isinstance(op, GlobalAvgPool):
+            return self._mean(value)
+        raise ExportError(f"no ONNX rule for operation {op.key}")
+
+    def _conv(self, op: Conv2d, value: str, given: Parameters | None) -> str:
+        shape = (op.out_channels, op.in_channels // op.groups, op.kernel, op.kernel)
+        weights = given or self._random("conv", shape, bias=op.bias or op.norm)
+        value = self._node(
+            "Conv",
+            value,
+            *self._stored(weights, "conv"),
+            kernel_shape=[op.kernel] * 2,
+            strides=[op.stride] * 2,
+            pads=[op.kernel // 2] * 4,
+            group=op.groups,
+        )
+        return self._activation(op.activation, value)
+
+    def _squeeze_excite(self, op: SqueezeExcite, value: str, given: Parameters | None) -> str:
+        weights = given or {
+            **self._random("reduce", (op.hidden, op.channels, 1, 1), bias=True),
+            **self._random("expand", (op.channels, op.hidden, 1, 1), bias=True),
+        }
+        scale = self._node("Conv", self._mean(value), *self._stored(weights, "reduce"), kernel_shape=[1, 1])
+        scale = self._node("Relu", scale)
+        scale = self._node("Conv", scale, *self._stored(weights, "expand"), kernel_shape=[1, 1])
+        return self._node("Mul", value, self._activation("hard_sigmoid", scale))
+
+    def _mean(self, value: str) -> str:
+        axes = self._constant(np.array([2, 3], dtype=np.int64))
+        return self._node("ReduceMean", value, axes, keepdims=1)
+
+    def _activation(self, activation: Activation, value: str) -> str:
+        match activation:
+            case "none":
+                return value
+            case "relu":
+                return self._node("Relu", value)
+            case "relu6":
+                bounds = (self._constant(np.array(bound, dtype=np.float32)) for bound in (0, 6))
+                return self._node("Clip", value, *bounds)
+            case "hard_swish":
+                return self._node("HardSwish", value)
+            case "hard_sigmoid":
+                return self._node("HardSigmoid", value, alpha=1 / 6, beta=0.5)
+            case "sigmoid":
+                return self._node("Sigmoid", value)
+            case "silu":
+                return self._node("Mul", value, self._node("Sigmoid", value))
+
+    def _node(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        name = f"v{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def _constant(self, array: NDArray[Any]) -> str:
+        name = f"w{len(self._weights)}"
+        self._weights.append(numpy_helper.from_array(array, name))
+        return name
+
+    def _stored(self, weights: Parameters, part: str) -> list[str]:
+        """Store weight and bias of a part; return their names, one where there is no bias."""
+        names = (f"{part}.weight", f"{part}.bias")
+        return [self._constant(weights[name]) for name in names if name in weights]
+
+    def _random(self, part: str, shape: tuple[int, ...], *, bias: bool) -> Parameters:
+        # Variance 2 / fan-in keeps activations of one size through any depth (He et al., ICCV 2015).
+        scale = np.float32(math.sqrt(2 / math.prod(shape[1:])))
+        result = {f"{part}.weight": self._rng.standard_normal(shape, dtype=np.float32) * scale}
+        if bias:
+            result[f"{part}.bias"] = self._rng.standard_normal(shape[0], dtype=np.float32) * np.float32(0.1)
+        return result
+
+
+def _parameters(module: "nn.Module") -> Parameters:
+    """Return weights and biases by name, a batch norm `bn` folded into the convolution `conv` before it."""
+    state = {name: tensor.detach().cpu().double().numpy() for name, tensor in module.state_dict().items()}
+    if "bn.running_var" in state:
+        epsilon = float(module.get_submodule("bn").eps)  # type: ignore[arg-type]
+        scale = state["bn.weight"] / np.sqrt(state["bn.running_var"] + epsilon)
+        shift = state.get("conv.bias", 0.0) - state["bn.running_mean"]
+        state["conv.weight"] = state["conv.weight"] * scale[:, None, None, None]
+        state["conv.bias"] = shift * scale + state["bn.bias"]
+    return {
+        name: np.ascontiguousarray(array, dtype=np.float32)
+        for name, array in state.items()
+        if not name.startswith("bn.")
+    }
