@@ -204,8 +204,8 @@ class Constraints:
         near = ", ".join(f"{metric} <= {_up(value)}" for metric, value in nearest.items())
         jointly = " one by one" if len(self.limits) > 1 else ""
         return InfeasibleBudgetError(
-            f"no network of space {self.space.name!r} fits {asked}; the reachable minimum{jointly} is {reach}; "
-            f"the nearest feasible budget is {near}",
+            f"no network of space {self.space.name!r} fits {asked}; the reachable minimum{jointly} is "
+            f"{reach}; the nearest feasible budget is {near}",
             nearest,
         )
 

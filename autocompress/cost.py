@@ -116,8 +116,9 @@ class AdditiveCost:
                 entries = math.prod(self.counts[p] for p in scope)
                 if entries > MAX_ELIMINATION_ENTRIES:
                     raise CostError(
-                        f"bounding {self.metric} joins choices {scope} in one table of {entries} entries; at "
-                        f"most {MAX_ELIMINATION_ENTRIES}: put choices that many blocks share first in the space"
+                        f"bounding {self.metric} joins choices {scope} in one table of {entries} entries; "
+                        f"at most {MAX_ELIMINATION_ENTRIES}: put choices that many blocks share first in "
+                        "the space"
                     )
                 joined = _combine(touching)
                 axis = joined.positions.index(position)
@@ -247,9 +248,9 @@ def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
             if ops not in known:
                 known[ops] = float(price(ops))
                 if not math.isfinite(known[ops]):
+                    given = dict(zip(block.choices, setting, strict=True))
                     raise CostError(
-                        f"{metric} of block {block.name!r} at {dict(zip(block.choices, setting, strict=True))} "
-                        f"must be finite, got {known[ops]}"
+                        f"{metric} of block {block.name!r} at {given} must be finite, got {known[ops]}"
                     )
             prices[index] = known[ops]
         if positions:

@@ -31,7 +31,10 @@ class Residual(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(batch, channels, height, width)` to the same shape."""
-        return x + super().forward(x)
+        result = x
+        for layer in self:
+            result = layer(result)
+        return x + result
 
 
 def build_network(blocks: Iterable[tuple[str, Ops]], *, device: str | None = None) -> nn.Sequential:

@@ -67,7 +67,10 @@ class OpSpec(ABC):
 
     @abstractmethod
     def module(self) -> "nn.Module":
-        """Build the plain PyTorch module, randomly initialised: `(batch, *in_shape)` to `(batch, *out_shape)`."""
+        """Build the plain PyTorch module, randomly initialised.
+
+        It maps `(batch, *in_shape)` to `(batch, *out_shape)`.
+        """
 
     @property
     def size_bytes(self) -> int:

@@ -44,7 +44,8 @@ class Batch:
     @property
     def measured(self) -> NDArray[np.bool_]:
         """Which rows were measured, `(n,)`."""
-        return self.outcomes == Outcome.MEASURED
+        measured: NDArray[np.bool_] = self.outcomes == Outcome.MEASURED
+        return measured
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""ONNX models built straight from operations, for timing: milliseconds, where the torch exporters take half a second.
+"""ONNX models built straight from operations, for timing: in milliseconds, not half a second a block.
 
 The nodes are those that `torch.onnx.export(dynamo=True)` writes for the same network (batch norm folded into
 the convolution, means as ReduceMean), so that a runtime fuses a timed block as it will fuse the exported one.

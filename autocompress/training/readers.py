@@ -6,6 +6,7 @@ names the file, what is wrong with it and what was expected.
 
 import gzip
 import hashlib
+import importlib
 import io
 import struct
 import warnings
@@ -14,13 +15,16 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from autocompress.errors import DataError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 TEST_SHARE = 0.2
 """Part of a set without a test part of its own (digits, plain class folders) that becomes the test part."""
@@ -29,7 +33,14 @@ TEST_SHARE = 0.2
 MAX_MEMORY_BYTES = 8 * 2**30
 MAX_FILE_BYTES = 256 * 2**20
 
-_IDX_TRAIN, _IDX_TEST = "train", "t10k"
+_FASHION_NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_CIFAR_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 _CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _CIFAR_TEST = "test_batch.bin"
 _CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
@@ -140,14 +151,13 @@ def read_fashion_mnist(folder: Path) -> Corpus:
     Raises:
         DataError: A file is missing, damaged, truncated, or does not fit the others.
     """
-    train, test = _idx_part(folder, _IDX_TRAIN), _idx_part(folder, _IDX_TEST)
+    train, test = _idx_part(folder, "train"), _idx_part(folder, "t10k")
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(
             f"training and test images in {folder} must have one size, got "
             f"{train.images.shape[2:]} and {test.images.shape[2:]}"
         )
-    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
-    return Corpus(train, test, None, tuple(names), flip=True)
+    return Corpus(train, test, None, _FASHION_NAMES, flip=True)
 
 
 def _idx_part(folder: Path, part: str) -> ImageArrays:
@@ -184,7 +194,9 @@ def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
             if len(header) >= 4 and magic != expected:
                 raise DataError(f"{path} is no IDX file: magic number must be {expected}, got {magic}")
             if len(header) < 4 + 4 * dimensions:
-                raise DataError(f"{path} is truncated: it ends within its header of {4 + 4 * dimensions} bytes")
+                raise DataError(
+                    f"{path} is truncated: it ends within its header of {4 + 4 * dimensions} bytes"
+                )
             shape = struct.unpack(f">{dimensions}I", header[4:])
             size = int(np.prod(shape, dtype=object))
             if not 0 < size <= MAX_MEMORY_BYTES:
@@ -232,8 +244,7 @@ def read_cifar10(folder: Path) -> Corpus:
     train = ImageArrays(
         np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
     )
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    return Corpus(train, _read_cifar_file(place / _CIFAR_TEST), None, tuple(names), flip=True)
+    return Corpus(train, _read_cifar_file(place / _CIFAR_TEST), None, _CIFAR_NAMES, flip=True)
 
 
 def _read_cifar_file(path: Path) -> ImageArrays:
@@ -266,8 +277,8 @@ class _Tree:
 def read_class_folders(source: Path) -> Corpus:
     """Read a folder, or a zip file, of images in one folder a class.
 
-    Either class folders in `train/` and `test/` (or `val/`; with all three, `val/` is the validation part), or
-    class folders directly: then of every class the fifth with the smallest SHA-256 of the path within it,
+    Either class folders in `train/` and `test/` (or `val/`; with all three, `val/` is the validation part),
+    or class folders directly: then of every class the fifth with the smallest SHA-256 of the path within it,
     at least one image, is the test part, whatever the seed. A single folder around it all is skipped.
     Classes are numbered in the order of their names. Folders within a class folder belong to it; hidden
     files and files that are no images by their suffix are left out.
@@ -280,8 +291,8 @@ def read_class_folders(source: Path) -> Corpus:
     """
     tree = _open_tree(source)
     tops = {path.parts[0] for path in (*tree.files, *tree.folders)}
-    parts = {name: _classes_of(tree, name) for name in ("train", "val", "test") if name in tops}
-    if "train" in parts:
+    if "train" in tops:
+        parts = {name: _classes_of(tree, name) for name in ("train", "val", "test") if name in tops}
         test = parts.pop("test", None) or parts.pop("val", None)
         if test is None:
             raise DataError(f"{source} has train/, but neither test/ nor val/ beside it")
@@ -321,9 +332,8 @@ def _open_tree(source: Path) -> _Tree:
         return archive.read(members[path])
 
     files = [path for path, entry in members.items() if not entry.is_dir()]
-    folders = {path for path, entry in members.items() if entry.is_dir()}
-    folders.update(parent for path in files for parent in path.parents)
-    return _tree(source, files, folders, read)
+    empty = [path for path, entry in members.items() if entry.is_dir()]
+    return _tree(source, files, {*empty, *(parent for path in files for parent in path.parents)}, read)
 
 
 def _tree(
@@ -381,7 +391,9 @@ def _split_by_hash(
     train, test = {}, {}
     for name, paths in classes.items():
         if len(paths) < 2:
-            raise DataError(f"class {name!r} of {source} must have 2 images or more, to train and to test; got 1")
+            raise DataError(
+                f"class {name!r} of {source} must have 2 images or more, to train and to test; got 1"
+            )
         ranked = sorted(
             paths, key=lambda path: hashlib.sha256("/".join(path.parts[1:]).encode("utf-8")).digest()
         )
@@ -390,7 +402,9 @@ def _split_by_hash(
     return train, test
 
 
-def _open_image(tree: _Tree, path: PurePosixPath, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _open_image(
+    tree: _Tree, path: PurePosixPath, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns of a picture too large, or of damaged metadata; only the first is an error.
@@ -407,15 +421,17 @@ def _headers(tree: _Tree, paths: list[PurePosixPath]) -> tuple[bool, tuple[int, 
     for path in paths:
         image = _open_image(tree, path, lambda image: image)
         if image.mode.startswith(_DEEP_MODES):
-            raise DataError(f"image {path} of {tree.origin} must have 8 bits a channel, got mode {image.mode!r}")
+            raise DataError(
+                f"image {path} of {tree.origin} must have 8 bits a channel, got mode {image.mode!r}"
+            )
         grey = grey and image.mode in _GREY_MODES
         size = image.size if size == (0, 0) else size
     memory_bytes = len(paths) * size[0] * size[1] * (1 if grey else 3)
     if memory_bytes > MAX_MEMORY_BYTES:
         raise DataError(
             f"the {len(paths)} images of {tree.origin} at {size[0]}x{size[1]} pixels would take "
-            f"{memory_bytes / 2**30:.1f} GiB of memory, the limit is {MAX_MEMORY_BYTES / 2**30:g} GiB; make them "
-            "smaller first, or give a function of your own (module:function) that reads them one by one"
+            f"{memory_bytes / 2**30:.1f} GiB of memory, the limit is {MAX_MEMORY_BYTES / 2**30:g} GiB; "
+            "make them smaller first, or give a function of your own that reads them one by one"
         )
     return grey, size
 
@@ -437,3 +453,38 @@ def _decode_part(
         pixels = np.asarray(_open_image(tree, path, convert))
         row[:] = pixels[None] if grey else pixels.transpose(2, 0, 1)
     return ImageArrays(images, np.array([label for _, label in pairs], np.int64))
+
+
+def call_user_function(source: str, folder: Path | None) -> "tuple[Dataset[Any], ...]":
+    """Import and call `module:function`; an error inside the function keeps its own traceback.
+
+    Args:
+        source: Module and function.
+        folder: Given to the function, unless `None`.
+
+    Returns:
+        `(train, test)` or `(train, validation, test)`, each with a length and not empty.
+
+    Raises:
+        DataError: It cannot be imported, is no function, or returns something else.
+    """
+    module_name, _, attribute = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{source}: cannot import {module_name!r} ({error}); its folder must be on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise DataError(f"{source}: module {module_name!r} has no {attribute!r}") from error
+    if not callable(function):
+        raise DataError(f"{source} must be a function, got {type(function).__name__}")
+    parts = function() if folder is None else function(folder)
+    if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
+        raise DataError(f"{source} must return (train, test) or (train, validation, test), got {parts!r:.80}")
+    for part in parts:
+        if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+            raise DataError(f"{source} must return data sets with a length, got {type(part).__name__}")
+        if not len(part):
+            raise DataError(f"{source} returns an empty data set")
+    return tuple(parts)

@@ -1,0 +1,150 @@
+"""Training of one plain network: finetuning with distillation, or training alone."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.distill.losses import hinton
+from autocompress.elastic.supernet import resize
+from autocompress.progress import Progress, silent
+from autocompress.recipe import FinetuneSettings
+from autocompress.training.data import DataSet
+from autocompress.training.evaluate import Scored, evaluate
+from autocompress.training.loop import Position, run_epochs, training_batches
+from autocompress.training.speed import autocast, choose_formats
+from autocompress.training.supernet import FORMATS
+from autocompress.training.task import Task
+
+
+def finetune(
+    network: nn.Module,
+    data: DataSet,
+    task: Task,
+    settings: FinetuneSettings,
+    *,
+    resolution: tuple[int, int],
+    teacher: nn.Module | None = None,
+    teacher_resolution: tuple[int, int] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    keep_best: bool = True,
+    progress: Progress = silent,
+) -> Scored:
+    """Train a network in place, from its checkpoint if there is one.
+
+    The loss is `(1 - alpha) * loss on labels + alpha * distillation` (Hinton et al., 2015); for tasks whose
+    distillation is not soft cross-entropy, the task's own distillation loss takes the place of Hinton's.
+
+    Args:
+        network: A plain network; left in evaluation mode.
+        data: Train part for the weights, validation part for the choice of the epoch.
+        task: Losses and metric.
+        settings: Optimizer, schedule, temperature and alpha.
+        resolution: Height and width of the network's input; images are resized to it.
+        teacher: Run in evaluation mode; `None` trains on the labels alone.
+        teacher_resolution: Height and width of the teacher's input.
+        identity: What a checkpoint must belong to, besides data and settings.
+        checkpoint: Path of the checkpoint; none is written without.
+        keep_best: Whether the weights of the best epoch on the validation part are kept (the weights before
+            the first epoch compete too); otherwise those of the last.
+        progress: Told steps and losses.
+
+    Returns:
+        The validation score of the weights that were kept.
+
+    Raises:
+        TrainingError: Training collapsed again after every roll-back.
+        CheckpointError: The checkpoint is damaged or belongs to another run.
+    """
+    loss_on_labels = task.training_loss(settings.label_smoothing)
+    formats: dict[str, str] = {}
+    best: dict[str, Any] = {}
+    if teacher is not None:
+        teacher.eval()
+
+    def placed(images: Tensor, size: tuple[int, int]) -> Tensor:
+        return resize(images, size).contiguous(memory_format=FORMATS[formats["memory_format"]])
+
+    def compute(images: Tensor, targets: Tensor, step: int) -> float:
+        with autocast(formats["precision"]):
+            outputs = network(placed(images, resolution)).float()
+        on_labels = loss_on_labels(outputs, targets)
+        loss = on_labels
+        if teacher is not None:
+            with torch.no_grad(), autocast(formats["precision"]):
+                target = teacher(placed(images, teacher_resolution or resolution)).float()
+            if task.smoothed:
+                distilled = hinton(outputs, target, settings.temperature)
+            else:
+                distilled = task.distillation(outputs, target)
+            loss = (1 - settings.alpha) * on_labels + settings.alpha * distilled
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(on_labels.detach())
+
+    def score() -> Scored:
+        network.eval()
+        scored = evaluate(lambda x: network(placed(x, resolution)), data.validation, task.score)
+        network.train()
+        return scored
+
+    def remember(scored: Scored) -> None:
+        if not best or scored.mean > best["mean"] or not keep_best:
+            best.update(
+                mean=scored.mean,
+                standard_error=scored.standard_error,
+                count=scored.count,
+                weights=copy.deepcopy(network.state_dict()),
+            )
+
+    def validate(epoch: int, position: Position) -> None:
+        scored = score()
+        position.scores.append([epoch + 1, "network", scored.mean])
+        remember(scored)
+
+    def prepare(position: Position) -> None:
+        if not position.choices:
+            images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
+            # Timing must not move the statistics of batch norm.
+            before = copy.deepcopy(network.state_dict())
+
+            def timed(precision: str, memory: str) -> None:
+                formats.update(precision=precision, memory_format=memory)
+                network.to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
+                compute(images, targets, 0)
+                network.zero_grad(set_to_none=True)
+
+            network.train()
+            position.choices = dict(choose_formats(settings, timed))
+            network.load_state_dict(before)
+        formats.update(position.choices)
+        for module in (network, teacher):
+            if module is not None:
+                module.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
+        if not best and keep_best:
+            remember(score())
+
+    run_epochs(
+        network,
+        data,
+        settings,
+        compute,
+        epochs=settings.epochs,
+        identity={
+            "kind": "network",
+            "data": data.fingerprint,
+            "settings": settings.model_dump(mode="json"),
+            **(identity or {}),
+        },
+        checkpoint=checkpoint,
+        extra_state=best,
+        validate=validate,
+        prepare=prepare,
+        progress=progress,
+    )
+    network.load_state_dict(best["weights"])
+    network.eval()
+    return Scored(best["mean"], best["standard_error"], best["count"])

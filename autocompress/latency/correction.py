@@ -1,0 +1,264 @@
+"""From sums of block times to times of whole networks: a correction, and how far it can be trusted.
+
+A block timed alone pays for a call into the runtime and for changes of layout that a whole network does not
+pay at every block, so sums of cold single runs come out 30 to 50 % too slow, by nearly the same amount for
+each block. Whole networks, measured in the same rounds, say how much.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import TableError
+
+Vector = NDArray[np.float64]
+
+Form = Literal["raw", "scale", "affine", "affine_per_block"]
+"""From fewest to most parameters: 0, 1 (scale), 2 (and a constant), 3 (and a term for each block)."""
+
+PARAMETERS: Final[dict[Form, int]] = {"raw": 0, "scale": 1, "affine": 2, "affine_per_block": 3}
+CURVE_SIZES: Final = (5, 10, 15, 20, 30, 40, 60, 80)
+CURVE_REPEATS: Final = 20
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Predicted ms of a network: `scale * sum of medians + per_block_ms * blocks + constant_ms`."""
+
+    form: Form = "raw"
+    scale: float = 1.0
+    per_block_ms: float = 0.0
+    constant_ms: float = 0.0
+
+    def __call__(self, sums_ms: Vector, blocks: Vector) -> Vector:
+        """Return predictions in ms for sums and numbers of blocks, each `(n,)`."""
+        return self.scale * sums_ms + self.per_block_ms * blocks + self.constant_ms
+
+
+@dataclass(frozen=True, eq=False)
+class Checks:
+    """Whole networks with what the table says of them.
+
+    Attributes:
+        sums_ms: `(n,)`, the sum of the medians of the blocks of each network.
+        blocks: `(n,)`, how many blocks it runs.
+        measured_ms: `(n,)`, the median of the whole network, positive.
+        least_ms: The least median of any block of the table: no block may get a negative price.
+    """
+
+    sums_ms: Vector
+    blocks: Vector
+    measured_ms: Vector
+    least_ms: float
+
+    def rows(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Checks":
+        """Return some of the networks."""
+        return Checks(self.sums_ms[which], self.blocks[which], self.measured_ms[which], self.least_ms)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How predictions differ from measurements, over networks; `error = predicted / measured - 1`.
+
+    Attributes:
+        bias_percent: Mean error; positive predicts too slow.
+        mape_percent: Mean absolute error.
+        max_error_percent: Greatest absolute error.
+        within_5_percent: Share of networks, in %, with an absolute error of at most 5 %.
+        within_10_percent: The same for 10 %.
+        spearman: Rank correlation; `None` where all predictions or all measurements are equal.
+    """
+
+    bias_percent: float
+    mape_percent: float
+    max_error_percent: float
+    within_5_percent: float
+    within_10_percent: float
+    spearman: float | None
+
+
+@dataclass(frozen=True)
+class CheckedNetwork:
+    """One measured network; its prediction comes from a correction that was fitted without it."""
+
+    blocks: int
+    sum_ms: float
+    measured_ms: float
+    predicted_ms: float
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """How far the table can be trusted; every figure is leave-one-out.
+
+    Attributes:
+        method: `"leave-one-out"`: each network is predicted by a correction fitted on the others.
+        networks: The measured networks.
+        forms: Figures of each form of correction.
+        chosen: The form with the least mean absolute error; it is used for prices, fitted on all networks.
+        repeat_noise_percent: Median over networks of the difference between the medians of the first and the
+            second half of the samples, in % of the median: what no prediction can be expected to beat.
+        learning_curve: Number of networks the correction was fitted on, and the mean absolute error in % on
+            the others, mean of 20 random splits.
+        drift_percent: Greatest difference between quarters of time of the sentinel, a block that ran in every
+            round; `None` if it ran fewer than 8 times.
+        unstable_rows: Rows whose median is less certain than the tolerance asked for.
+    """
+
+    networks: tuple[CheckedNetwork, ...]
+    forms: dict[str, Figures]
+    chosen: Form
+    repeat_noise_percent: float
+    learning_curve: tuple[tuple[int, float], ...]
+    drift_percent: float | None
+    unstable_rows: int
+    method: Literal["leave-one-out"] = "leave-one-out"
+
+
+def fit(form: Form, checks: Checks) -> Correction:
+    """Fit a correction by least squares of relative errors; no block above `least_ms` gets a negative price.
+
+    With `base = least_ms * blocks` the prediction is `scale * (sum - base) + floor * blocks + constant`, scale
+    and floor at least 0: `floor` is the price of the cheapest block.
+
+    Raises:
+        TableError: Fewer networks than parameters.
+    """
+    wanted = PARAMETERS[form]
+    count = len(checks.measured_ms)
+    if count < wanted:
+        raise TableError(f"correction {form!r} needs at least {wanted} measured networks, got {count}")
+    if form == "raw":
+        return Correction()
+    from scipy.optimize import lsq_linear
+
+    weight = 1 / checks.measured_ms
+    constant = np.ones(count)
+    target = np.ones(count)
+    if form == "affine_per_block":
+        base = checks.least_ms * checks.blocks
+        design = np.column_stack([checks.sums_ms - base, checks.blocks, constant]) * weight[:, None]
+        solution = lsq_linear(design, target, bounds=([0, 0, -np.inf], np.inf), method="bvls")
+        scale, floor, offset = solution.x.tolist()
+        return Correction(form, scale, floor - scale * checks.least_ms, offset)
+    if form == "affine":
+        design = np.column_stack([checks.sums_ms, constant]) * weight[:, None]
+        solution = lsq_linear(design, target, bounds=([0, -np.inf], np.inf), method="bvls")
+        scale, offset = solution.x.tolist()
+        return Correction(form, scale, 0.0, offset)
+    relative = checks.sums_ms * weight
+    return Correction(form, float(relative.sum() / (relative @ relative)))
+
+
+def figures(predicted_ms: Vector, measured_ms: Vector) -> Figures:
+    """Compare predictions with measurements, each `(n,)`, n at least 1."""
+    from scipy.stats import rankdata
+
+    errors = 100 * (predicted_ms / measured_ms - 1)
+    size = np.abs(errors)
+    varies = np.ptp(predicted_ms) > 0 and np.ptp(measured_ms) > 0
+    ranks = [rankdata(values) for values in (predicted_ms, measured_ms)]
+    return Figures(
+        bias_percent=float(errors.mean()),
+        mape_percent=float(size.mean()),
+        max_error_percent=float(size.max()),
+        within_5_percent=float(100 * (size <= 5).mean()),
+        within_10_percent=float(100 * (size <= 10).mean()),
+        spearman=float(np.corrcoef(*ranks)[0, 1]) if varies else None,
+    )
+
+
+def leave_one_out(form: Form, checks: Checks) -> Vector:
+    """Predict each network by the correction fitted on the others; shape `(n,)`, in ms."""
+    count = len(checks.measured_ms)
+    predicted = np.empty(count)
+    for index in range(count):
+        correction = fit(form, checks.rows(np.arange(count) != index))
+        one = checks.rows(np.array([index]))
+        predicted[index] = correction(one.sums_ms, one.blocks)[0]
+    return predicted
+
+
+def repeat_noise_percent(samples_ms: Sequence[Sequence[float]]) -> float:
+    """Return the median over networks of the difference between both halves of time, in % of the median."""
+    differences = []
+    for samples in samples_ms:
+        first, second = np.array_split(np.asarray(samples), 2)
+        if len(second):
+            difference = abs(np.median(first) - np.median(second)) / np.median(samples)
+            differences.append(100 * float(difference))
+    return float(np.median(differences)) if differences else 0.0
+
+
+def learning_curve(form: Form, checks: Checks, *, seed: int = 0) -> tuple[tuple[int, float], ...]:
+    """Return how the error on other networks falls with the number of networks fitted on.
+
+    Returns:
+        Number of networks and mean absolute error in %, mean of 20 random splits; at least 4 are held out.
+    """
+    count = len(checks.measured_ms)
+    rng = np.random.default_rng(seed)
+    result = []
+    for size in CURVE_SIZES:
+        if size < PARAMETERS[form] or size > count - 4:
+            continue
+        errors = []
+        for _ in range(CURVE_REPEATS):
+            order = rng.permutation(count)
+            correction = fit(form, checks.rows(order[:size]))
+            rest = checks.rows(order[size:])
+            predicted = correction(rest.sums_ms, rest.blocks)
+            errors.append(figures(predicted, rest.measured_ms).mape_percent)
+        result.append((size, float(np.mean(errors))))
+    return tuple(result)
+
+
+def assess(
+    checks: Checks,
+    samples_ms: Sequence[Sequence[float]],
+    *,
+    drift_percent: float | None = None,
+    unstable_rows: int = 0,
+) -> tuple[Correction, ErrorReport]:
+    """Choose the form of correction with the least leave-one-out error, fit it, and report.
+
+    A form needs two networks more than it has parameters.
+
+    Args:
+        checks: The measured networks, at least 2.
+        samples_ms: All samples of each network, in the order of time.
+        drift_percent: Of the sentinel.
+        unstable_rows: How many rows of the table are less certain than asked for.
+
+    Raises:
+        TableError: Fewer than 2 networks, or a time that is not positive.
+    """
+    count = len(checks.measured_ms)
+    if count < 2:
+        raise TableError(f"an error report needs at least 2 measured networks, got {count}")
+    if not (checks.measured_ms > 0).all():
+        raise TableError(f"a measured network took {checks.measured_ms.min()} ms: the timer does not work")
+    forms: list[Form] = [form for form in get_args(Form) if count >= PARAMETERS[form] + 2]
+    predicted = {form: leave_one_out(form, checks) for form in forms}
+    compared = {form: figures(predicted[form], checks.measured_ms) for form in forms}
+    # Of equals the first, which has the fewest parameters.
+    chosen = min(forms, key=lambda form: compared[form].mape_percent)
+    networks = tuple(
+        CheckedNetwork(int(blocks), float(total), float(measured), float(prediction))
+        for blocks, total, measured, prediction in zip(
+            checks.blocks, checks.sums_ms, checks.measured_ms, predicted[chosen], strict=True
+        )
+    )
+    report = ErrorReport(
+        networks=networks,
+        forms=dict(compared),
+        chosen=chosen,
+        repeat_noise_percent=repeat_noise_percent(samples_ms),
+        learning_curve=learning_curve(chosen, checks),
+        drift_percent=drift_percent,
+        unstable_rows=unstable_rows,
+    )
+    return fit(chosen, checks), report

@@ -1,0 +1,111 @@
+"""The file of samples that makes a profile resumable: JSON lines, appended as rounds finish.
+
+Line 1 says what was measured where. A line `{"id": 7, "item": "..."}` names an item before its first sample; a
+line `{"ms": {"7": 0.041}}` is one finished round.
+"""
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from autocompress.errors import StorageError, TableError
+
+SCHEMA: Final = "autocompress.latency_samples"
+VERSION: Final = 1
+
+
+class SampleFile:
+    """Rounds of samples in a file; opening it cuts an incomplete last line, as a kill leaves it.
+
+    Attributes:
+        path: The file.
+        started: When the file was begun, ISO 8601 in UTC.
+        rounds: Finished rounds, item to ms, in the order of time.
+    """
+
+    def __init__(self, path: Path, subject: dict[str, Any]) -> None:
+        """Open the file, or begin it.
+
+        Args:
+            path: The file.
+            subject: What must be equal for samples to be of use: target and device.
+
+        Raises:
+            TableError: The file is damaged before its last line, or of another subject.
+            StorageError: It cannot be read or written.
+        """
+        self.path = path
+        self.rounds: list[dict[str, float]] = []
+        self._names: dict[str, int] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes() if path.exists() else b""
+            whole = text[: text.rfind(b"\n") + 1]
+            if len(whole) < len(text):
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        if not whole:
+            self.started = datetime.now(UTC).isoformat(timespec="seconds")
+            self._write(
+                {"schema": SCHEMA, "version": VERSION, "unit": "ms", "started": self.started, **subject}
+            )
+            return
+        self._read(whole, subject)
+
+    def _read(self, text: bytes, subject: dict[str, Any]) -> None:
+        keys: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                if number == 1:
+                    self._check_header(row, subject)
+                elif "item" in row:
+                    keys[str(row["id"])] = row["item"]
+                else:
+                    samples = {keys[identity]: float(ms) for identity, ms in row["ms"].items()}
+                    if not all(math.isfinite(ms) and ms >= 0 for ms in samples.values()):
+                        raise ValueError("a time must be a finite number >= 0")
+                    self.rounds.append(samples)
+            except TableError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise TableError(
+                    f"{self.path}, line {number} is damaged ({error}): delete the file to measure anew"
+                ) from None
+        self._names = {key: int(identity) for identity, key in keys.items()}
+
+    def _check_header(self, row: Any, subject: dict[str, Any]) -> None:
+        if row.get("schema") != SCHEMA or row.get("version") != VERSION or row.get("unit") != "ms":
+            raise TableError(f"{self.path} is no file of {SCHEMA} version {VERSION} in ms: line 1 is {row}")
+        for name, value in subject.items():
+            if row.get(name) != value:
+                raise TableError(
+                    f"{self.path} has samples of {name} {row.get(name)}, not of {value}: delete it to measure "
+                    "anew, or choose another folder"
+                )
+        self.started = str(row.get("started"))
+
+    def append(self, samples_ms: dict[str, float]) -> None:
+        """Append one finished round.
+
+        Raises:
+            StorageError: The disk is full, or the like.
+        """
+        for key in samples_ms:
+            if key not in self._names:
+                self._names[key] = len(self._names)
+                self._write({"id": self._names[key], "item": key})
+        self._write({"ms": {str(self._names[key]): ms for key, ms in samples_ms.items()}})
+        self.rounds.append(samples_ms)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            # Opened for each line: nothing is buffered when the process is killed.
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error

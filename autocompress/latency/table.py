@@ -1,0 +1,301 @@
+"""The latency table: what every block of a space takes on one target, with the correction to whole networks.
+
+The file is JSON, described in docs/latency-table.md. It is read strictly: a table that anything is wrong with
+is refused, naming the key.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from autocompress.atomic import read_json, write_json
+from autocompress.cost import AdditiveCost, compile_cost
+from autocompress.errors import MissingRowError, PluginError, TableError
+from autocompress.latency.correction import CheckedNetwork, Correction, ErrorReport, Figures, Form
+from autocompress.latency.measure import Measurement
+from autocompress.latency.target import Target, describe_device
+from autocompress.ops import Ops, block_key
+from autocompress.space import SearchSpace
+
+SCHEMA: Final = "autocompress.latency_table"
+VERSION: Final = 1
+UNIT: Final = "ms"
+METRIC: Final = "latency_ms"
+# A fitted price of the cheapest block may come out a rounding error below zero.
+ROUNDING_MS: Final = 1e-9
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Times of blocks on a target, in milliseconds.
+
+    Attributes:
+        target: Runtime, threads and batch.
+        rows: Key of a block (`autocompress.ops.block_key`) to what its single runs took.
+        correction: From sums of rows to whole networks.
+        error_report: How far predictions can be trusted; `None` if no whole network was measured.
+        provenance: Device, versions, date and spaces: what a reader needs to know where the numbers come from.
+    """
+
+    target: Target
+    rows: Mapping[str, Measurement]
+    correction: Correction
+    error_report: ErrorReport | None
+    provenance: Mapping[str, Any]
+
+    def price(self, ops: Ops) -> float:
+        """Return the predicted ms of one block within a network; the constant of a network comes apart.
+
+        Raises:
+            MissingRowError: The table has no row for the block.
+        """
+        key = block_key(ops)
+        if key not in self.rows:
+            raise self._missing([key])
+        return self._corrected(self.rows[key])
+
+    def _corrected(self, row: Measurement) -> float:
+        return self.correction.scale * row.median_ms + self.correction.per_block_ms
+
+    def cost(self, space: SearchSpace) -> AdditiveCost:
+        """Compile the predicted latency of every architecture of a space, in ms.
+
+        Raises:
+            MissingRowError: Blocks of the space have no row.
+            CostError: A block of the space depends on too many options.
+        """
+        missing: list[str] = []
+
+        def price(ops: Ops) -> float:
+            row = self.rows.get(block_key(ops))
+            if row is None:
+                missing.append(block_key(ops))
+                return 0.0
+            return self._corrected(row)
+
+        cost = compile_cost(space, price, METRIC)
+        if missing:
+            raise self._missing(missing)
+        return cost.scaled(1.0, self.correction.constant_ms)
+
+    def _missing(self, keys: list[str]) -> MissingRowError:
+        nearest = difflib.get_close_matches(keys[0], self.rows, n=1, cutoff=0.0)
+        return MissingRowError(
+            f"the latency table of {self.target.name!r} has no row for {len(keys)} "
+            f"block{'s' * (len(keys) > 1)}; the first is {keys[0]!r}; the nearest row is "
+            f"{nearest[0] if nearest else None!r}; measure what is missing with `autocompress profile`"
+        )
+
+    def check_target(self, target: Target, *, device: Mapping[str, Any] | None = None) -> None:
+        """Refuse a table that was measured for another target or on another machine.
+
+        Args:
+            target: What the table is to be used for.
+            device: Where; as `describe_device` says it of this machine, which is the default.
+
+        Raises:
+            TableError: Runtime, threads, batch or device differ; names both.
+        """
+        device = describe_device() if device is None else device
+        measured = {**_conditions(self.target), "device": dict(self.provenance.get("device", {}))}
+        wanted = {**_conditions(target), "device": dict(device)}
+        different = [name for name in wanted if measured[name] != wanted[name]]
+        if different:
+            said = "; ".join(f"{name} is {measured[name]}, not {wanted[name]}" for name in different)
+            raise TableError(
+                f"the latency table of {self.target.name!r} is not for {target.name!r} on this machine: {said}; "
+                "measure another with `autocompress profile`"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as it stands in a file."""
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "unit": UNIT,
+            "target": self.target.describe(),
+            "provenance": dict(self.provenance),
+            "correction": asdict(self.correction),
+            "error_report": None if self.error_report is None else asdict(self.error_report),
+            "rows": {key: asdict(row) for key, row in self.rows.items()},
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the table, whole or not at all.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path: Path) -> "LatencyTable":
+        """Read a table.
+
+        Raises:
+            TableError: The file is absent, damaged, of another schema, version or unit, or a number in it is
+                negative, not finite or not a number; names the key.
+        """
+        payload = read_json(path, TableError, "latency table")
+        try:
+            return _read(_Node(payload, ""))
+        except TableError as error:
+            raise TableError(f"latency table {path}: {error}") from None
+
+
+def _conditions(target: Target) -> dict[str, Any]:
+    return {"runtime": target.runtime, "threads": target.threads, "batch": target.batch}
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A value of a JSON file with its path, for messages."""
+
+    value: Any
+    path: str
+
+    def wrong(self, rule: str) -> TableError:
+        shown = repr(self.value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return TableError(f"{self.path or 'the file'} must be {rule}, got {shown}")
+
+    def object(self, names: Iterable[str] | None = None) -> dict[str, "_Node"]:
+        """Return the members; with `names`, exactly these."""
+        if not isinstance(self.value, dict):
+            raise self.wrong("a JSON object")
+        result = {name: self._member(name) for name in self.value}
+        if names is not None:
+            names = list(names)
+            for name in names:
+                if name not in result:
+                    raise TableError(f"{self._member(name).path} is missing")
+            for name in result:
+                if name not in names:
+                    allowed = ", ".join(names)
+                    raise TableError(f"{self._member(name).path} is not known; allowed: {allowed}")
+        return result
+
+    def _member(self, name: str) -> "_Node":
+        value = self.value.get(name) if isinstance(self.value, dict) else None
+        return _Node(value, f"{self.path}.{name}" if self.path else name)
+
+    def list(self) -> list["_Node"]:
+        if not isinstance(self.value, list):
+            raise self.wrong("a list")
+        return [_Node(value, f"{self.path}[{index}]") for index, value in enumerate(self.value)]
+
+    def number(self, minimum: float = 0.0) -> float:
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong("a finite number")
+        if value < minimum:
+            raise self.wrong(f"at least {minimum:g}")
+        return float(value)
+
+    def integer(self, minimum: int = 0) -> int:
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
+            raise self.wrong(f"an integer >= {minimum}")
+        return self.value
+
+    def equal(self, *allowed: Any) -> Any:
+        if self.value not in allowed or isinstance(self.value, bool):
+            raise self.wrong(" or ".join(repr(value) for value in allowed))
+        return self.value
+
+
+def _read(node: _Node) -> LatencyTable:
+    # Before the names: another version may have other ones.
+    node.object()
+    node._member("schema").equal(SCHEMA)
+    node._member("version").equal(VERSION)
+    top = node.object(
+        ("schema", "version", "unit", "target", "provenance", "correction", "error_report", "rows")
+    )
+    top["unit"].equal(UNIT)
+    target = top["target"].object(field.name for field in fields(Target))
+    try:
+        read_target = Target(
+            str(target["name"].value),
+            target["runtime"].value,
+            target["threads"].integer(1),
+            target["batch"].integer(1),
+        )
+    except (PluginError, TypeError) as error:
+        raise TableError(f"target.runtime: {error}") from None
+    provenance = {name: member.value for name, member in top["provenance"].object().items()}
+    top["provenance"]._member("device").object()
+    rows = {key: _read_row(row) for key, row in top["rows"].object().items()}
+    correction = _read_correction(top["correction"], rows)
+    report = None if top["error_report"].value is None else _read_report(top["error_report"])
+    return LatencyTable(read_target, rows, correction, report, provenance)
+
+
+def _read_row(node: _Node) -> Measurement:
+    row = node.object(field.name for field in fields(Measurement))
+    return Measurement(
+        row["median_ms"].number(),
+        row["spread_ms"].number(),
+        row["p95_ms"].number(),
+        row["count"].integer(1),
+    )
+
+
+def _read_correction(node: _Node, rows: Mapping[str, Measurement]) -> Correction:
+    members = node.object(field.name for field in fields(Correction))
+    correction = Correction(
+        members["form"].equal(*get_args(Form)),
+        members["scale"].number(),
+        members["per_block_ms"].number(-math.inf),
+        members["constant_ms"].number(-math.inf),
+    )
+    least = min((row.median_ms for row in rows.values()), default=0.0)
+    if rows and correction.scale * least + correction.per_block_ms < -ROUNDING_MS:
+        raise members["per_block_ms"].wrong("such that no row gets a negative price")
+    return correction
+
+
+def _read_report(node: _Node) -> ErrorReport:
+    members = node.object(field.name for field in fields(ErrorReport))
+    networks = []
+    for entry in members["networks"].list():
+        network = entry.object(field.name for field in fields(CheckedNetwork))
+        networks.append(
+            CheckedNetwork(
+                network["blocks"].integer(1),
+                network["sum_ms"].number(),
+                network["measured_ms"].number(),
+                network["predicted_ms"].number(-math.inf),
+            )
+        )
+    forms = {}
+    for name, entry in members["forms"].object().items():
+        _Node(name, entry.path).equal(*get_args(Form))
+        values = entry.object(field.name for field in fields(Figures))
+        forms[name] = Figures(
+            values["bias_percent"].number(-math.inf),
+            values["mape_percent"].number(),
+            values["max_error_percent"].number(),
+            values["within_5_percent"].number(),
+            values["within_10_percent"].number(),
+            None if values["spearman"].value is None else values["spearman"].number(-1 - 1e-9),
+        )
+    curve = []
+    for entry in members["learning_curve"].list():
+        pair = entry.list()
+        if len(pair) != 2:
+            raise entry.wrong("a pair: networks, error in %")
+        curve.append((pair[0].integer(1), pair[1].number()))
+    drift = members["drift_percent"]
+    return ErrorReport(
+        networks=tuple(networks),
+        forms=forms,
+        chosen=members["chosen"].equal(*forms),
+        repeat_noise_percent=members["repeat_noise_percent"].number(),
+        learning_curve=tuple(curve),
+        drift_percent=None if drift.value is None else drift.number(),
+        unstable_rows=members["unstable_rows"].integer(),
+        method=members["method"].equal("leave-one-out"),
+    )

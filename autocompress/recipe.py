@@ -1,0 +1,249 @@
+"""Recipes: everything a run needs to know, read from YAML; the stages take its parts as their settings."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autocompress.budget import Budget
+from autocompress.errors import RecipeError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Settings(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSettings(_Settings):
+    """Which data set, and how much of its training part is held out."""
+
+    source: str = "digits"
+    """`digits`, `fashion_mnist`, `cifar10`, `folder`, or `module:function`."""
+    folder: Path | None = None
+    validation: Annotated[float, Field(gt=0)] = 0.2
+    """Share (below 1) or number of training images that are held out and drive every decision."""
+    limit: Positive | None = None
+    """Use only so many training images, the held-out ones included."""
+    seed: int = 0
+
+
+class TaskSettings(_Settings):
+    """What is learned: names known to `autocompress.training.task`, or `module:function`."""
+
+    loss: str = "cross_entropy"
+    metric: str = "accuracy"
+    distillation: str = "soft_cross_entropy"
+
+
+class SpaceSettings(_Settings):
+    """Which search space, and the arguments of its constructor."""
+
+    name: str = "mobilenet_v3"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class TargetSettings(_Settings):
+    """What the network will run on."""
+
+    name: str = "onnxruntime-cpu"
+    threads: Positive = 1
+    batch: Positive = 1
+
+
+class ProfileSettings(_Settings):
+    """How the latency table is measured."""
+
+    table: Path | None = None
+    """An existing table of this target, taken as it is, missing rows added."""
+    networks: Annotated[int, Field(ge=8)] = 40
+    """Whole sub-networks that are measured to correct and to check the table."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
+    min_rounds: Positive = 15
+    max_rounds: Positive = 60
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_rounds > self.max_rounds:
+            raise ValueError(f"min_rounds ({self.min_rounds}) must not exceed max_rounds ({self.max_rounds})")
+        return self
+
+
+class OptimizerSettings(_Settings):
+    """Optimizer, learning rate and its schedule: linear warm-up, then cosine to zero."""
+
+    epochs: Positive = 30
+    batch_size: Positive = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    """Not applied to biases and batch norm."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Largest norm of the gradient."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    shift: Annotated[int, Field(ge=0)] = 2
+    """Random shift of the images, in pixels."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side of a square that is blanked, in pixels."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` times a few steps and takes the faster one, once for a run."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    seed: int = 0
+
+
+class Phase(_Settings):
+    """One phase of progressive shrinking."""
+
+    epochs: Positive
+    elastic: tuple[str, ...] = ()
+    """Last parts of the names of the choices that vary, such as `kernel`; others stay at their largest."""
+    networks: Positive = 1
+    """Random sub-networks a step."""
+
+
+class TrainSettings(OptimizerSettings):
+    """How the supernet is trained."""
+
+    schedule: Literal["sandwich", "progressive"] = "sandwich"
+    random_networks: Annotated[int, Field(ge=0)] = 2
+    """Random sub-networks a step of the sandwich, besides the largest and the smallest."""
+    phases: tuple[Phase, ...] = ()
+    """Of progressive shrinking, after `epochs` epochs of the largest network, which is then the teacher."""
+
+    @model_validator(mode="after")
+    def _phases(self) -> Self:
+        if (self.schedule == "progressive") != bool(self.phases):
+            raise ValueError("phases belong to schedule 'progressive', which needs at least one")
+        return self
+
+
+class SearchSettings(_Settings):
+    """How the supernet is searched."""
+
+    budget: dict[str, float | str] = Field(default_factory=lambda: {"latency_ms": "60%"})
+    """Metric to limit: `latency_ms`, `macs` (or `flops`), `params`, `size_bytes`; a number or text such as
+    "60%" of the largest network, "300M"."""
+    strategy: str = "evolution"
+    options: dict[str, Any] = Field(default_factory=dict)
+    evaluations: Positive = 100
+    """Paid evaluations of supernet slices, those that train the predictor included."""
+    predictor: Literal["none", "ridge", "mlp"] = "ridge"
+    """What scores candidates between paid evaluations; `none` pays for every candidate."""
+    candidates: Positive = 5000
+    """Candidates that the strategy may have scored by the predictor."""
+    finalists: Positive = 20
+    """Paid evaluations of the candidates that the predictor likes best."""
+    calibration_images: Positive = 512
+    """Training images for the batch-norm statistics of a sub-network."""
+    seed: int = 0
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        Budget.of(value)
+        return value
+
+    @model_validator(mode="after")
+    def _finalists(self) -> Self:
+        if self.predictor != "none" and self.finalists >= self.evaluations:
+            raise ValueError(
+                f"finalists ({self.finalists}) must be below evaluations ({self.evaluations}): the rest trains "
+                "the predictor"
+            )
+        return self
+
+
+class FinetuneSettings(OptimizerSettings):
+    """How the winner is finetuned with knowledge distillation from the largest sub-network."""
+
+    epochs: Positive = 10
+    learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    alpha: Fraction = 0.9
+    """Weight of the distillation loss; the loss on the labels has `1 - alpha`."""
+
+
+class ExportSettings(_Settings):
+    """Which formats are written."""
+
+    formats: tuple[Literal["onnx", "torch_export", "safetensors"], ...] = ("onnx", "torch_export", "safetensors")
+
+
+class Recipe(_Settings):
+    """A whole run, from data and budget to an exported network."""
+
+    data: DataSettings = DataSettings()
+    task: TaskSettings = TaskSettings()
+    space: SpaceSettings = SpaceSettings()
+    target: TargetSettings = TargetSettings()
+    profile: ProfileSettings = ProfileSettings()
+    train: TrainSettings = TrainSettings()
+    search: SearchSettings = SearchSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    export: ExportSettings = ExportSettings()
+    random_networks: Positive = 3
+    """Random networks at the same budget in the final comparison."""
+    threads: Positive | None = None
+    """Threads of training and search; all cores by default. Latency uses the target's own."""
+
+
+def parse_recipe(payload: Any, source: str = "the recipe") -> Recipe:
+    """Check a recipe that was read from YAML or made by hand.
+
+    Raises:
+        RecipeError: Each finding with the path of its key, the value and what is allowed.
+    """
+    if payload is None:
+        payload = {}
+    if not isinstance(payload, dict):
+        raise RecipeError(f"{source} must be a mapping of {', '.join(Recipe.model_fields)}, got {payload!r}")
+    try:
+        return Recipe.model_validate(payload)
+    except ValidationError as error:
+        lines = [_explain(finding) for finding in error.errors()]
+        raise RecipeError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(finding: Any) -> str:
+    path = ".".join(str(part) for part in finding["loc"]) or "(top)"
+    if finding["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in finding["loc"][:-1]:
+            annotation = model.model_fields[part].annotation if isinstance(part, str) else model
+            model = Phase if part == "phases" else annotation
+        return f"{path}: unknown key; allowed here: {', '.join(sorted(model.model_fields))}"
+    return f"{path}: {finding['msg']}, got {finding['input']!r}"
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file; relative paths in it are relative to the file.
+
+    Raises:
+        RecipeError: The file is absent, no YAML, or not a valid recipe.
+    """
+    import yaml
+
+    try:
+        payload = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    recipe = parse_recipe(payload, f"recipe {path}")
+    updates: dict[str, Any] = {}
+    if recipe.data.folder is not None:
+        folder = (path.parent / recipe.data.folder.expanduser()).resolve()
+        updates["data"] = recipe.data.model_copy(update={"folder": folder})
+    if recipe.profile.table is not None:
+        table = (path.parent / recipe.profile.table.expanduser()).resolve()
+        updates["profile"] = recipe.profile.model_copy(update={"table": table})
+    return recipe.model_copy(update=updates)
+
+

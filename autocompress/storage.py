@@ -1,0 +1,236 @@
+"""Where a search keeps what it has seen: paid evaluations in an Optuna storage, scored candidates in a stream.
+
+Resuming is replaying: strategies are deterministic, so a search that starts again asks the same
+architectures, and finds their outcomes here instead of evaluating them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import StorageError
+from autocompress.space import Codes, SearchSpace
+from autocompress.trial import Outcome, Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+HISTORY_SCHEMA = "autocompress.history"
+
+
+class TrialStorage:
+    """Paid evaluations as trials of an Optuna study; `optuna-dashboard` opens it.
+
+    Args:
+        storage: Path of a journal file, or URL of any Optuna storage.
+        study: Name of the study.
+        identity: What the trials belong to; kept in the study and compared when it is opened again.
+
+    Raises:
+        StorageError: It cannot be opened, is damaged, or belongs to another search.
+    """
+
+    def __init__(self, storage: Path | str, *, study: str, identity: Mapping[str, Any]) -> None:
+        """Open or create the study."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._where = str(storage)
+        try:
+            backend: Any = storage
+            if isinstance(storage, Path):
+                storage.parent.mkdir(parents=True, exist_ok=True)
+                backend = _journal(storage)
+            self._study = optuna.create_study(
+                storage=backend, study_name=study, direction="maximize", load_if_exists=True
+            )
+            known = self._study.user_attrs.get("identity")
+            if known is None:
+                self._study.set_user_attr("identity", _plain(identity))
+        except OSError as error:
+            raise StorageError(f"cannot open the trials at {storage}: {error.strerror or error}") from error
+        except (KeyError, ValueError, json.JSONDecodeError) as error:
+            raise StorageError(f"the trials at {storage} are damaged: {error}") from error
+        if known is not None and known != _plain(identity):
+            differing = [key for key in {*known, *identity} if known.get(key) != _plain(identity).get(key)]
+            raise StorageError(
+                f"the trials at {storage} belong to another search: {', '.join(sorted(differing))} differ; use "
+                "another run directory or study name"
+            )
+
+    def add(self, trial: Trial, space: SearchSpace, objective: str) -> None:
+        """Append one finished trial.
+
+        Raises:
+            StorageError: It cannot be written; what was there is unchanged.
+        """
+        import optuna
+
+        settings = dict(trial.architecture.settings)
+        choices = [choice for choice in space.choices if choice.name in settings]
+        measured = trial.outcome == Outcome.MEASURED
+        states = optuna.trial.TrialState
+        frozen = optuna.trial.create_trial(
+            state=states.COMPLETE if measured else states.FAIL,
+            value=trial.metrics[objective] if measured else None,
+            params={choice.name: settings[choice.name] for choice in choices},
+            distributions={
+                choice.name: optuna.distributions.CategoricalDistribution(choice.options) for choice in choices
+            },
+            user_attrs={
+                "architecture": trial.architecture.to_json(),
+                "costs": dict(trial.costs),
+                "metrics": dict(trial.metrics),
+                "outcome": trial.outcome.name,
+                "error": trial.error,
+            },
+        )
+        try:
+            self._study.add_trial(frozen)
+        except OSError as error:
+            raise StorageError(f"cannot write trials to {self._where}: {error.strerror or error}") from error
+
+    def load(self, space: SearchSpace) -> list[Trial]:
+        """Return every finished trial, in order.
+
+        Raises:
+            StorageError: A trial cannot be read back.
+        """
+        trials = []
+        for frozen in self._study.get_trials(deepcopy=False):
+            attributes = frozen.user_attrs
+            if "architecture" not in attributes:
+                continue
+            try:
+                trials.append(
+                    Trial(
+                        number=len(trials),
+                        architecture=space.from_json(attributes["architecture"]),
+                        costs=attributes["costs"],
+                        metrics=attributes["metrics"],
+                        outcome=Outcome[attributes["outcome"]],
+                        error=attributes["error"],
+                    )
+                )
+            except (KeyError, ValueError) as error:
+                raise StorageError(f"trial {frozen.number} at {self._where} is damaged: {error}") from error
+        return trials
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mapping as it comes back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+    return plain
+
+
+def _journal(path: Path) -> "optuna.storages.JournalStorage":
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend(
+        str(path), lock_obj=optuna.storages.journal.JournalFileOpenLock(str(path))
+    )
+    if path.exists():
+        cut_incomplete_line(path)
+    return optuna.storages.JournalStorage(backend)
+
+
+def cut_incomplete_line(path: Path) -> None:
+    """Remove a last line without its end, as a kill leaves it: the next append would damage the journal.
+
+    Done under a lock, so that a line that another process is writing is not cut.
+
+    Raises:
+        StorageError: The file cannot be read or written.
+    """
+    import fcntl
+
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0, os.SEEK_END)
+            end = position = file.tell()
+            while position:
+                start = max(0, position - 4096)
+                file.seek(start)
+                newline = file.read(position - start).rfind(b"\n")
+                if newline >= 0:
+                    position = start + newline + 1
+                    break
+                position = start
+            if position < end:
+                file.truncate(position)
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
+
+
+class History:
+    """Candidates that were scored by a predictor or a table: fixed-size records, appended.
+
+    The file is a line of JSON that says what it belongs to, then one record a candidate: the codes as bytes,
+    the score and each cost as doubles. What a kill leaves of a record is cut when it is opened.
+
+    Args:
+        path: The file.
+        space: Whose candidates.
+        costs: Names of the costs.
+        identity: What they belong to; with another one the file is started again.
+
+    Raises:
+        StorageError: It cannot be opened.
+    """
+
+    def __init__(
+        self, path: Path, space: SearchSpace, costs: tuple[str, ...], identity: Mapping[str, Any]
+    ) -> None:
+        """Open the file, or start it."""
+        self._dtype = np.dtype(
+            [("codes", "u1", (len(space.choices),)), ("score", "<f8"), ("costs", "<f8", (len(costs),))]
+        )
+        head = {"schema": HISTORY_SCHEMA, "version": 1, "costs": list(costs), **_plain(identity)}
+        line = (json.dumps(head, sort_keys=True) + "\n").encode()
+        self.path, self._start = path, len(line)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                file.seek(0)
+                if file.read(len(line)) != line:
+                    file.truncate(0)
+                    file.write(line)
+                    return
+                size = file.seek(0, os.SEEK_END)
+                file.truncate(size - (size - self._start) % self._dtype.itemsize)
+        except OSError as error:
+            raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
+
+    def append(self, codes: Codes, scores: NDArray[np.float64], costs: NDArray[np.float64]) -> None:
+        """Add records.
+
+        Args:
+            codes: `(n, choices)`.
+            scores: `(n,)`.
+            costs: `(n, costs)`.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        records = np.zeros(len(codes), dtype=self._dtype)
+        records["codes"], records["score"], records["costs"] = codes, scores, costs
+        try:
+            with self.path.open("ab") as file:
+                file.write(records.tobytes())
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def load(self) -> tuple[Codes, NDArray[np.float64]]:
+        """Return the codes `(n, choices)` and scores `(n,)` of every record."""
+        try:
+            content = self.path.read_bytes()[self._start :]
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
+        records = np.frombuffer(content, dtype=self._dtype)
+        return records["codes"].astype(np.int64), records["score"].copy()

@@ -1,0 +1,77 @@
+"""A toy space with conditions and everything around it, small enough to check by enumeration."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+
+from autocompress.budget import Budget, Constraints
+from autocompress.cost import OPERATION_METRICS, Values, operation_cost
+from autocompress.ops import Conv2d, Ops
+from autocompress.space import Block, Choice, Codes, Option, SearchSpace
+from autocompress.trial import Batch, Outcome
+
+RESOLUTIONS = (8, 12)
+KERNELS = (1, 3, 5)
+
+
+def _convolution(index: int, resolution: Option, depth: Option, kernel: Option) -> Ops:
+    if index > int(depth):
+        return ()
+    return (Conv2d(4, 4, int(resolution), int(resolution), kernel=int(kernel), activation="relu"),)
+
+
+def toy_space(blocks: int = 6) -> SearchSpace:
+    """Make a chain of up to `blocks` convolutions: elastic resolution, depth and kernels.
+
+    A kernel has an effect only where the depth reaches its block, so there are
+    `2 * sum over d = 1..blocks of 3^d` networks: 2,184 by default, 24 with two blocks.
+    """
+    depths = tuple(range(1, blocks + 1))
+    choices = [Choice("resolution", RESOLUTIONS), Choice("depth", depths)]
+    parts = []
+    for index in depths:
+        condition = () if index == 1 else (("depth", depths[index - 1 :]),)
+        choices.append(Choice(f"block{index}.kernel", KERNELS, active_when=condition))
+        names = ("resolution", "depth", f"block{index}.kernel")
+        parts.append(Block(f"block{index}", names, partial(_convolution, index)))
+    return SearchSpace("toy", tuple(choices), tuple(parts), settings={"blocks": blocks})
+
+
+def toy_constraints(budget: str = "macs=50%", *, blocks: int = 6) -> Constraints:
+    """Resolve a budget on the toy space; its costs are MACs, parameters and bytes.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits.
+    """
+    space = toy_space(blocks)
+    costs = [operation_cost(space, metric) for metric in OPERATION_METRICS]
+    return Budget.parse(budget).resolve(space, costs)
+
+
+def every_network(space: SearchSpace) -> Codes:
+    """Return all canonical rows of a small space, in lexicographic order."""
+    rows = np.array(list(itertools.product(*(range(int(count)) for count in space.counts))), dtype=np.int64)
+    canonical: Codes = rows[(rows == space.canonical(rows)).all(axis=1)]
+    return canonical
+
+
+def toy_score(space: SearchSpace, codes: Codes) -> Values:
+    """Return a stand-in for accuracy, 0..1: larger networks are better, with smaller and smaller gains."""
+    size = (codes * space.active(codes)).sum(axis=1)
+    score: Values = np.sqrt(size / float((space.counts - 1).sum()))
+    return score
+
+
+def toy_batch(
+    constraints: Constraints,
+    codes: Codes,
+    outcome: Outcome = Outcome.MEASURED,
+    *,
+    objective: str = "accuracy",
+) -> Batch:
+    """Return what an engine would tell of these rows if all had this outcome."""
+    measured = outcome == Outcome.MEASURED
+    values = toy_score(constraints.space, codes) if measured else np.full(len(codes), np.nan)
+    outcomes = np.full(len(codes), outcome, dtype=np.int8)
+    return Batch(codes, constraints.price(codes), {objective: values}, outcomes)

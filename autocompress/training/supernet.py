@@ -1,0 +1,217 @@
+"""Supernet training: the sandwich rule with in-place distillation, and progressive shrinking.
+
+Sources: Yu & Huang, Universally Slimmable Networks, ICCV 2019 (sandwich rule, in-place distillation);
+Yu et al., BigNAS, ECCV 2020; Cai et al., Once-for-All, ICLR 2020 (progressive shrinking).
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.elastic.extract import only_active
+from autocompress.elastic.importance import sort_channels
+from autocompress.elastic.recalibrate import recalibrate
+from autocompress.elastic.supernet import Supernet
+from autocompress.errors import RecipeError
+from autocompress.progress import Progress, silent
+from autocompress.recipe import Phase, TrainSettings
+from autocompress.space import Architecture, Codes
+from autocompress.training.data import DataSet
+from autocompress.training.evaluate import calibration_batches, evaluate
+from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
+from autocompress.training.speed import autocast, choose_formats
+from autocompress.training.task import Task
+
+VALIDATIONS = 10
+CALIBRATION_IMAGES = 512
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def train_supernet(
+    supernet: Supernet,
+    data: DataSet,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> Position:
+    """Train a supernet in place, from its checkpoint if there is one.
+
+    Sandwich rule, each step: the largest network on the labels, whose detached outputs then teach some random
+    networks and the smallest; gradients are summed. Progressive shrinking: first the largest network alone;
+    then phases in which more and more choices vary, random networks only, taught by the labels and by the
+    largest network as it was after the first phase.
+
+    Args:
+        supernet: Trained in place; its memory format may change.
+        data: Train part for the weights, validation part for the scores that are reported.
+        task: Losses and metric.
+        settings: Schedule and optimizer.
+        checkpoint: Path of the checkpoint; none is written without.
+        progress: Told steps and losses.
+
+    Returns:
+        The final position: losses, validation scores, roll-backs, precision.
+
+    Raises:
+        TrainingError: Training collapsed again after every roll-back.
+        CheckpointError: The checkpoint is damaged or belongs to another space or settings.
+        RecipeError: A phase names a choice the space does not have.
+    """
+    space = supernet.space
+    largest, smallest = space.decode(np.vstack([space.largest(), space.smallest()]))
+    phases = _phases(supernet, settings)
+    epochs = sum(phase.epochs for phase in phases)
+    starts = np.cumsum([0] + [phase.epochs for phase in phases])[:-1].tolist()
+    per_epoch = steps_per_epoch(data, settings)
+    calibration = calibration_batches(data, CALIBRATION_IMAGES, seed=settings.seed)
+    loss_on_labels = task.training_loss(settings.label_smoothing)
+    formats: dict[str, str] = {}
+    # The largest network after the first phase of progressive shrinking, by parameter name.
+    frozen: dict[str, Any] = {}
+
+    def phase_of(epoch: int) -> Phase:
+        return phases[max(i for i, start in enumerate(starts) if start <= epoch)]
+
+    def forward(images: Tensor, arch: Architecture) -> Tensor:
+        with autocast(formats["precision"]):
+            return supernet(images, arch).float()
+
+    def sampled(step: int) -> list[Architecture]:
+        epoch = step // per_epoch
+        phase = phase_of(epoch)
+        rng = np.random.default_rng((settings.seed, 1, step))
+        if not phase.elastic:
+            return []
+        return space.decode(restricted_sample(supernet, phase.elastic, phase.networks, rng))
+
+    def sandwich(images: Tensor, targets: Tensor, step: int) -> float:
+        images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
+        outputs = forward(images, largest)
+        loss = loss_on_labels(outputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        teacher = outputs.detach()
+        for arch in [*sampled(step), smallest]:
+            task.distillation(forward(images, arch), teacher).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def progressive(images: Tensor, targets: Tensor, step: int) -> float:
+        images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
+        if step < starts[1] * per_epoch:
+            loss = loss_on_labels(forward(images, largest), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+        with torch.no_grad():
+            teacher = torch.func.functional_call(supernet, frozen, (images, largest)).float()
+        total = 0.0
+        archs = sampled(step)
+        for arch in archs:
+            outputs = forward(images, arch)
+            loss = loss_on_labels(outputs, targets)
+            (loss + task.distillation(outputs, teacher)).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total / len(archs)
+
+    def before_epoch(epoch: int) -> None:
+        if settings.schedule == "progressive" and epoch == starts[1]:
+            if any(name == "expand" for phase in phases for name in phase.elastic):
+                sort_channels(supernet)
+            frozen.update({name: p.detach().clone() for name, p in supernet.named_parameters()})
+
+    def guard(step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        if settings.schedule == "sandwich" or step < starts[1] * per_epoch:
+            return nullcontext()  # the largest network takes part: everything is active
+        return only_active(supernet, optimizer, sampled(step))
+
+    def validate(epoch: int, position: Position) -> None:
+        every = max(1, epochs // VALIDATIONS)
+        if (epoch + 1) % every and epoch + 1 != epochs:
+            return
+        for name, arch in (("largest", largest), ("smallest", smallest)):
+            statistics = recalibrate(supernet, arch, calibration)
+            scored = evaluate(
+                lambda x, a=arch, s=statistics: supernet(x, a, statistics=s),  # type: ignore[misc]
+                data.validation,
+                task.score,
+                memory_format=FORMATS[formats["memory_format"]],
+            )
+            position.scores.append([epoch + 1, name, scored.mean])
+
+    compute = sandwich if settings.schedule == "sandwich" else progressive
+
+    def prepare(position: Position) -> None:
+        if not position.choices:
+            images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
+
+            def timed(precision: str, memory: str) -> None:
+                formats.update(precision=precision, memory_format=memory)
+                supernet.to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
+                compute(images, targets, 0)
+                supernet.zero_grad(set_to_none=True)
+
+            position.choices = dict(choose_formats(settings, timed))
+        formats.update(position.choices)
+        supernet.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
+
+    return run_epochs(
+        supernet,
+        data,
+        settings,
+        compute,
+        epochs=epochs,
+        identity=supernet_identity(supernet, data, settings),
+        checkpoint=checkpoint,
+        extra_state=frozen,
+        validate=validate,
+        guard=guard,
+        prepare=prepare,
+        before_epoch=before_epoch,
+        progress=progress,
+    )
+
+
+def supernet_identity(supernet: Supernet, data: DataSet, settings: TrainSettings) -> Mapping[str, Any]:
+    """Return what a checkpoint of a supernet must belong to."""
+    return {
+        "kind": "supernet",
+        "space": supernet.space.describe(),
+        "data": data.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
+def _phases(supernet: Supernet, settings: TrainSettings) -> list[Phase]:
+    kinds = sorted({choice.name.rpartition(".")[2] for choice in supernet.space.choices})
+    if settings.schedule == "sandwich":
+        # Without random networks nothing varies: the sandwich is the largest and the smallest alone.
+        varying = tuple(kinds) if settings.random_networks else ()
+        return [Phase(epochs=settings.epochs, elastic=varying, networks=max(settings.random_networks, 1))]
+    for phase in settings.phases:
+        for name in phase.elastic:
+            if name not in kinds:
+                raise RecipeError(f"train.phases: the space has no choices named {name!r}; it has {kinds}")
+    return [Phase(epochs=settings.epochs), *settings.phases]
+
+
+def restricted_sample(
+    supernet: Supernet, elastic: tuple[str, ...], n: int, rng: np.random.Generator
+) -> Codes:
+    """Draw networks in which only choices of some kinds vary, uniform over their genes.
+
+    Args:
+        supernet: Whose space.
+        elastic: Last parts of the names of the choices that vary; all others are at their largest.
+        n: How many.
+        rng: Source of randomness.
+    """
+    space = supernet.space
+    codes = (rng.random((n, len(space.choices))) * space.counts).astype(np.int64)
+    varies = np.array([choice.name.rpartition(".")[2] in elastic for choice in space.choices])
+    return space.canonical(np.where(varies, codes, space.counts - 1))

@@ -1,0 +1,253 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from autocompress.budget import Constraints
+from autocompress.errors import EvaluationError, InfeasibleBudgetError, RecipeError
+from autocompress.space import Codes
+from autocompress.strategy import Strategy
+from autocompress.testing.strategy import StrategyContract
+from autocompress.testing.toys import every_network, toy_batch, toy_constraints, toy_score
+from autocompress.trial import Batch, Outcome
+from strategies.evolution import AgingEvolution, ElitistEvolution, _Breeding
+from strategies.random_search import RandomSearch
+
+Make = Callable[..., Strategy]
+BOTH = pytest.mark.parametrize("make", [AgingEvolution, ElitistEvolution])
+
+
+class TestAgingEvolution(StrategyContract):
+    def make(self, constraints: Constraints, seed: int) -> Strategy:
+        return AgingEvolution(constraints, seed=seed, population=12, sample_size=4)
+
+
+class TestElitistEvolution(StrategyContract):
+    def make(self, constraints: Constraints, seed: int) -> Strategy:
+        return ElitistEvolution(constraints, seed=seed, population=12)
+
+
+class TestElitistEvolutionThatMutatesOnly(StrategyContract):
+    def make(self, constraints: Constraints, seed: int) -> Strategy:
+        return ElitistEvolution(constraints, seed=seed, population=5, mutation_ratio=1.0, parent_ratio=0.0)
+
+
+def told(constraints: Constraints, codes: Codes, values: list[float]) -> Batch:
+    measured = np.full(len(codes), Outcome.MEASURED, dtype=np.int8)
+    return Batch(codes, constraints.price(codes), {"accuracy": np.array(values)}, measured)
+
+
+def distance(one: Codes, other: Codes) -> int:
+    return int((one != other).sum())
+
+
+def run(strategy: Strategy, constraints: Constraints, evaluations: int, n: int) -> float:
+    best = -np.inf
+    while evaluations > 0:
+        codes = strategy.ask(min(n, evaluations))
+        evaluations -= len(codes)
+        strategy.tell(toy_batch(constraints, codes))
+        best = max(best, float(toy_score(constraints.space, codes).max()))
+    return best
+
+
+@BOTH
+def test_evolution_beats_random_search(make: Make) -> None:
+    constraints = toy_constraints(blocks=10)
+    wins = 0
+    for seed in range(12):
+        evolved = run(make(constraints, seed=seed, population=20), constraints, 200, 20)
+        wins += evolved > run(RandomSearch(constraints, seed=seed), constraints, 200, 20)
+    # If it were no better, P(>= 10 of 12) <= 0.019; ties count as losses.
+    assert wins >= 10
+
+
+@BOTH
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_whatever_the_size_of_the_asks_it_finds_the_best_network_of_a_small_space(make: Make, n: int) -> None:
+    constraints = toy_constraints(blocks=4)
+    networks = every_network(constraints.space)
+    feasible = networks[constraints.feasible(networks)]
+    best = toy_score(constraints.space, feasible).max()
+    found = sum(
+        run(make(constraints, seed=seed, population=20), constraints, 100, n) == best for seed in range(10)
+    )
+    # Random search finds it with probability 100 / 196 = 0.51, so at least 8 of 10 times with 0.06.
+    assert len(feasible) == 196
+    assert found >= 8
+
+
+@BOTH
+def test_the_largest_value_wins_not_the_smallest(make: Make) -> None:
+    constraints = toy_constraints("macs=100%")
+    options = {"sample_size": 4} if make is AgingEvolution else {"parent_ratio": 0.25, "mutation_ratio": 1.0}
+    strategy = make(constraints, seed=1, population=4, mutation_rate=0.0, **options)
+    founders = strategy.ask(4)
+    strategy.tell(told(constraints, founders, [0.1, 0.9, 0.2, 0.3]))
+    children = strategy.ask(4)
+    # One gene of the parent changes; a change of depth also resets genes, so the depth must be the same.
+    same_depth = children[children[:, 1] == founders[1, 1]]
+    near = [distance(child, founders[1]) for child in same_depth]
+    if make is ElitistEvolution:
+        assert near == [1] * len(near)
+        assert len(near)
+    else:
+        # Four contestants with repetition miss the best of four with probability (3/4)^4 = 0.32.
+        assert 1 in near
+
+
+def test_the_oldest_dies_even_if_it_is_the_best() -> None:
+    constraints = toy_constraints("macs=100%")
+    strategy = AgingEvolution(constraints, seed=2, population=8, sample_size=8, deduplicate=False)
+    first = strategy.ask(8)
+    strategy.tell(told(constraints, first, [1.0] * 8))
+    second = strategy.ask(8)
+    strategy.tell(told(constraints, second, [0.5] * 8))
+    # Every child is one gene away from a living member; a change of depth may switch further genes off.
+    for child in strategy.ask(8):
+        near = [distance(child, parent) for parent in second if parent[1] == child[1]]
+        assert 1 in near or all(distance(child[:1], parent[:1]) == 0 for parent in second) or not near
+
+
+def test_an_elite_stays_until_it_is_beaten() -> None:
+    constraints = toy_constraints("macs=100%")
+    strategy = ElitistEvolution(
+        constraints, seed=3, population=4, mutation_ratio=1.0, mutation_rate=0.0, deduplicate=False
+    )
+    elite = strategy.ask(4)
+    strategy.tell(told(constraints, elite, [1.0, 0.0, 0.0, 0.0]))
+    for _ in range(3):
+        children = strategy.ask(4)
+        same_depth = children[children[:, 1] == elite[0, 1]]
+        assert [distance(child, elite[0]) for child in same_depth] == [1] * len(same_depth)
+        strategy.tell(told(constraints, children, [0.5, 0.6, 0.7, 0.8]))
+
+
+def test_a_generation_can_be_asked_and_told_in_pieces() -> None:
+    constraints = toy_constraints()
+    whole = ElitistEvolution(constraints, seed=4, population=10)
+    pieces = ElitistEvolution(constraints, seed=4, population=10)
+    for _ in range(4):
+        codes = whole.ask(1000)
+        assert len(codes) == 10
+        parts = [pieces.ask(3), pieces.ask(4)]
+        pieces.tell(toy_batch(constraints, parts[0]))
+        parts.append(pieces.ask(100))
+        assert len(pieces.ask(5)) == 0, "nothing more until the generation was told"
+        pieces.tell(toy_batch(constraints, parts[1]))
+        assert len(pieces.ask(5)) == 0
+        pieces.tell(toy_batch(constraints, parts[2]))
+        whole.tell(toy_batch(constraints, codes))
+        np.testing.assert_array_equal(np.vstack(parts), codes)
+
+
+def test_aging_waits_for_a_sample_of_the_founders_only() -> None:
+    constraints = toy_constraints()
+    strategy = AgingEvolution(constraints, seed=5, population=8, sample_size=3)
+    founders = strategy.ask(20)
+    assert len(founders) == 8
+    assert len(strategy.ask(2)) == 0
+    strategy.tell(toy_batch(constraints, founders[:3]))
+    assert len(strategy.ask(2)) == 2
+
+
+@BOTH
+def test_values_that_are_not_finite_have_no_children(make: Make) -> None:
+    constraints = toy_constraints("macs=100%")
+    options = {"sample_size": 4} if make is AgingEvolution else {"mutation_ratio": 1.0}
+    strategy = make(constraints, seed=6, population=4, mutation_rate=0.0, **options)
+    founders = strategy.ask(4)
+    strategy.tell(told(constraints, founders, [np.nan, np.inf, 0.1, -np.inf]))
+    for child in strategy.ask(4):
+        assert distance(child, founders[2]) == 1 or child[1] != founders[2, 1]
+
+
+@BOTH
+def test_under_a_tight_budget_generations_are_still_full(make: Make) -> None:
+    constraints = toy_constraints("macs=8%", blocks=10)
+    strategy = make(constraints, seed=7, population=20)
+    rows = []
+    for _ in range(10):
+        rows.append(strategy.ask(20))
+        strategy.tell(toy_batch(constraints, rows[-1]))
+    assert len(np.unique(np.vstack(rows), axis=0)) == 200
+
+
+def test_children_over_the_budget_keep_what_they_can() -> None:
+    constraints = toy_constraints("macs=30%", blocks=10)
+    space, rng = constraints.space, np.random.default_rng(0)
+    parents = constraints.sample(500, rng)
+    children = space.sample(500, rng)
+    breeding = _Breeding(constraints, rng, rate=0.1, deduplicate=True)
+    repaired = breeding._repaired(children, parents)
+    fits = constraints.feasible(children)
+    assert 0.2 < fits.mean() < 0.8
+    assert constraints.feasible(repaired).all()
+    np.testing.assert_array_equal(repaired[fits], children[fits])
+    np.testing.assert_array_equal(repaired, space.canonical(repaired))
+    # Every gene is the parent's or the child's, or has no effect.
+    from_either = (repaired == parents) | (repaired == children) | ~space.active(repaired)
+    assert from_either.all()
+    # They stop as soon as they fit: on average they use more of the budget than their parents.
+    macs = constraints.costs["macs"]
+    assert macs.of(repaired[~fits]).mean() > 1.1 * macs.of(parents[~fits]).mean()
+    assert (repaired[~fits] != parents[~fits]).any(axis=1).mean() > 0.8
+
+
+@BOTH
+def test_without_deduplication_an_architecture_can_come_again(make: Make) -> None:
+    constraints = toy_constraints(blocks=2)
+    feasible = int(constraints.feasible(every_network(constraints.space)).sum())
+    strategy = make(constraints, seed=8, population=8, deduplicate=False)
+    asked = 0
+    for _ in range(10):
+        codes = strategy.ask(8)
+        asked += len(codes)
+        assert constraints.feasible(codes).all()
+        strategy.tell(toy_batch(constraints, codes))
+    assert asked == 80 > feasible
+
+
+@BOTH
+def test_a_metric_that_the_evaluator_does_not_give_is_an_error(make: Make) -> None:
+    constraints = toy_constraints()
+    strategy = make(constraints, seed=0, objective="f1")
+    batch = toy_batch(constraints, strategy.ask(3))
+    with pytest.raises(EvaluationError, match="maximises 'f1', but the evaluator gives accuracy"):
+        strategy.tell(batch)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"population": 0}, "population must be an integer >= 1, got 0"),
+        ({"population": 2.5}, r"population must be an integer >= 1, got 2\.5"),
+        ({"mutation_rate": 1.5}, r"mutation_rate must be in 0\.\.1, got 1\.5"),
+        ({"mutation_rate": float("nan")}, r"mutation_rate must be in 0\.\.1, got nan"),
+        ({"seed": -1}, "seed must be an integer >= 0, got -1"),
+    ],
+)
+def test_options_are_checked_when_the_search_is_made(
+    make: Make, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make(toy_constraints(), **{"seed": 0, **options})
+
+
+def test_a_sample_is_at_most_the_population() -> None:
+    with pytest.raises(RecipeError, match=r"sample_size must be in 1\.\.10, got 11"):
+        AgingEvolution(toy_constraints(), seed=0, population=10, sample_size=11)
+
+
+@pytest.mark.parametrize("option", ["parent_ratio", "mutation_ratio"])
+def test_ratios_are_shares(option: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{option} must be in 0\.\.1, got -0\.1"):
+        ElitistEvolution(toy_constraints(), seed=0, **{option: -0.1})  # type: ignore[arg-type]
+
+
+@BOTH
+def test_a_budget_that_nothing_fits_is_refused_when_the_search_is_made(make: Make) -> None:
+    constraints = toy_constraints()
+    with pytest.raises(InfeasibleBudgetError, match="nearest feasible budget"):
+        make(Constraints(constraints.space, constraints.costs, {"macs": 1.0}), seed=0)
