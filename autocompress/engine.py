@@ -94,6 +94,7 @@ def search(
         scored=0 if evaluator.paid else memory.evaluated,
         asked=asked,
         notes=dict(identity or {}),
+        candidates=memory.candidates(),
     )
 
 
@@ -206,6 +207,15 @@ class _Memory:
             self._note(float(scores[feasible].max()))
         outcomes = np.where(feasible, Outcome.MEASURED, Outcome.INFEASIBLE).astype(np.int8)
         return Batch(codes, costs, {self.objective: scores}, outcomes)
+
+    def candidates(self) -> Batch | None:
+        """Return what an evaluator that is not paid scored in this search; `None` for paid ones."""
+        if self.evaluator.paid or not self._known:
+            return None
+        codes = np.array([np.frombuffer(key, dtype=np.int64) for key in self._known])
+        scores = np.array([self._scores[key] for key in self._known])
+        outcomes = np.full(len(codes), Outcome.MEASURED, dtype=np.int8)
+        return Batch(codes, self.constraints.price(codes), {self.objective: scores}, outcomes)
 
     def _note(self, score: float) -> None:
         self.best = score if self.best is None else max(self.best, score)

@@ -288,6 +288,10 @@ class MaxPool(OpSpec):
     def __post_init__(self) -> None:
         """Check the geometry once, here."""
         _positive(self, "channels", "height", "width", "kernel", "stride")
+        if self.kernel > min(self.height, self.width) + 2 * self.padding:
+            raise SpaceError(
+                f"MaxPool.kernel {self.kernel} is larger than the padded input of {self.height}x{self.width}"
+            )
 
     @property
     def padding(self) -> int:

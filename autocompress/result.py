@@ -13,7 +13,7 @@ from autocompress.atomic import read_json, write_json
 from autocompress.budget import Limit
 from autocompress.errors import BudgetError, StorageError
 from autocompress.space import SearchSpace
-from autocompress.trial import Outcome, Trial
+from autocompress.trial import Batch, Outcome, Trial
 
 if TYPE_CHECKING:
     import pandas
@@ -49,6 +49,7 @@ class SearchResult:
         scored: How many candidates a predictor or table scored besides.
         asked: How many rows the strategy proposed in all, repetitions and infeasible ones included.
         notes: What else is worth knowing: seeds, the predictor's Kendall tau.
+        candidates: What a predictor or table scored, with its scores (which are predictions); not saved.
     """
 
     space: Mapping[str, Any]
@@ -58,6 +59,7 @@ class SearchResult:
     scored: int = 0
     asked: int = 0
     notes: Mapping[str, Any] | None = None
+    candidates: Batch | None = None
 
     @property
     def measured(self) -> list[Trial]:

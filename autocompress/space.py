@@ -58,6 +58,13 @@ class Choice:
             raise SpaceError("a choice needs a name, got ''")
         if not self.options:
             raise SpaceError(f"choice {self.name!r} needs at least one option, got none")
+        for option in self.options:
+            # Subclasses too are refused: `True` would equal 1, and numpy's integers cannot be written as JSON.
+            finite = not isinstance(option, float) or math.isfinite(option)
+            if type(option) not in (int, float, str) or not finite:
+                raise SpaceError(
+                    f"options of choice {self.name!r} must be integers, finite floats or texts, got {option!r}"
+                )
         if len(set(self.options)) != len(self.options):
             raise SpaceError(f"choice {self.name!r} has an option twice: {self.options}")
 
@@ -168,6 +175,8 @@ class SearchSpace:
         if len(set(names)) != len(names):
             raise SpaceError(f"space {self.name!r} has two blocks of one name: {names}")
         for block in self.blocks:
+            if len(set(block.choices)) != len(block.choices):
+                raise SpaceError(f"block {block.name!r} names a choice twice: {block.choices}")
             for name in block.choices:
                 if name not in positions:
                     raise SpaceError(
@@ -283,7 +292,12 @@ class SearchSpace:
             over: `"genes"` draws every choice uniformly, then makes the row canonical; a shallow network,
                 which many genotypes stand for, is then as likely as a deep one. `"networks"` gives every
                 distinct network the same probability; nearly all of them are deep.
+
+        Raises:
+            SpaceError: `over` is neither.
         """
+        if over not in ("genes", "networks"):
+            raise SpaceError(f"over must be 'genes' or 'networks', got {over!r}")
         codes = (rng.random((n, len(self.choices))) * self.counts).astype(np.int64)
         if over == "networks":
             for component in self._components:
@@ -413,7 +427,7 @@ class SearchSpace:
         """
         try:
             payload = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers too long and brackets too deep
             raise SpaceError(f"an architecture must be JSON: {error}") from None
         if not isinstance(payload, dict) or not isinstance(payload.get("choices"), dict):
             raise SpaceError('an architecture must be a JSON object {"space": ..., "choices": {...}}')

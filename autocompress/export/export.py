@@ -114,6 +114,8 @@ def _check_arguments(
     """Refuse wrong arguments; return the formats that this network cannot have, with the reason."""
     if unknown := [name for name in formats if name not in FILES]:
         raise ExportError(f"formats must be among {', '.join(FILES)}, got {unknown[0]!r}")
+    if not formats:
+        raise ExportError(f"formats must name at least one of {', '.join(FILES)}, got none")
     if not blocks or not all(ops for _, ops in blocks):
         raise ExportError("blocks must hold at least one block, each with at least one operation")
     first = blocks[0][1][0].in_shape

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -57,10 +58,10 @@ def _fold_batch_norm(network: nn.Module) -> nn.Module:
     the largest network of `mobilenet_v3(preset="tiny")` take nearly twice as long for an image.
     """
     folded = copy.deepcopy(network)
-    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
+    # Exactly these types: a subclass may run its layers in another order, or do more than its parent.
+    for sequence in [module for module in folded.modules() if type(module) is nn.Sequential]:
         for (name, first), (after, second) in itertools.pairwise(list(sequence.named_children())):
-            # Exactly these types: what a subclass does between them is unknown.
-            if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d:
+            if type(first) is nn.Conv2d and type(second) is nn.BatchNorm2d and second.track_running_stats:
                 sequence.set_submodule(name, fuse_conv_bn_eval(first, second))
                 sequence.set_submodule(after, nn.Identity())
     return folded
@@ -68,8 +69,11 @@ def _fold_batch_norm(network: nn.Module) -> nn.Module:
 
 def write_torch_export(path: Path, program: torch.export.ExportedProgram) -> None:
     """Write the traced network for `torch.export.load`."""
+    buffer = io.BytesIO()
     with quiet():
-        torch.export.save(program, path)
+        torch.export.save(program, buffer)
+    # Not by PyTorch to the path: when the disk is full, its writer in C++ aborts the whole process.
+    path.write_bytes(buffer.getvalue())
 
 
 def write_onnx(path: Path, program: torch.export.ExportedProgram) -> dict[str, int]:

@@ -109,7 +109,7 @@ class ErrorReport:
     """
 
     networks: tuple[CheckedNetwork, ...]
-    forms: dict[str, Figures]
+    forms: dict[Form, Figures]
     chosen: Form
     repeat_noise_percent: float
     learning_curve: tuple[tuple[int, float], ...]
@@ -119,10 +119,10 @@ class ErrorReport:
 
 
 def fit(form: Form, checks: Checks) -> Correction:
-    """Fit a correction by least squares of relative errors; no block above `least_ms` gets a negative price.
+    """Fit a correction by least squares of relative errors; no block gets a negative price.
 
-    With `base = least_ms * blocks` the prediction is `scale * (sum - base) + floor * blocks + constant`, scale
-    and floor at least 0: `floor` is the price of the cheapest block.
+    With `base = least_ms * blocks` the prediction is `scale * (sum - base) + floor * blocks + constant`,
+    scale and floor at least 0: `floor` is the price of the cheapest block.
 
     Raises:
         TableError: Fewer networks than parameters.
@@ -254,7 +254,7 @@ def assess(
     )
     report = ErrorReport(
         networks=networks,
-        forms=dict(compared),
+        forms=compared,
         chosen=chosen,
         repeat_noise_percent=repeat_noise_percent(samples_ms),
         learning_curve=learning_curve(chosen, checks),

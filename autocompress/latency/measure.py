@@ -5,12 +5,11 @@ A loop over one block keeps its weights in cache, which no whole network enjoys:
 networks alike, so that each meets the cache as it is in use and drift of the machine hits all alike.
 """
 
-import bisect
 import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from autocompress.errors import TableError
+from autocompress.latency.drift import without_drift
 from autocompress.latency.runtimes import Run, pinned, prepare_onnx
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.target import Target
@@ -72,9 +72,9 @@ def summarize(samples_ms: Sequence[float]) -> Measurement:
 def half_width(ordered_ms: Sequence[float]) -> float:
     """Return half the width of the 95 % confidence interval of the median, relative to the median.
 
-    The interval reaches from one order statistic to another, whatever the distribution: the number of samples
-    below the median is binomial (n, 1/2), here in its normal approximation. Infinite below 6 samples, where no
-    such interval has 95 %.
+    The interval reaches from one order statistic to another, whatever the distribution: the number of
+    samples below the median is binomial (n, 1/2), here in its normal approximation. Infinite below 6
+    samples: no such interval has 95 % then.
 
     Args:
         ordered_ms: Ascending, positive.
@@ -119,14 +119,19 @@ class Stopping:
         tolerance: Relative half width of the 95 % interval of the median, 0.02 is 2 %.
         min_rounds: At least this many runs.
         max_rounds: At most this many.
+        rounds_per_load: Rounds after which everything is built anew. Where memory happens to lie makes one
+            session of a block 3 % faster or slower than the next, all its life.
     """
 
     tolerance: float = 0.02
-    min_rounds: int = 15
+    min_rounds: int = 24
     max_rounds: int = 60
+    rounds_per_load: int = 8
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.rounds_per_load < 1:
+            raise TableError(f"rounds_per_load must be >= 1, got {self.rounds_per_load}")
         if not self.tolerance >= 0:
             raise TableError(f"tolerance must be >= 0, got {self.tolerance}")
         if not 1 <= self.min_rounds <= self.max_rounds:
@@ -143,16 +148,17 @@ class Stopping:
         return len(ordered_ms) >= self.max_rounds or self.stable(ordered_ms)
 
 
-@dataclass
-class _Sampled:
-    """Samples of one item, in the order of time and ordered by value."""
+@dataclass(frozen=True)
+class Sampled:
+    """What was measured of one item, in the order of time.
 
-    in_time: list[float] = field(default_factory=list)
-    ordered: list[float] = field(default_factory=list)
+    Attributes:
+        raw_ms: As the timer gave it.
+        steady_ms: Without the drift of the machine (`autocompress.latency.drift`).
+    """
 
-    def add(self, sample_ms: float) -> None:
-        self.in_time.append(sample_ms)
-        bisect.insort(self.ordered, sample_ms)
+    raw_ms: tuple[float, ...] = ()
+    steady_ms: tuple[float, ...] = ()
 
 
 def measure(
@@ -165,7 +171,7 @@ def measure(
     timer: Timer = time_once,
     progress: Progress | None = None,
     before_each: Run | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, Sampled]:
     """Run all items in shuffled rounds, each once a round, until each is finished.
 
     Args:
@@ -180,99 +186,152 @@ def measure(
         before_each: Runs untimed before each timed run.
 
     Returns:
-        Samples in ms of each item, in the order of time, and of the reference under `REFERENCE`.
+        Samples of each item by key, and of the reference under `REFERENCE`.
     """
     stopping = stopping or Stopping()
-    sampled = {item.key: _Sampled() for item in items}
-    sampled[REFERENCE] = _Sampled()
-    rounds = samples.rounds if samples else []
-    for known in rounds:
-        for key, sample_ms in known.items():
-            if key in sampled:
-                sampled[key].add(sample_ms)
-
-    def pending() -> list[Item]:
-        return [item for item in items if not stopping.finished(sampled[item.key].ordered)]
-
+    state = _State([item.key for item in items], stopping, samples)
     total = len(items) * stopping.max_rounds
-    waiting = pending()
     runs: dict[str, Run] = {}
-    rng = np.random.default_rng([seed, len(rounds)])
-    unfinished = {item.key for item in waiting}
-    done_before = [item for item in items if item.key not in unfinished]
-    fillers = _prepared(done_before, runs, MIN_ITEMS_IN_ROUND, rng) if waiting else []
-    for item in waiting:
-        runs[item.key] = item.prepare()
-        _warm_up(runs[item.key])
-        if progress:
-            progress(_done(items, sampled, stopping), total)
-    if waiting and reference:
-        runs[REFERENCE] = reference.prepare()
-        _warm_up(runs[REFERENCE])
+    rounds_left = 0
     collects = gc.isenabled()
-    gc.disable()
     try:
-        while waiting:
-            timed = [item.key for item in waiting] + [REFERENCE] * (reference is not None)
-            spare = rng.permutation(len(fillers))[: max(0, MIN_ITEMS_IN_ROUND - len(timed))]
-            untimed = [fillers[index] for index in spare]
-            order = rng.permutation(len(timed) + len(untimed)).tolist()
-            result = {}
-            for index in order:
-                if index >= len(timed):
-                    runs[untimed[index - len(timed)]]()
-                    continue
-                if before_each:
-                    before_each()
-                # Nanoseconds: what the file holds is then exactly what is kept here.
-                result[timed[index]] = round(timer(runs[timed[index]]), 6)
-            if samples:
-                samples.append(result)
-            for key, sample_ms in result.items():
-                sampled[key].add(sample_ms)
-            fillers += [item.key for item in waiting if stopping.finished(sampled[item.key].ordered)]
-            waiting = pending()
+        while waiting := [item for item in items if item.key not in state.finished]:
+            rng = np.random.default_rng([seed, state.round])
+            if rounds_left == 0:
+                runs = _load(items, waiting, reference, rng)
+                rounds_left = stopping.rounds_per_load
+                # Collected now, so that it does not happen inside a timed run.
+                gc.collect()
+                gc.disable()
+            state.add(_round(waiting, runs, timer, rng, before_each))
+            rounds_left -= 1
             if progress:
-                progress(_done(items, sampled, stopping), total)
+                progress(state.done(), total)
     finally:
         if collects:
             gc.enable()
-    return {key: item.in_time for key, item in sampled.items()}
+    if progress:
+        progress(total, total)
+    return state.result()
 
 
-def _prepared(items: Sequence[Item], runs: dict[str, Run], most: int, rng: np.random.Generator) -> list[str]:
-    """Prepare a random few of the items that an earlier session finished; return their keys."""
-    chosen = [items[index] for index in rng.permutation(len(items))[:most]]
-    for item in chosen:
-        runs[item.key] = item.prepare()
-    return [item.key for item in chosen]
+def _load(
+    items: Sequence[Item], waiting: Sequence[Item], reference: Item | None, rng: np.random.Generator
+) -> dict[str, Run]:
+    """Build what is measured, and some of what is finished if rounds would be too short without."""
+    keys = {item.key for item in waiting}
+    others = [item for item in items if item.key not in keys]
+    spare = rng.permutation(len(others))[: max(0, MIN_ITEMS_IN_ROUND - len(waiting))]
+    wanted = [*waiting, *(others[index] for index in spare)]
+    runs = {item.key: item.prepare() for item in wanted}
+    if reference:
+        runs[REFERENCE] = reference.prepare()
+    for run in runs.values():
+        for _ in range(WARM_UP_RUNS):
+            run()
+    return runs
 
 
-def _warm_up(run: Run) -> None:
-    for _ in range(WARM_UP_RUNS):
-        run()
+def _round(
+    waiting: Sequence[Item],
+    runs: Mapping[str, Run],
+    timer: Timer,
+    rng: np.random.Generator,
+    before_each: Run | None,
+) -> dict[str, float]:
+    """Run everything once in random order; return what was timed, in ms, in that order."""
+    timed = {item.key for item in waiting} | ({REFERENCE} & runs.keys())
+    others = [key for key in runs if key not in timed]
+    spare = rng.permutation(len(others))[: max(0, MIN_ITEMS_IN_ROUND - len(timed))]
+    keys = [key for key in runs if key in timed] + [others[index] for index in spare]
+    result = {}
+    for index in rng.permutation(len(keys)):
+        key = keys[index]
+        if key not in timed:
+            runs[key]()
+            continue
+        if before_each:
+            before_each()
+        # Nanoseconds: what the file holds is then exactly what is kept here.
+        result[key] = round(timer(runs[key]), 6)
+    return result
 
 
-def _done(items: Sequence[Item], sampled: Mapping[str, _Sampled], stopping: Stopping) -> int:
-    """Count samples; a finished item counts as often as it could have been measured."""
-    return sum(
-        stopping.max_rounds
-        if stopping.finished(sampled[item.key].ordered)
-        else len(sampled[item.key].ordered)
-        for item in items
-    )
+class _State:
+    """All samples in the order of time, and which items are finished."""
 
+    def __init__(self, keys: Sequence[str], stopping: Stopping, samples: SampleFile | None) -> None:
+        self._positions = {key: position for position, key in enumerate([*keys, REFERENCE])}
+        self._stopping = stopping
+        self._file = samples
+        self._samples: list[float] = []
+        self._items: list[int] = []
+        self.round = 0
+        self.finished: set[str] = set()
+        if samples:
+            for known in samples.rounds:
+                self._take(known)
+            self.finished = self._positions.keys() & samples.finished(stopping.tolerance)
+        self._settle()
 
-def drift_percent(reference_ms: Sequence[float]) -> float | None:
-    """Return the greatest difference between the medians of four quarters of time, in % of the median.
+    def _take(self, round_ms: Mapping[str, float]) -> None:
+        self.round += 1
+        for key, sample_ms in round_ms.items():
+            if key in self._positions:
+                self._samples.append(sample_ms)
+                self._items.append(self._positions[key])
 
-    Args:
-        reference_ms: In the order of time; `None` is returned for fewer than 8.
-    """
-    if len(reference_ms) < 8:
-        return None
-    quarters = [float(np.median(quarter)) for quarter in np.array_split(reference_ms, 4)]
-    return 100 * (max(quarters) - min(quarters)) / float(np.median(reference_ms))
+    def add(self, round_ms: dict[str, float]) -> None:
+        """Take the samples of a round, and find what is finished by them."""
+        if self._file:
+            self._file.append(round_ms)
+        self._take(round_ms)
+        self._settle()
+
+    def _settle(self) -> None:
+        counts = self._counts()
+        # No item can be finished yet: the drift need not be known.
+        if all(count < self._stopping.min_rounds for count in counts):
+            return
+        steady = self.result()
+        new = [
+            key
+            for key, position in self._positions.items()
+            if key not in self.finished
+            and key != REFERENCE
+            and counts[position] >= self._stopping.min_rounds
+            and self._stopping.finished(sorted(steady[key].steady_ms))
+        ]
+        if new and self._file:
+            self._file.finish(new, self._stopping.tolerance)
+        self.finished |= set(new)
+
+    def _counts(self) -> list[int]:
+        counts = np.bincount(np.array(self._items, dtype=np.int64), minlength=len(self._positions))
+        return [int(count) for count in counts]
+
+    def done(self) -> int:
+        """Count samples; a finished item counts as often as it could have been measured."""
+        most = self._stopping.max_rounds
+        counts = self._counts()
+        return sum(
+            most if key in self.finished else counts[position]
+            for key, position in self._positions.items()
+            if key != REFERENCE
+        )
+
+    def result(self) -> dict[str, Sampled]:
+        """Return the samples of each item."""
+        steady = without_drift(self._samples, self._items).tolist()
+        raw_ms: list[list[float]] = [[] for _ in self._positions]
+        steady_ms: list[list[float]] = [[] for _ in self._positions]
+        for position, raw, value in zip(self._items, self._samples, steady, strict=True):
+            raw_ms[position].append(raw)
+            steady_ms[position].append(value)
+        return {
+            key: Sampled(tuple(raw_ms[position]), tuple(steady_ms[position]))
+            for key, position in self._positions.items()
+        }
 
 
 def measure_networks(
@@ -290,7 +349,7 @@ def measure_networks(
 
     items = [Item(name, partial(_same, run)) for name, run in runs.items()]
     samples = measure(items, stopping=Stopping(0.0, count, count), seed=seed, timer=timer, before_each=evict)
-    return {name: summarize(samples[name]) for name in runs}
+    return {name: summarize(samples[name].raw_ms) for name in runs}
 
 
 def _same(run: Run) -> Run:

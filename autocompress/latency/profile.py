@@ -13,13 +13,13 @@ from autocompress import __version__
 from autocompress.cost import operation_cost
 from autocompress.errors import TableError
 from autocompress.latency.correction import Checks, Correction, ErrorReport, assess
+from autocompress.latency.drift import drift_percent
 from autocompress.latency.measure import (
     REFERENCE,
     Item,
     Progress,
     Stopping,
     Timer,
-    drift_percent,
     half_width,
     measure,
     summarize,
@@ -79,7 +79,7 @@ def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
     macs = operation_cost(space, "macs").of(pool)
     ends = operation_cost(space, "macs").of(extremes)
     free = np.ones(len(pool), dtype=np.bool_)
-    chosen = []
+    chosen: list[int] = []
     for extreme in extremes:
         index = int((pool == extreme).all(axis=1).argmax())
         if free[index] and len(chosen) < n:
@@ -102,7 +102,7 @@ def profile(
     networks: int = 40,
     seed: int = 0,
     tolerance: float = 0.02,
-    min_rounds: int = 15,
+    min_rounds: int = 24,
     max_rounds: int = 60,
     timer: Timer | None = None,
     table: LatencyTable | None = None,
@@ -161,11 +161,11 @@ def profile(
             timer=timer or time_once,
             progress=progress,
         )
-    rows.update({key: summarize(samples[_block_name(key)]) for key in missing})
-    network_samples = [samples[_network_name(network)] for network in checked]
+    rows.update({key: summarize(samples[_block_name(key)].steady_ms) for key in missing})
+    network_samples = [samples[_network_name(network)].steady_ms for network in checked]
     correction, report = Correction(), None
     if checked:
-        unstable = sum(half_width(sorted(samples[_block_name(key)])) > tolerance for key in missing)
+        unstable = sum(half_width(sorted(samples[_block_name(key)].steady_ms)) > tolerance for key in missing)
         checks = Checks(
             sums_ms=np.array([sum(rows[block_key(ops)].median_ms for _, ops in net) for net in checked]),
             blocks=np.array([float(len(net)) for net in checked]),
@@ -173,7 +173,10 @@ def profile(
             least_ms=min(row.median_ms for row in rows.values()),
         )
         correction, report = assess(
-            checks, network_samples, drift_percent=drift_percent(samples[REFERENCE]), unstable_rows=unstable
+            checks,
+            network_samples,
+            drift_percent=drift_percent(samples[REFERENCE].raw_ms),
+            unstable_rows=unstable,
         )
     result = _table(space, target, rows, (correction, report), file.started)
     result.save(folder / TABLE_FILE)

@@ -1,7 +1,7 @@
 """The file of samples that makes a profile resumable: JSON lines, appended as rounds finish.
 
-Line 1 says what was measured where. A line `{"id": 7, "item": "..."}` names an item before its first sample; a
-line `{"ms": {"7": 0.041}}` is one finished round.
+Line 1 says what was measured where. A line `{"id": 7, "item": "..."}` names an item before its first sample;
+`{"ms": {"7": 0.041}}` is one finished round; `{"finished": [7], "tolerance": 0.02}` says what needs no more.
 """
 
 import json
@@ -39,6 +39,7 @@ class SampleFile:
         self.path = path
         self.rounds: list[dict[str, float]] = []
         self._names: dict[str, int] = {}
+        self._finished: list[tuple[float, str]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_bytes() if path.exists() else b""
@@ -65,6 +66,9 @@ class SampleFile:
                     self._check_header(row, subject)
                 elif "item" in row:
                     keys[str(row["id"])] = row["item"]
+                elif "finished" in row:
+                    tolerance = float(row["tolerance"])
+                    self._finished += [(tolerance, keys[str(identity)]) for identity in row["finished"]]
                 else:
                     samples = {keys[identity]: float(ms) for identity, ms in row["ms"].items()}
                     if not all(math.isfinite(ms) and ms >= 0 for ms in samples.values()):
@@ -84,8 +88,8 @@ class SampleFile:
         for name, value in subject.items():
             if row.get(name) != value:
                 raise TableError(
-                    f"{self.path} has samples of {name} {row.get(name)}, not of {value}: delete it to measure "
-                    "anew, or choose another folder"
+                    f"{self.path} has samples of {name} {row.get(name)}, not of {value}: delete it to "
+                    "measure anew, or choose another folder"
                 )
         self.started = str(row.get("started"))
 
@@ -101,6 +105,19 @@ class SampleFile:
                 self._write({"id": self._names[key], "item": key})
         self._write({"ms": {str(self._names[key]): ms for key, ms in samples_ms.items()}})
         self.rounds.append(samples_ms)
+
+    def finish(self, keys: list[str], tolerance: float) -> None:
+        """Note that items were measured well enough.
+
+        Raises:
+            StorageError: The disk is full, or the like.
+        """
+        self._write({"finished": [self._names[key] for key in keys], "tolerance": tolerance})
+        self._finished += [(tolerance, key) for key in keys]
+
+    def finished(self, tolerance: float) -> set[str]:
+        """Return the items that were finished at this tolerance or a smaller one."""
+        return {key for asked, key in self._finished if asked <= tolerance}
 
     def _write(self, row: dict[str, Any]) -> None:
         try:

@@ -37,7 +37,7 @@ class LatencyTable:
         rows: Key of a block (`autocompress.ops.block_key`) to what its single runs took.
         correction: From sums of rows to whole networks.
         error_report: How far predictions can be trusted; `None` if no whole network was measured.
-        provenance: Device, versions, date and spaces: what a reader needs to know where the numbers come from.
+        provenance: Device, versions, date and space: where the numbers come from.
     """
 
     target: Target
@@ -106,8 +106,8 @@ class LatencyTable:
         if different:
             said = "; ".join(f"{name} is {measured[name]}, not {wanted[name]}" for name in different)
             raise TableError(
-                f"the latency table of {self.target.name!r} is not for {target.name!r} on this machine: {said}; "
-                "measure another with `autocompress profile`"
+                f"the latency table of {self.target.name!r} is not for {target.name!r} on this machine: "
+                f"{said}; measure another with `autocompress profile`"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -270,11 +270,11 @@ def _read_report(node: _Node) -> ErrorReport:
                 network["predicted_ms"].number(-math.inf),
             )
         )
-    forms = {}
+    forms: dict[Form, Figures] = {}
     for name, entry in members["forms"].object().items():
-        _Node(name, entry.path).equal(*get_args(Form))
+        form: Form = _Node(name, entry.path).equal(*get_args(Form))
         values = entry.object(field.name for field in fields(Figures))
-        forms[name] = Figures(
+        forms[form] = Figures(
             values["bias_percent"].number(-math.inf),
             values["mape_percent"].number(),
             values["max_error_percent"].number(),

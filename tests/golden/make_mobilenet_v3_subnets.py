@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-SOURCE = "DyNAS-T (Intel, Apache-2.0), sub-networks of the once-for-all MobileNetV3 w1.0 supernet, ImageNet, 224 px"
+SOURCE = "DyNAS-T (Intel, Apache-2.0): sub-networks of the once-for-all MobileNetV3 w1.0, ImageNet, 224 px"
 STEP = 37
 
 

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -37,8 +38,10 @@ def told(constraints: Constraints, codes: Codes, values: list[float]) -> Batch:
     return Batch(codes, constraints.price(codes), {"accuracy": np.array(values)}, measured)
 
 
-def distance(one: Codes, other: Codes) -> int:
-    return int((one != other).sum())
+def distance(constraints: Constraints, one: Codes, other: Codes) -> int:
+    """Genes that differ where both have an effect: 1 for a mutant of one gene, a change of depth included."""
+    both = constraints.space.active(np.stack([one, other])).all(axis=0)
+    return int((one != other)[both].sum())
 
 
 def run(strategy: Strategy, constraints: Constraints, evaluations: int, n: int) -> float:
@@ -79,38 +82,34 @@ def test_whatever_the_size_of_the_asks_it_finds_the_best_network_of_a_small_spac
 
 @BOTH
 def test_the_largest_value_wins_not_the_smallest(make: Make) -> None:
-    constraints = toy_constraints("macs=100%")
-    options = {"sample_size": 4} if make is AgingEvolution else {"parent_ratio": 0.25, "mutation_ratio": 1.0}
-    strategy = make(constraints, seed=1, population=4, mutation_rate=0.0, **options)
-    founders = strategy.ask(4)
-    strategy.tell(told(constraints, founders, [0.1, 0.9, 0.2, 0.3]))
-    children = strategy.ask(4)
-    # One gene of the parent changes; a change of depth also resets genes, so the depth must be the same.
-    same_depth = children[children[:, 1] == founders[1, 1]]
-    near = [distance(child, founders[1]) for child in same_depth]
-    if make is ElitistEvolution:
-        assert near == [1] * len(near)
-        assert len(near)
-    else:
-        # Four contestants with repetition miss the best of four with probability (3/4)^4 = 0.32.
-        assert 1 in near
+    constraints = toy_constraints("macs=100%", blocks=10)
+    # Forty contestants with repetition miss the best of four with probability (3/4)^40 = 1e-5.
+    options = (
+        {"sample_size": 40} if make is AgingEvolution else {"parent_ratio": 1 / 40, "mutation_ratio": 1.0}
+    )
+    strategy = make(constraints, seed=1, population=40, mutation_rate=0.0, deduplicate=False, **options)
+    founders = strategy.ask(40)
+    strategy.tell(told(constraints, founders, [0.1] * 20 + [0.9] + [0.2] * 19))
+    children = strategy.ask(40)
+    near = [distance(constraints, child, founders[20]) == 1 for child in children]
+    assert all(near) if make is ElitistEvolution else np.mean(near) > 0.5
 
 
 def test_the_oldest_dies_even_if_it_is_the_best() -> None:
-    constraints = toy_constraints("macs=100%")
-    strategy = AgingEvolution(constraints, seed=2, population=8, sample_size=8, deduplicate=False)
-    first = strategy.ask(8)
-    strategy.tell(told(constraints, first, [1.0] * 8))
-    second = strategy.ask(8)
-    strategy.tell(told(constraints, second, [0.5] * 8))
-    # Every child is one gene away from a living member; a change of depth may switch further genes off.
-    for child in strategy.ask(8):
-        near = [distance(child, parent) for parent in second if parent[1] == child[1]]
-        assert 1 in near or all(distance(child[:1], parent[:1]) == 0 for parent in second) or not near
+    constraints = toy_constraints("macs=100%", blocks=10)
+    strategy = AgingEvolution(constraints, seed=2, population=1)
+    walk = []
+    for step in range(10):
+        walk.append(strategy.ask(1))
+        strategy.tell(told(constraints, walk[-1], [-float(step)]))
+    # With one member every child comes from its predecessor, although each is worse than the one before.
+    steps = [distance(constraints, child[0], parent[0]) for parent, child in itertools.pairwise(walk)]
+    assert steps == [1] * 9
+    assert max(distance(constraints, child[0], walk[0][0]) for child in walk) > 1
 
 
 def test_an_elite_stays_until_it_is_beaten() -> None:
-    constraints = toy_constraints("macs=100%")
+    constraints = toy_constraints("macs=100%", blocks=10)
     strategy = ElitistEvolution(
         constraints, seed=3, population=4, mutation_ratio=1.0, mutation_rate=0.0, deduplicate=False
     )
@@ -118,9 +117,11 @@ def test_an_elite_stays_until_it_is_beaten() -> None:
     strategy.tell(told(constraints, elite, [1.0, 0.0, 0.0, 0.0]))
     for _ in range(3):
         children = strategy.ask(4)
-        same_depth = children[children[:, 1] == elite[0, 1]]
-        assert [distance(child, elite[0]) for child in same_depth] == [1] * len(same_depth)
+        assert [distance(constraints, child, elite[0]) for child in children] == [1] * 4
         strategy.tell(told(constraints, children, [0.5, 0.6, 0.7, 0.8]))
+    last = strategy.ask(4)
+    strategy.tell(told(constraints, last, [1.1, 0.0, 0.0, 0.0]))
+    assert [distance(constraints, child, last[0]) for child in strategy.ask(4)] == [1] * 4
 
 
 def test_a_generation_can_be_asked_and_told_in_pieces() -> None:
@@ -153,13 +154,12 @@ def test_aging_waits_for_a_sample_of_the_founders_only() -> None:
 
 @BOTH
 def test_values_that_are_not_finite_have_no_children(make: Make) -> None:
-    constraints = toy_constraints("macs=100%")
-    options = {"sample_size": 4} if make is AgingEvolution else {"mutation_ratio": 1.0}
+    constraints = toy_constraints("macs=100%", blocks=10)
+    options = {} if make is AgingEvolution else {"mutation_ratio": 1.0}
     strategy = make(constraints, seed=6, population=4, mutation_rate=0.0, **options)
     founders = strategy.ask(4)
     strategy.tell(told(constraints, founders, [np.nan, np.inf, 0.1, -np.inf]))
-    for child in strategy.ask(4):
-        assert distance(child, founders[2]) == 1 or child[1] != founders[2, 1]
+    assert [distance(constraints, child, founders[2]) for child in strategy.ask(4)] == [1] * 4
 
 
 @BOTH

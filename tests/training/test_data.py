@@ -447,15 +447,22 @@ def test_val_is_the_test_part_without_test_and_the_validation_part_with_it(tmp_p
     assert len(images_of(three.train)) == 8
 
 
-def test_images_become_rgb_if_one_is_coloured_and_take_the_size_of_the_first(tmp_path: Path) -> None:
-    files = two_classes()
-    files["bee/9.png"] = png(np.full((8, 6, 3), (200, 100, 50), np.uint8))
+def test_images_become_rgb_if_one_is_coloured(tmp_path: Path) -> None:
+    files = two_classes() | {"bee/9.png": png(np.full((4, 3, 3), (200, 100, 50), np.uint8))}
     data = load_data("folder", folder=put(tmp_path, files))
     assert data.in_shape == (3, 4, 3)
     everything = torch.cat([images_of(part).images for part in (data.train, data.validation, data.test)])
     coloured = everything[everything[:, 0, 0, 0] == 200]
     assert coloured.shape == (1, 3, 4, 3)
     assert coloured[0, :, 2, 1].tolist() == [200, 100, 50]
+    assert (everything[everything[:, 0, 0, 0] < 200].diff(dim=1) == 0).all()  # grey has three equal channels
+
+
+def test_images_take_the_size_of_the_first_training_image(tmp_path: Path) -> None:
+    files = split_folders("train", "test") | {"train/ant/0.png": grey(0, height=6, width=9)}
+    data = load_data("folder", folder=put(tmp_path, files))
+    assert data.in_shape == (1, 6, 9)
+    assert (images_of(data.test).images == images_of(data.test).images[:, :, :1, :1]).all()
 
 
 @pytest.mark.parametrize(
@@ -566,17 +573,30 @@ def test_classes_are_the_attribute_of_the_training_part_where_there_is_one(user:
         assert (data.classes, data.class_names) == (count, names)
 
 
-def test_labels_that_are_no_integers_have_no_classes(user: UserData) -> None:
-    targets = torch.linspace(0, 1, 12)[:, None]
-    for make in (
-        lambda n: TensorDataset(torch.randn(n, 1, 4, 4), targets[:n]),
-        lambda n: byte_set(n, targets[:n]),
-    ):
+@pytest.mark.parametrize("shape", [(12,), (12, 1)])
+def test_labels_that_are_no_integers_have_no_classes_and_no_augmentation(
+    user: UserData, shape: tuple[int, ...]
+) -> None:
+    targets = torch.linspace(0, 1, 12).view(shape)
+    floats = lambda n: TensorDataset(torch.randn(n, 1, 4, 4), targets[:n])  # noqa: E731
+    for make in (floats, lambda n: byte_set(n, targets[:n])):
         data = load_data(user((make(12), make(4))), validation=3)
         assert data.classes == 0
-        x, y = next(batches(data.train, 5, seed=0, augment=Augmentation(shift=1)))
-        assert (x.dtype, x.shape[0], y.shape, y.dtype) == (torch.float32, 5, (5, 1), torch.float32)
+        plain, _ = next(batches(data.train, 5, seed=0))
+        x, y = next(batches(data.train, 5, seed=0, augment=Augmentation(shift=1, flip=True, cutout=2)))
+        assert torch.equal(x, plain)
+        assert (x.dtype, y.shape, y.dtype) == (torch.float32, (5, *shape[1:]), torch.float32)
         assert set(y.flatten().tolist()) <= set(targets.flatten().tolist())
+
+
+def test_masks_of_segmentation_stay_with_their_images_unaugmented(user: UserData) -> None:
+    masks = torch.arange(12)[:, None, None].expand(12, 4, 4)
+    train = byte_set(12, masks)
+    train.classes = 12  # type: ignore[attr-defined]
+    data = load_data(user((train, byte_set(4, masks[:4]))), validation=3)
+    x, y = next(batches(data.train, 9, seed=0, augment=Augmentation(shift=1, flip=True, cutout=2)))
+    assert (data.classes, y.shape) == (12, (9, 4, 4))
+    assert torch.equal(x, images_of(data.train).normalise(train.tensors[0][y[:, 0, 0]]))
 
 
 def test_a_function_is_given_the_folder(user: UserData, tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""A run directory: everything of one run, each stage whole or resumable.
+
+`recipe.yaml` (resolved), `environment.json`, `latency_table.json`, `supernet.pt`, `trials.log` (an Optuna
+journal), `history.bin`, `result.json`, `networks/KEY/` for each network that was finetuned and exported,
+`report.json` and `report.md`.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress import __version__
+from autocompress.atomic import read_json, write_json, write_text
+from autocompress.errors import RecipeError, StorageError
+from autocompress.plugins import load_space_factory
+from autocompress.progress import Progress, silent
+from autocompress.recipe import Recipe, load_recipe
+from autocompress.space import Architecture, SearchSpace
+
+if TYPE_CHECKING:
+    from autocompress.training.data import DataSet
+    from autocompress.training.task import Task
+
+VERSIONED = ("torch", "numpy", "scipy", "optuna", "onnx", "onnxruntime", "scikit-learn")
+
+
+@contextmanager
+def _silent_stage(title: str) -> Iterator[Progress]:
+    yield silent
+
+
+@dataclass
+class Shown:
+    """How stages show themselves; the default shows nothing.
+
+    Attributes:
+        stage: Opens a stage of this title and gives its progress.
+        say: Shows a line.
+    """
+
+    stage: Callable[[str], AbstractContextManager[Progress]] = _silent_stage
+    say: Callable[[str], None] = lambda text: None
+
+
+class Run:
+    """A run directory with its recipe; data, task and space are loaded when first asked for.
+
+    Args:
+        folder: The directory, made if absent.
+        recipe: What to do; `None` continues the run that is there.
+
+    Raises:
+        RecipeError: There is no recipe, or the directory holds another one.
+        StorageError: The directory cannot be written.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe | None = None) -> None:
+        """Open or start the run."""
+        self.folder = folder
+        path = folder / "recipe.yaml"
+        if recipe is None:
+            if not path.exists():
+                raise RecipeError(f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`")
+            recipe = load_recipe(path)
+        elif path.exists():
+            _refuse_other(path, load_recipe(path), recipe)
+        else:
+            _write_recipe(path, recipe)
+        self.recipe = recipe
+        write_json(folder / "environment.json", environment())
+
+    @cached_property
+    def data(self) -> "DataSet":
+        """The data set."""
+        from autocompress.training.data import load_data
+
+        settings = self.recipe.data
+        validation = settings.validation
+        return load_data(
+            settings.source,
+            folder=settings.folder,
+            validation=validation if validation < 1 else int(validation),
+            limit=settings.limit,
+            seed=settings.seed,
+        )
+
+    @cached_property
+    def task(self) -> "Task":
+        """Losses and metric."""
+        from autocompress.training.task import load_task
+
+        return load_task(self.recipe.task)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The search space, made for the channels and classes of the data unless the recipe says otherwise.
+
+        Raises:
+            RecipeError: The space's constructor does not take an argument of the recipe.
+        """
+        return make_space(self.recipe, lambda: self.data)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of the run."""
+        return self.folder / name
+
+    def network_folder(self, arch: Architecture) -> Path:
+        """Return the folder of one network of the run."""
+        return self.folder / "networks" / arch.key
+
+    def read(self, name: str) -> Any:
+        """Read a JSON file of the run.
+
+        Raises:
+            StorageError: It is absent or damaged.
+        """
+        return read_json(self.folder / name, StorageError, "file of the run")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Raises:
+            StorageError: Another process is working on it.
+        """
+        import fcntl
+
+        path = self.folder / ".lock"
+        try:
+            with path.open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StorageError(f"another process is working on {self.folder}") from None
+                yield
+        except PermissionError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
+    """Make the search space of a recipe.
+
+    Args:
+        recipe: Names it and its arguments.
+        data: Asked for channels and classes if the constructor takes them and the recipe leaves them open.
+
+    Raises:
+        RecipeError: The constructor does not take an argument of the recipe.
+        PluginError: There is no such space.
+    """
+    import inspect
+
+    factory = load_space_factory(recipe.space.name)
+    parameters = inspect.signature(factory).parameters
+    arguments = dict(recipe.space.arguments)
+    for name in arguments:
+        if name not in parameters:
+            allowed = ", ".join(parameters)
+            raise RecipeError(f"space.arguments.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
+    if "in_channels" in parameters and "in_channels" not in arguments:
+        arguments["in_channels"] = data().in_shape[0]
+    if "classes" in parameters and "classes" not in arguments and data().classes:
+        arguments["classes"] = data().classes
+    try:
+        return factory(**arguments)
+    except TypeError as error:
+        raise RecipeError(f"space.arguments: {recipe.space.name} refuses {arguments}: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader must know of the machine and the versions."""
+    return {
+        "autocompress": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": {name: metadata.version(name) for name in VERSIONED},
+    }
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    import yaml
+
+    payload = recipe.model_dump(mode="json")
+    write_text(path, yaml.safe_dump(payload, sort_keys=False))
+
+
+def _refuse_other(path: Path, there: Recipe, here: Recipe) -> None:
+    if there == here:
+        return
+    first, second = (_flat(recipe.model_dump(mode="json")) for recipe in (there, here))
+    keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+    shown = "; ".join(f"{key} is {first.get(key)!r} there, {second.get(key)!r} here" for key in keys[:5])
+    raise RecipeError(
+        f"{path.parent} holds a run of another recipe: {shown}; take another directory, or continue that run "
+        f"with `autocompress resume {path.parent}`"
+    )
+
+
+def _flat(payload: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(payload, dict):
+        return {prefix: json.dumps(payload)}
+    result: dict[str, Any] = {}
+    for key, value in payload.items():
+        result.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return result

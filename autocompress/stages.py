@@ -1,0 +1,354 @@
+"""The stages of a run, each a function that does nothing where its result is there already.
+
+profile -> train -> search -> finetune -> export -> report; each calls those before it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.atomic import replacing, write_json
+from autocompress.budget import Budget, Constraints
+from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
+from autocompress.elastic.extract import extract
+from autocompress.elastic.recalibrate import recalibrate
+from autocompress.elastic.supernet import Supernet
+from autocompress.engine import search as run_search
+from autocompress.errors import CheckpointError
+from autocompress.evaluation.supernet import SupernetEvaluator
+from autocompress.guided import guided_search
+from autocompress.latency.profile import profile as profile_space
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target, load_target
+from autocompress.network import build_network
+from autocompress.plugins import load_strategy
+from autocompress.result import SearchResult, load_result
+from autocompress.run import Run, Shown
+from autocompress.space import Architecture
+from autocompress.training.checkpoint import load_checkpoint
+from autocompress.training.evaluate import Scored, calibration_batches
+from autocompress.training.supernet import supernet_identity, train_supernet
+
+TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
+FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
+
+
+def set_threads(run: Run) -> None:
+    """Use the recipe's threads for training and search, all cores by default."""
+    torch.set_num_threads(run.recipe.threads or os.cpu_count() or 1)
+
+
+def target(run: Run) -> Target:
+    """Return the target of the run."""
+    settings = run.recipe.target
+    return load_target(settings.name, threads=settings.threads, batch=settings.batch)
+
+
+def profile(run: Run, shown: Shown) -> LatencyTable:
+    """Measure the space on the target, or read what was measured."""
+    path = run.path(TABLE)
+    if path.exists():
+        table = LatencyTable.load(path)
+        table.check_target(target(run))
+        return table
+    settings = run.recipe.profile
+    given = None if settings.table is None else LatencyTable.load(settings.table)
+    with shown.stage(f"profile {target(run).name}") as progress:
+        table = profile_space(
+            run.space,
+            target(run),
+            folder=run.folder,
+            networks=settings.networks,
+            seed=settings.seed,
+            tolerance=settings.tolerance,
+            min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+            table=given,
+            progress=lambda done, total: progress(done, total),
+        )
+    shown.say(describe_table(table))
+    return table
+
+
+def describe_table(table: LatencyTable) -> str:
+    """Return one line on how far the table can be trusted."""
+    report = table.error_report
+    if report is None:
+        return f"latency table: {len(table.rows)} rows, not checked against whole networks"
+    figures = report.forms[report.chosen]
+    return (
+        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-out: "
+        f"error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
+        f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
+        f"{figures.spearman:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
+    )
+
+
+def costs(run: Run, shown: Shown) -> list[AdditiveCost]:
+    """Return every cost of the run: MACs, parameters, bytes, latency."""
+    table = profile(run, shown)
+    return [*(operation_cost(run.space, metric) for metric in OPERATION_METRICS), table.cost(run.space)]
+
+
+def constraints(run: Run, shown: Shown) -> Constraints:
+    """Return the budget of the run, made absolute.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits it.
+    """
+    return Budget.of(run.recipe.search.budget).resolve(run.space, costs(run, shown))
+
+
+def train(run: Run, shown: Shown) -> Supernet:
+    """Train the supernet, from its checkpoint if there is one, or read the trained one."""
+    set_threads(run)
+    supernet = run.space.supernet()
+    path, report = run.path(CHECKPOINT), run.path(TRAINING)
+    if report.exists():
+        content = load_checkpoint(path, supernet_identity(supernet, run.data, run.recipe.train))
+        supernet.load_state_dict(content["model"])
+        choices = content["position"]["choices"]
+        if choices.get("memory_format") == "channels_last":
+            supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return supernet.eval()
+    with shown.stage("train the supernet") as progress:
+        position = train_supernet(
+            supernet, run.data, run.task, run.recipe.train, checkpoint=path, progress=progress
+        )
+    write_json(report, vars(position))
+    last = {name: score for _, name, score in position.scores}
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in last.items())
+    shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
+    return supernet.eval()
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """Return 16 hexadecimal digits over every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
+    """Return the evaluator of slices on the held-out validation images."""
+    return SupernetEvaluator(supernet, run.data, run.task, calibration(run))
+
+
+def calibration(run: Run) -> list[Tensor]:
+    """Return the training images on which batch-norm statistics are computed."""
+    return calibration_batches(run.data, run.recipe.search.calibration_images, seed=run.recipe.search.seed)
+
+
+def search(run: Run, shown: Shown) -> SearchResult:
+    """Search the supernet under the budget, from the stored trials if there are some."""
+    limits = constraints(run, shown)  # an impossible budget is refused before hours of training
+    supernet = train(run, shown)
+    path = run.path(RESULT)
+    if path.exists():
+        return load_result(path, run.space)
+    settings = run.recipe.search
+    score = evaluator(run, supernet)
+    identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
+    strategy = load_strategy(settings.strategy)
+    with shown.stage(f"search by {settings.strategy}") as progress:
+        if settings.predictor == "none":
+            result = run_search(
+                strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options),
+                limits,
+                score,
+                evaluations=settings.evaluations,
+                objective=run.task.metric,
+                storage=run.path("trials.log"),
+                identity=identity,
+                progress=progress,
+            )
+        else:
+            result = guided_search(
+                strategy,
+                limits,
+                score,
+                evaluations=settings.evaluations,
+                finalists=settings.finalists,
+                candidates=settings.candidates,
+                predictor=settings.predictor,
+                objective=run.task.metric,
+                seed=settings.seed,
+                options=settings.options,
+                storage=run.path("trials.log"),
+                history=run.path("history.bin"),
+                identity=identity,
+                show=shown.say,
+                progress=progress,
+            )
+    best = result.best()
+    shown.say(
+        f"search: best validation {run.task.metric} {best.metrics[run.task.metric]:.4f} of "
+        f"{len(result.trials)} evaluated and {result.scored} predicted networks; {describe_costs(best.costs)}"
+    )
+    result.save(path)
+    return result
+
+
+def describe_costs(found: Mapping[str, float]) -> str:
+    """Return the costs of a network in a line."""
+    return (
+        f"{found['latency_ms']:.3f} ms (predicted), {found['macs'] / 1e6:.2f} M MACs, "
+        f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
+    )
+
+
+def resolution(run: Run, arch: Architecture) -> tuple[int, int]:
+    """Return height and width of the input of a network."""
+    blocks = run.space.operations(run.space.encode([arch]))
+    return blocks[0][1][0].in_shape[1:]
+
+
+def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn.Sequential:
+    """Copy a network out of the supernet, with batch-norm statistics of its own."""
+    from autocompress.elastic.extract import memory_format
+
+    keep = memory_format(supernet)
+    batches = [batch.contiguous(memory_format=keep) for batch in calibration(run)]
+    return extract(supernet, arch, recalibrate(supernet, arch, batches))
+
+
+def selected(run: Run, shown: Shown, arch: Architecture | None = None) -> Architecture:
+    """Return the network that later stages work on: the given one, the one selected, or the search's best."""
+    if arch is not None:
+        return arch
+    path = run.path("selected.json")
+    if path.exists():
+        return run.space.from_json(json.dumps(run.read("selected.json")))
+    return search(run, shown).best().architecture
+
+
+def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[nn.Module, Scored]:
+    """Finetune one network with distillation from the largest, or read the finetuned one.
+
+    Args:
+        run: The run.
+        shown: Told progress.
+        arch: Which network; the selected one by default.
+
+    Returns:
+        The network in evaluation mode and its score on the validation part.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from autocompress.distill.finetune import finetune as finetune_network
+
+    arch = selected(run, shown, arch)
+    supernet = train(run, shown)
+    folder = run.network_folder(arch)
+    report, weights = folder / FINETUNE_REPORT, folder / FINETUNED
+    if report.exists():
+        network: nn.Module = build_network(run.space.operations(run.space.encode([arch])), device="meta")
+        try:
+            network.load_state_dict(load_file(weights), assign=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"finetuned weights {weights} are damaged: {error}; remove the folder") from None
+        return network.eval(), Scored(**json.loads(report.read_text()))
+    network = extract_recalibrated(run, supernet, arch)
+    largest = run.space.decode(run.space.largest())[0]
+    teacher = extract_recalibrated(run, supernet, largest)
+    with shown.stage("finetune with distillation") as progress:
+        scored = finetune_network(
+            network,
+            run.data,
+            run.task,
+            run.recipe.finetune,
+            resolution=resolution(run, arch),
+            teacher=teacher,
+            teacher_resolution=resolution(run, largest),
+            identity={"space": run.space.fingerprint, "architecture": arch.key,
+                      "weights": weights_fingerprint(supernet)},
+            checkpoint=folder / FINETUNE_CHECKPOINT,
+            progress=progress,
+        )  # fmt: skip
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    with replacing(weights) as temporary:
+        save_file(state, temporary)
+    write_json(report, vars(scored))
+    shown.say(f"finetuned: validation {run.task.metric} {scored.mean:.4f}")
+    return network, scored
+
+
+def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
+    """Export the finetuned network and check every format against it, or check what was exported.
+
+    Returns:
+        The folder with the files.
+    """
+    from autocompress.export.export import export_network
+    from autocompress.export.manifest import verify_export
+
+    arch = selected(run, shown, arch)
+    network, scored = finetune(run, shown, arch)
+    folder = run.network_folder(arch) / "exported"
+    if (folder / "manifest.json").exists():
+        verify_export(folder)
+        return folder
+    codes = run.space.encode([arch])
+    size = resolution(run, arch)
+    priced = {cost.metric: float(cost.of(codes)[0]) for cost in costs(run, shown)}
+    with shown.stage("export") as progress:
+        progress(0, 1, "writing and checking")
+        export_network(
+            network,
+            architecture=arch,
+            blocks=run.space.operations(codes),
+            in_shape=(run.data.in_shape[0], *size),
+            folder=folder,
+            preprocessing={
+                "resize": list(size),
+                "resize_mode": "bilinear, antialiased",
+                "divide_by": 255,
+                "mean": list(run.data.mean),
+                "std": list(run.data.std),
+                "classes": list(run.data.class_names) or run.data.classes,
+            },
+            formats=run.recipe.export.formats,
+            extra={"predicted_costs": priced, "validation": vars(scored), "metric": run.task.metric},
+        )
+        progress(1, 1, "")
+    shown.say(f"exported to {folder}")
+    return folder
+
+
+def select(run: Run, shown: Shown, *, limits: Mapping[str, float | str], cheapest: str, within: float) -> Any:
+    """Choose a network from a finished search and make later stages use it.
+
+    Args:
+        run: The run.
+        shown: Told progress of missing stages.
+        limits: The best network within these; empty for the search's own.
+        cheapest: Instead, the network of least cost in this metric...
+        within: ...whose score is at most this much below the best.
+
+    Returns:
+        The trial.
+    """
+    result = search(run, shown)
+    if cheapest:
+        trial = result.cheapest(cheapest, within)
+    elif limits:
+        resolved = Budget.of(limits).resolve(run.space, costs(run, shown))
+        trial = result.best(resolved.limits)
+    else:
+        trial = result.best()
+    write_json(run.path("selected.json"), json.loads(trial.architecture.to_json()))
+    return trial
+
+
+def codes_of(run: Run, arch: Architecture) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the row of an architecture."""
+    return cast("np.ndarray[Any, np.dtype[np.int64]]", run.space.encode([arch]))
