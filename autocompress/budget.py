@@ -6,6 +6,7 @@ a space and its costs it becomes `Constraints`, which price, check and draw arch
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,9 @@ _UNITS: dict[str, dict[str, float]] = {
 }
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
+# Costs are sums of floats, which differ in their last bits with the order: a limit is met up to those.
+ROUNDING = 1e-12
+
 # Draws for one request before the sampler stops rejecting and constructs instead.
 MAX_REJECTED_DRAWS = 100_000
 DRAWS_PER_ROUND = 4_096
@@ -34,8 +38,11 @@ DRAWS_PER_ROUND = 4_096
 
 def _up(value: float) -> str:
     """Write a number with six digits, never below itself: a budget that is typed back must be feasible."""
-    digits = 5 - math.floor(math.log10(value))
-    return f"{math.ceil(value * 10**digits) / 10**digits:.6g}"
+    text = f"{value:.6g}"
+    if float(text) >= value:
+        return text
+    # One unit of the sixth digit more.
+    return f"{float(text) + 10.0 ** (math.floor(math.log10(value)) - 5):.6g}"
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,16 @@ def parse_limit(metric: str, value: float | str) -> Limit:
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise BudgetError(f"{metric} must be a number or text, got {value!r}")
     else:
-        number, unit = float(value), ""
-    if not 0 < number < float("inf"):
-        raise BudgetError(f"{metric} must be positive and finite, got {value!r}")
-    if unit == "%":
-        return Limit(metric, number, percent=True)
-    units = _UNITS[metric]
+        # An integer may be too large for a float.
+        number, unit = float(value) if abs(value) < sys.float_info.max else math.inf, ""
+    units = _UNITS[metric] | {"%": 1.0}
     if unit not in units:
-        allowed = ", ".join(repr(name) for name in units if name)
+        allowed = ", ".join(repr(name) for name in _UNITS[metric] if name)
         raise BudgetError(f"{metric} takes no unit, {allowed} or '%', got {unit!r} in {value!r}")
-    return Limit(metric, number * units[unit])
+    number *= units[unit]
+    if not 0 < number < math.inf:
+        raise BudgetError(f"{metric} must be positive and finite, got {value!r}")
+    return Limit(metric, number, percent=unit == "%")
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ class Budget:
                     + (" (latency needs a latency table)" if limit.metric == "latency_ms" else "")
                 )
             largest = float(by_metric[limit.metric].of(space.largest())[0])
-            absolute[limit.metric] = limit.value / 100 * largest if limit.percent else limit.value
+            value = limit.value / 100 * largest if limit.percent else limit.value
+            absolute[limit.metric] = value * (1 + ROUNDING)
         constraints = Constraints(space, by_metric, absolute)
         constraints.check_feasible()
         return constraints
@@ -253,13 +261,14 @@ class Constraints:
         Raises:
             InfeasibleBudgetError: Nothing fits.
         """
-        kept: list[Codes] = []
+        kept: list[Codes] = [np.zeros((0, len(self.space.choices)), dtype=np.int64)]
         count = drawn = 0
         while count < n and drawn < MAX_REJECTED_DRAWS:
             codes = self.space.sample(max(n, DRAWS_PER_ROUND) if self.limits else n, rng)
             drawn += len(codes)
             violation = self.violation(codes)
-            fits = self.feasible(codes) & ((violation >= at_least - 1.0) | (at_least <= 0))
+            near = (violation >= at_least - 1.0) | (at_least <= 0 or not self.limits)
+            fits = self.feasible(codes) & near
             kept.append(codes[fits][: n - count])
             count += len(kept[-1])
         if count < n:

@@ -7,7 +7,7 @@ come from variable elimination, expectations from tensor contractions. No module
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -188,13 +188,15 @@ class AdditiveCost:
         if lengths != list(self.counts):
             raise CostError(f"probabilities must have lengths {list(self.counts)}, got {lengths}")
         total: Any = self.constant
-        for factor in self.factors:
-            value: Any = factor.values
-            if not isinstance(probabilities[0], np.ndarray):
-                import torch
+        convert: Callable[[Any], Any] = np.asarray
+        if not isinstance(probabilities[0], np.ndarray):
+            import torch
 
-                first = probabilities[0]
-                value = torch.as_tensor(value, dtype=first.dtype, device=first.device)
+            first = probabilities[0]
+            convert = partial(torch.as_tensor, dtype=first.dtype, device=first.device)
+            total = convert(total)
+        for factor in self.factors:
+            value = convert(factor.values)
             for position in reversed(factor.positions):
                 value = value @ probabilities[position]
             total = total + value

@@ -328,8 +328,12 @@ class SearchSpace:
         forced = np.where(changeable, draws, 2.0).argmin(axis=1)
         rows = np.arange(n)
         changed[rows, forced] |= changeable[rows, forced]
-        steps = 1 + (rng.random((n, width)) * (self.counts - 1)).astype(np.int64)
-        return self.canonical(np.where(changed, (codes + steps) % self.counts, codes))
+        rows, columns = np.nonzero(changed)
+        counts = self.counts[columns]
+        steps = 1 + (rng.random(len(rows)) * (counts - 1)).astype(np.int64)
+        result = codes.copy()
+        result[rows, columns] = (codes[rows, columns] + steps) % counts
+        return self.canonical(result)
 
     def crossover(self, first: Codes, second: Codes, rng: np.random.Generator) -> Codes:
         """Take each gene from either parent with even odds; canonical, shape of the parents."""

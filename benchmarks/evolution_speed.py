@@ -4,23 +4,23 @@ python benchmarks/evolution_speed.py [--quick] [--output FILE]
 """
 
 import time
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from latency_tables import once_for_all_space, price_of
-from record import Figure, Seconds, parser, rate, report, timed, use_one_core
+from record import Figure, parser, rate, report, timed, use_one_core
 
 from autocompress.budget import Budget, Constraints
-from autocompress.cost import Values, compile_cost, operation_cost
+from autocompress.cost import Price, Values, compile_cost, operation_cost
 from autocompress.engine import search
 from autocompress.errors import InfeasibleBudgetError
 from autocompress.evaluation.predictor import FittedPredictor, fit
+from autocompress.evaluator import Evaluator
 from autocompress.space import Codes
 from strategies.evolution import ElitistEvolution
 
 TARGET_PER_SECOND = 50_000
-INFEASIBLE_TARGET_MS = 10
+INFEASIBLE_MS = 10
 POPULATION, GENERATIONS = 100, 50
 METRIC = "predicted_accuracy"
 
@@ -28,9 +28,8 @@ METRIC = "predicted_accuracy"
 class Recording:
     """An evaluator that remembers which rows it was given."""
 
-    paid: ClassVar[bool] = False
-
     def __init__(self, predictor: FittedPredictor) -> None:
+        self.paid = False
         self.predictor = predictor
         self.rows: list[Codes] = []
 
@@ -40,28 +39,33 @@ class Recording:
         return self.predictor(codes)
 
 
-def one_at_a_time(constraints: Constraints, predictor: FittedPredictor, candidates: int) -> None:
-    """Evolve as the once-for-all finder does: each candidate on its own, rejected until it fits."""
+def evolve(constraints: Constraints, evaluator: Evaluator, *, seed: int, evaluations: int) -> None:
+    """Search as a user does."""
+    strategy = ElitistEvolution(constraints, seed=seed, objective=METRIC, population=POPULATION)
+    search(strategy, constraints, evaluator, evaluations=evaluations, objective=METRIC, batch=POPULATION)
+
+
+def one_at_a_time(
+    constraints: Constraints, price: Price, predictor: FittedPredictor, candidates: int
+) -> None:
+    """Evolve as the once-for-all finder does: each candidate built and priced alone, rejected until it fits.
+
+    The predictor still scores a generation at once, as there.
+    """
     space, rng = constraints.space, np.random.default_rng(0)
-    metric, limit = next(iter(constraints.limits.items()))
-    price = PRICES[metric]
+    limit = constraints.limits["latency_ms"]
 
-    def fits(row: Codes) -> bool:
-        return sum(price(ops) for _, ops in space.operations(row)) <= limit
-
-    def until_it_fits(propose) -> Codes:  # type: ignore[no-untyped-def]
+    def until_it_fits(propose: Callable[[], Codes]) -> Codes:
         while True:
-            row: Codes = propose()
-            if fits(row):
+            row = propose()
+            if sum(price(ops) for _, ops in space.operations(row)) <= limit:
                 return row
 
     population = [until_it_fits(lambda: space.sample(1, rng)) for _ in range(POPULATION)]
-    scores = list(predictor(np.vstack(population))[METRIC])
-    done = POPULATION
-    while done < candidates:
-        order = np.argsort(scores)[::-1][: POPULATION // 4]
-        parents = [population[index] for index in order]
-        scores = [scores[index] for index in order]
+    scores = predictor(np.vstack(population))[METRIC]
+    for _ in range(candidates // POPULATION - 1):
+        best = np.argsort(-scores)[: POPULATION // 4]
+        parents = [population[index] for index in best]
 
         def pick(parents: list[Codes] = parents) -> Codes:
             return parents[int(rng.integers(len(parents)))]
@@ -70,21 +74,16 @@ def one_at_a_time(constraints: Constraints, predictor: FittedPredictor, candidat
         children += [
             until_it_fits(lambda: space.crossover(pick(), pick(), rng)) for _ in range(POPULATION // 2)
         ]
-        scores += list(predictor(np.vstack(children))[METRIC])
         population = parents + children
-        done += len(children)
-
-
-PRICES = {}
+        scores = np.concatenate([scores[best], predictor(np.vstack(children))[METRIC]])
 
 
 def main() -> None:
     """Run the benchmark."""
-    options = parser(__doc__.splitlines()[0] if __doc__ else "").parse_args()
+    options = parser(__doc__.splitlines()[0] if __doc__ else "", repeats=15).parse_args()
     use_one_core()
     space = once_for_all_space()
     price, source = price_of(space)
-    PRICES["latency_ms"] = price
     latency = compile_cost(space, price, "latency_ms")
     macs = operation_cost(space, "macs")
 
@@ -96,7 +95,8 @@ def main() -> None:
 
     generations = 4 if options.quick else GENERATIONS
     evaluations = POPULATION * generations
-    figures, settings = [], {}
+    figures: list[Figure] = []
+    settings: dict[str, object] = {}
     for share in ("60%", "30%"):
         constraints = Budget.of({"latency_ms": share}).resolve(space, [latency])
         seeds = iter(range(1, options.repeats + 2))
@@ -118,8 +118,7 @@ def main() -> None:
         )
 
         recording = Recording(predictor)
-        strategy = ElitistEvolution(constraints, seed=1, objective=METRIC, population=POPULATION)
-        search(strategy, constraints, recording, evaluations=evaluations, objective=METRIC, batch=POPULATION)
+        evolve(constraints, recording, seed=1, evaluations=evaluations)
         rows = np.vstack(recording.rows)
         twice = len(rows) - len(np.unique(rows, axis=0))
         over = int((~constraints.feasible(rows)).sum())
@@ -131,7 +130,9 @@ def main() -> None:
 
     half = Budget.of({"latency_ms": "60%"}).resolve(space, [latency])
     slow_candidates = 100 if options.quick else 300
-    slow = timed(lambda: one_at_a_time(half, predictor, slow_candidates), repeats=1 if options.quick else 3)
+    slow = timed(
+        lambda: one_at_a_time(half, price, predictor, slow_candidates), repeats=1 if options.quick else 3
+    )
     figures.append(rate("baseline: one candidate at a time", slow_candidates, slow, "candidates/s"))
     ratio = figures[0].value / figures[-1].value
     figures.append(Figure("ratio to the baseline", ratio, "x", ratio, ratio))
@@ -142,7 +143,7 @@ def main() -> None:
         "latency table": source,
         "population x generations": f"{POPULATION} x {generations}",
         "predictor": "400-400-400-1, ReLU, 32-bit floats",
-        "candidate": "asked, repaired, deduplicated, priced, predicted and told through autocompress.engine.search",
+        "candidate": "asked, repaired, deduplicated, priced, predicted, told: autocompress.engine.search",
         "repeats": options.repeats,
         "threads": 1,
     }
@@ -152,10 +153,7 @@ def main() -> None:
 def infeasible(repeats: int) -> list[Figure]:
     """Time the refusal of impossible budgets, each on costs compiled anew: nothing is in a cache."""
     figures = []
-    for name, limits in {
-        "infeasible latency refused in": {"latency_ms": 0.001},
-        "infeasible latency and MACs refused in": {"latency_ms": 0.001, "macs": 1000.0},
-    }.items():
+    for limits in ({"latency_ms": 0.001}, {"latency_ms": 0.001, "macs": 1000.0}):
         milliseconds = []
         for _ in range(repeats):
             space = once_for_all_space()
@@ -166,18 +164,12 @@ def infeasible(repeats: int) -> list[Figure]:
                 Budget.of(limits).resolve(space, costs)
             except InfeasibleBudgetError:
                 milliseconds.append(1e3 * (time.perf_counter() - start))
-        seconds = Seconds(float(np.median(milliseconds)), min(milliseconds), max(milliseconds), 0.0, repeats)
-        figures.append(
-            Figure(
-                name,
-                seconds.median,
-                "ms",
-                seconds.least,
-                seconds.greatest,
-                f"< {INFEASIBLE_TARGET_MS}",
-                seconds.median < INFEASIBLE_TARGET_MS,
-            )
-        )
+        median, least, greatest = float(np.median(milliseconds)), min(milliseconds), max(milliseconds)
+        name = f"impossible {' and '.join(limits)} refused in"
+        # Of several limits the nearest feasible budget is an integer programme: no promise on its time.
+        promised = len(limits) == 1
+        target, reached = (f"< {INFEASIBLE_MS} ms", median < INFEASIBLE_MS) if promised else ("", None)
+        figures.append(Figure(name, median, "ms", least, greatest, target, reached))
     return figures
 
 

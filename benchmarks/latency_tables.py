@@ -8,7 +8,7 @@ from pathlib import Path
 from record import SHARED
 
 from autocompress.cost import Price
-from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite, block_key
+from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, OpSpec, SqueezeExcite, block_key
 from autocompress.space import SearchSpace
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
@@ -53,7 +53,7 @@ def _note10(path: Path) -> Price:
     return price
 
 
-def _shapes(first: Conv2d | GlobalAvgPool, last: Conv2d | GlobalAvgPool) -> str:
+def _shapes(first: OpSpec, last: OpSpec) -> str:
     (c, h, w), (out, oh, ow) = first.in_shape, last.out_shape
     return f"input:{h}x{w}x{c}-output:{oh}x{ow}x{out}"
 

@@ -45,7 +45,8 @@ def main() -> None:
     ]
     milliseconds = cost.of(codes)
     settings = {
-        "space": f"{space.name}, width 1.2, 17 resolutions, {len(space.choices)} choices, {space.size:.3g} networks",
+        "space": f"{space.name}, width 1.2, 17 resolutions, {len(space.choices)} choices",
+        "networks": f"{space.size:.4g}",
         "latency table": source,
         "latency of the space": f"{cost.minimum:.4g} to {cost.maximum:.4g} ms, random genes median "
         f"{np.median(milliseconds):.4g} ms",

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -60,11 +59,11 @@ class Figure:
     reached: bool | None = None
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, *, repeats: int = 7) -> argparse.ArgumentParser:
     """Return the options that all benchmarks have: `--quick`, `--repeats`, `--output`."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="smoke size: checks that it runs, not how fast")
-    result.add_argument("--repeats", type=int, default=7, help="repetitions; the median counts")
+    result.add_argument("--repeats", type=int, default=repeats, help="repetitions; the median counts")
     result.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/NAME.json)")
     return result
 
@@ -130,6 +129,8 @@ def report(
         spread = f"{figure.low:,.4g} .. {figure.high:,.4g}"
         table.add_row(figure.name, f"{figure.value:,.4g}", spread, figure.unit, figure.target, reached)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     console.print(table)
     for key, value in settings.items():
         console.print(f"{key}: {value}", highlight=False)
@@ -155,6 +156,5 @@ def report(
         "settings": dict(settings),
         "figures": [dataclasses.asdict(figure) for figure in figures],
     }
-    json.dumps(payload, allow_nan=False)
     write_json(path, payload)
     console.print(f"written to {path}")

@@ -52,7 +52,7 @@ def mobilenet_v3(
     width: float = 1.0,
     geometry: Geometry = "imagenet",
     resolutions: tuple[int, ...] | list[int] = (),
-    kernels: tuple[int, ...] | list[int] = (3, 5, 7),
+    kernels: tuple[int, ...] | list[int] = (),
     expands: tuple[float, ...] | list[float] = (3, 4, 6),
     depths: tuple[int, ...] | list[int] = (2, 3, 4),
     in_channels: int = 3,
@@ -62,11 +62,13 @@ def mobilenet_v3(
 
     Args:
         preset: `"tiny"` is made for demonstrations and benchmarks on a CPU: small-image geometry, width
-            0.25 and a stem of stride 2, resolutions 24, 28 and 32. Other arguments that are given still hold.
+            0.25, a stem of stride 2, resolutions 24, 28 and 32, kernels 3 and 5 (most of its feature maps have
+            4x4 pixels, and PyTorch's CPU gradient of a 7x7 depthwise kernel takes ten times that of a 3x3).
+            Other arguments that are given still hold.
         width: Multiplies every channel count; rounded to multiples of 8.
         geometry: `"imagenet"` halves the image five times, `"small"`, for 28 to 32 pixels, three times.
         resolutions: Input sizes in pixels to choose from, ascending; empty means the geometry's own.
-        kernels: Sizes of the depthwise convolutions to choose from, odd, ascending.
+        kernels: Sizes of the depthwise convolutions to choose from, odd, ascending; empty means 3, 5, 7.
         expands: Ratios of middle to input channels of a block to choose from, ascending.
         depths: Blocks a stage to choose from, ascending.
         in_channels: Channels of the images.
@@ -83,6 +85,8 @@ def mobilenet_v3(
     if preset == "tiny":
         layout = _Layout(2, LAYOUTS["small"].stage_strides, (24, 28, 32))
         width = 0.25 if width == 1.0 else width
+        kernels = kernels or (3, 5)
+    kernels = tuple(kernels) or (3, 5, 7)
     for name, values in {"kernels": kernels, "expands": expands, "depths": depths}.items():
         if not values or list(values) != sorted(set(values)) or min(values) < 1:
             raise SpaceError(f"{name} must be ascending, without repetition, at least 1, got {tuple(values)}")

@@ -1,8 +1,8 @@
 """Evolution: aging (Real et al.) and elitist (Once-for-All), with budgets kept by repair, not by rejection.
 
-A child over the budget gets genes of its feasible parent back, in random order, just as many as needed
-(found by bisection, all children of a generation at once). The work of a generation is thus bounded
-whatever the budget; the loop of the once-for-all repository never ends where nothing fits.
+A child over the budget gets genes of its feasible parent back, in random order, an eighth of them at a time
+and no more than needed; all children of a generation are repaired at once. The work of a generation is thus
+bounded whatever the budget; the loop of the once-for-all repository never ends where nothing fits.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,9 @@ from autocompress.trial import Batch
 # Rounds in which children that were asked before are replaced by others, each mutated twice as strongly.
 MAX_ATTEMPTS = 6
 MAX_RATE = 0.5
-# A gene's place in the order of repair is known to 2^-6: of 46 genes fewer than one is left undecided.
-REPAIR_ROUNDS = 6
+# A child over the budget gets each gene of its parent back with these probabilities, one after the other,
+# until it fits: genes that came back stay, and the last step is the parent.
+REPAIR_STEPS = np.arange(1, 9) / 8
 
 Propose = Callable[[int, int], tuple[Codes, Codes]]
 """Given how many and the attempt, from 0: children and for each a feasible parent, `(n, choices)` both."""
@@ -65,7 +66,9 @@ class _Breeding:
         found: list[Codes] = []
         missing = n
         for attempt in range(MAX_ATTEMPTS):
-            found.append(self._asked.fresh(self._repaired(*propose(missing, attempt))))
+            # Twice as many at each later attempt: what they have in common with earlier rows is dropped.
+            proposed = self._repaired(*propose(min(n, missing * 2**attempt), attempt))
+            found.append(self._asked.fresh(proposed, at_most=missing))
             missing -= len(found[-1])
             if not missing:
                 break
@@ -78,17 +81,15 @@ class _Breeding:
         broken = np.flatnonzero(~self._constraints.feasible(children))
         if not len(broken):
             return children
-        children, result = children.copy(), parents[broken]
         wild, tame = children[broken], parents[broken]
-        place = self._rng.random(wild.shape)
-        lower, upper = np.zeros(len(broken)), np.ones(len(broken))
-        for _ in range(REPAIR_ROUNDS):
-            middle = (lower + upper) / 2
-            mixed = self._constraints.space.canonical(np.where(place < middle[:, None], tame, wild))
-            fits = self._constraints.feasible(mixed)
-            result = np.where(fits[:, None], mixed, result)
-            upper, lower = np.where(fits, middle, upper), np.where(fits, lower, middle)
-        children[broken] = result
+        # Every step of every child at once: a few hundred rows cost little more than a few.
+        back = self._rng.random(wild.shape) < REPAIR_STEPS[:, None, None]
+        steps = self._constraints.space.canonical(np.where(back, tame, wild).reshape(-1, wild.shape[1]))
+        fits = self._constraints.feasible(steps).reshape(len(REPAIR_STEPS), len(broken))
+        # The parent itself is the last step; without duplicates it is dropped later.
+        fits[-1] = True
+        children = children.copy()
+        children[broken] = steps[fits.argmax(axis=0) * len(broken) + np.arange(len(broken))]
         return children
 
 
@@ -244,7 +245,6 @@ class ElitistEvolution:
         self._best, self._best_values = none, np.zeros(0)
         self._waiting = none
         self._untold = 0
-        self._told: list[tuple[Codes, Values]] = []
 
     def ask(self, n: int) -> Codes:
         """Propose up to `n` architectures of the present generation; none until the last one was told."""
@@ -258,15 +258,12 @@ class ElitistEvolution:
         return rows
 
     def tell(self, batch: Batch) -> None:
-        """Keep the outcome; with the last one of a generation choose the parents of the next."""
+        """Keep the best so far; they become parents when the whole generation was told."""
         self._untold = max(0, self._untold - len(batch))
-        self._told.append(_scored(batch, self._objective))
-        if self._untold or len(self._waiting):
-            return
-        codes = np.vstack([self._best, *(codes for codes, _ in self._told)])
-        values = np.concatenate([self._best_values, *(values for _, values in self._told)])
+        codes, values = _scored(batch, self._objective)
+        codes, values = np.vstack([self._best, codes]), np.concatenate([self._best_values, values])
         order = np.argsort(-values, kind="stable")[: self._parents]
-        self._best, self._best_values, self._told = codes[order], values[order], []
+        self._best, self._best_values = codes[order], values[order]
 
     def _propose(self, n: int, attempt: int) -> tuple[Codes, Codes]:
         # Crossovers of parents that have become alike bring nothing new: only mutants replace them.

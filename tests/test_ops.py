@@ -251,9 +251,9 @@ def test_published_networks_have_the_published_macs_and_parameters(row: dict[str
 def test_operations_of_a_chain_fit_together(name: str) -> None:
     shape = (3, 224, 224)
     for op in NETWORKS[name]():
-        assert op.in_shape == (
-            shape if not isinstance(op, Linear) else (shape[0] * shape[1] * shape[2], 1, 1)
-        )
+        if isinstance(op, Linear):
+            shape = (shape[0] * shape[1] * shape[2], 1, 1)
+        assert op.in_shape == shape
         shape = op.out_shape
     assert shape == (1000, 1, 1)
 
@@ -269,7 +269,7 @@ def test_thop_counts_the_same_macs_and_parameters(name: str) -> None:
     network = build_network([(f"op{index}", (op,)) for index, op in enumerate(ops)], device="meta").eval()
     layers = {type(module) for module in network.modules() if not list(module.children())}
     # thop counts batch norm and pooling as well, by rules of its own; ours is convolution and linear only.
-    free = {kind: _count_nothing for kind in layers - {nn.Conv2d, nn.Linear}}
+    free = dict.fromkeys(layers - {nn.Conv2d, nn.Linear}, _count_nothing)
     x = torch.empty(1, *ops[0].in_shape, device="meta")
     macs, params = thop.profile(network, inputs=(x,), custom_ops=free, verbose=False)
     assert macs == sum(op.macs for op in ops)

@@ -6,7 +6,7 @@ the column of a measured value.
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, final
+from typing import Literal, Self, final
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from autocompress.cost import Values
 from autocompress.errors import DataError
 from autocompress.space import Codes, SearchSpace
 
-MIN_ROWS = 20
-"""Fewest distinct architectures: with less, even the order of the held-out ones means nothing."""
+MIN_ROWS, MIN_HELD_OUT = 10, 4
+"""Fewest distinct architectures in all, and to judge the predictor; so few give a very wide interval."""
 RESAMPLES = 500
 CONFIDENCE = 0.95
 RIDGE_PENALTIES = np.logspace(-3, 4, 29)
@@ -114,7 +114,8 @@ class MLPPredictor:
 
     def fit(self, features: Features, values: Values) -> Self:
         """Train from scratch on features `(n, features)` and values `(n,)`; deterministic under the seed."""
-        self._mean, self._scale = float(values.mean()), float(values.std())
+        # Values that are all equal have no scale of their own.
+        self._mean, self._scale = float(values.mean()), float(values.std()) or 1.0
         inputs = torch.from_numpy(features)
         targets = torch.from_numpy((values - self._mean) / self._scale).float()
         network = self._build(inputs.shape[1])
@@ -146,7 +147,7 @@ Kind = Literal["ridge", "mlp"]
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FittedPredictor:
     """A predictor trained on all architectures, with its quality on held-out ones; an `Evaluator`.
 
@@ -161,6 +162,7 @@ class FittedPredictor:
             order, 0 is no relation.
         kendall_tau_interval: Its 95 % bootstrap interval.
         mean_absolute_error: On the held-out rows, in the unit of the values.
+        paid: False: a prediction is no trial.
     """
 
     space: SearchSpace
@@ -172,8 +174,7 @@ class FittedPredictor:
     kendall_tau: float
     kendall_tau_interval: tuple[float, float]
     mean_absolute_error: float
-
-    paid: ClassVar[bool] = False
+    paid: bool = False
 
     def __call__(self, codes: Codes) -> dict[str, Values]:
         """Return the predicted metric of every row, `(n,)`.
@@ -221,9 +222,11 @@ def fit(
     space.validate(codes)
     values = np.asarray(values, dtype=np.float64)
     _check(codes, values, kind=kind, held_out=held_out)
+    if len(values) and np.ptp(values) == 0:
+        raise DataError(f"the {len(values)} values are all {values[0]:g}: nothing can be learned of them")
     networks, network = np.unique(space.canonical(codes), axis=0, return_inverse=True)
     network = network.reshape(-1)
-    away = max(2, round(held_out * len(networks)))
+    away = max(MIN_HELD_OUT, round(held_out * len(networks)))
     if len(networks) < MIN_ROWS or len(networks) - away < 2:
         raise DataError(
             f"a predictor needs at least {MIN_ROWS} distinct architectures, 2 of them for training, got "
@@ -231,11 +234,6 @@ def fit(
         )
     rng = np.random.default_rng(seed)
     judges = np.isin(network, rng.permutation(len(networks))[:away])
-    for part, name in ((values[judges], "held-out"), (values[~judges], "training")):
-        if np.ptp(part) == 0:
-            raise DataError(
-                f"the {len(part)} {name} values are all {part[0]:g}: nothing can be learned of them"
-            )
     features = space.one_hot(space.canonical(codes))
 
     def model() -> RidgePredictor | MLPPredictor:

@@ -6,6 +6,7 @@ the convolution, means as ReduceMean), so that a runtime fuses a timed block as 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -67,7 +68,9 @@ def onnx_model(
         )
     shape = (batch, *operations[0].in_shape)
     if not all(type(op) in KNOWN for op in operations):
-        return _exported_by_torch(blocks, shape, seed, network)
+        if network is None:
+            return _random_by_torch(tuple(blocks), shape, seed)
+        return _exported_by_torch(network, shape)
     graph = _Graph(np.random.default_rng(seed))
     value = "input"
     for name, ops in blocks:
@@ -75,17 +78,22 @@ def onnx_model(
     return graph.serialized(value, shape, operations[-1], batch)
 
 
-def _exported_by_torch(
-    blocks: Sequence[tuple[str, Ops]], shape: tuple[int, ...], seed: int, network: "nn.Module | None"
-) -> bytes:
+# A profile builds everything several times; the exporter takes a second for each.
+@lru_cache(maxsize=1024)
+def _random_by_torch(blocks: tuple[tuple[str, Ops], ...], shape: tuple[int, ...], seed: int) -> bytes:
     import torch
 
     from autocompress.network import build_network
 
-    if network is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = build_network(blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(blocks)
+    return _exported_by_torch(network, shape)
+
+
+def _exported_by_torch(network: "nn.Module", shape: tuple[int, ...]) -> bytes:
+    import torch
+
     program = torch.onnx.export(
         network.eval(),
         (torch.zeros(shape),),

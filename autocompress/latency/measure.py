@@ -18,7 +18,7 @@ import numpy as np
 
 from autocompress.errors import TableError
 from autocompress.latency.drift import without_drift
-from autocompress.latency.runtimes import Run, pinned, prepare_onnx
+from autocompress.latency.runtimes import Run, background, pinned, prepare_onnx
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.target import Target
 
@@ -34,8 +34,8 @@ REFERENCE: Final = "reference"
 WARM_UP_RUNS: Final = 3
 # With fewer items in a round the caches would keep what the last round left; finished ones then run untimed.
 MIN_ITEMS_IN_ROUND: Final = 48
-# More than the second-level cache of one core of any current CPU (2-4 MiB), and most shares of a third level.
-EVICTED_BYTES: Final = 32 * 2**20
+EVICTED_BYTES: Final = 2**20
+BACKGROUND_RUNS: Final = 6
 NORMAL_QUANTILE: Final = 1.96
 """Of the 95 % interval."""
 
@@ -170,7 +170,7 @@ def measure(
     reference: Item | None = None,
     timer: Timer = time_once,
     progress: Progress | None = None,
-    before_each: Run | None = None,
+    before_each: Callable[[str], object] | None = None,
 ) -> dict[str, Sampled]:
     """Run all items in shuffled rounds, each once a round, until each is finished.
 
@@ -183,7 +183,7 @@ def measure(
         reference: Runs in every round, however many; its samples show drift of the machine.
         timer: Reads the clock.
         progress: Told the samples there are, and the most there can be.
-        before_each: Runs untimed before each timed run.
+        before_each: Called, untimed, with the key before each timed run.
 
     Returns:
         Samples of each item by key, and of the reference under `REFERENCE`.
@@ -237,7 +237,7 @@ def _round(
     runs: Mapping[str, Run],
     timer: Timer,
     rng: np.random.Generator,
-    before_each: Run | None,
+    before_each: Callable[[str], object] | None,
 ) -> dict[str, float]:
     """Run everything once in random order; return what was timed, in ms, in that order."""
     timed = {item.key for item in waiting} | ({REFERENCE} & runs.keys())
@@ -251,7 +251,7 @@ def _round(
             runs[key]()
             continue
         if before_each:
-            before_each()
+            before_each(key)
         # Nanoseconds: what the file holds is then exactly what is kept here.
         result[key] = round(timer(runs[key]), 6)
     return result
@@ -335,20 +335,48 @@ class _State:
 
 
 def measure_networks(
-    runs: Mapping[str, Run], *, count: int = 200, seed: int = 0, timer: Timer = time_once
+    runs: Mapping[str, Run],
+    *,
+    target: Target | None = None,
+    count: int = 200,
+    seed: int = 0,
+    timer: Timer = time_once,
 ) -> dict[str, Measurement]:
-    """Measure prepared networks, interleaved, each `count` times with caches evicted before.
+    """Measure prepared networks, interleaved, each `count` times, as cold as in the rounds of a profile.
 
-    In the rounds of a profile hundreds of other runs lie between two of one network; here a buffer that is
-    written over does what they do to the caches.
+    Small networks take half the time when nothing else runs between, and a third more after a buffer of
+    32 MiB was written; after some other blocks or networks they take what they took in the profile.
+
+    Args:
+        runs: By name.
+        target: Blocks are built for it that run untimed before each timed run; without it another one of the
+            networks runs, or, before the only one, a buffer of 1 MiB is written over.
+        count: Timed runs of each.
+        seed: Of the order.
+        timer: Reads the clock.
+
+    Returns:
+        Medians, spreads and percentiles of the times as they are: drift is not taken out.
     """
+    others = background(target) if target else []
+    rng = np.random.default_rng(seed)
     buffer = np.zeros(EVICTED_BYTES, dtype=np.uint8)
 
-    def evict() -> None:
-        np.add(buffer, 1, out=buffer)
+    def disturb(key: str) -> None:
+        for index in rng.permutation(len(others))[:BACKGROUND_RUNS]:
+            others[index]()
+        if others:
+            return
+        rest = [run for name, run in runs.items() if name != key]
+        if rest:
+            rest[int(rng.integers(len(rest)))]()
+        else:
+            np.add(buffer, 1, out=buffer)
 
     items = [Item(name, partial(_same, run)) for name, run in runs.items()]
-    samples = measure(items, stopping=Stopping(0.0, count, count), seed=seed, timer=timer, before_each=evict)
+    samples = measure(
+        items, stopping=Stopping(0.0, count, count), seed=seed, timer=timer, before_each=disturb
+    )
     return {name: summarize(samples[name].raw_ms) for name in runs}
 
 
@@ -356,15 +384,17 @@ def _same(run: Run) -> Run:
     return run
 
 
-def measure_network(run: Run, *, count: int = 200, timer: Timer = time_once) -> Measurement:
+def measure_network(
+    run: Run, *, target: Target | None = None, count: int = 200, timer: Timer = time_once
+) -> Measurement:
     """Measure one prepared network; see `measure_networks`."""
-    return measure_networks({"network": run}, count=count, timer=timer)["network"]
+    return measure_networks({"network": run}, target=target, count=count, timer=timer)["network"]
 
 
 def measure_onnx_files(
     paths: Mapping[str, Path], target: Target, *, runs: int = 200, seed: int = 0, timer: Timer = time_once
 ) -> dict[str, Measurement]:
-    """Measure exported networks on the target, interleaved, caches evicted before each run.
+    """Measure exported networks on the target, interleaved; see `measure_networks`.
 
     Args:
         paths: ONNX files by name; free dimensions of the input become the target's batch.
@@ -378,7 +408,7 @@ def measure_onnx_files(
     """
     with pinned(target):
         prepared = {name: prepare_onnx(path, target) for name, path in paths.items()}
-        return measure_networks(prepared, count=runs, seed=seed, timer=timer)
+        return measure_networks(prepared, target=target, count=runs, seed=seed, timer=timer)
 
 
 def measure_onnx(path: Path, target: Target, *, runs: int = 200) -> Measurement:

@@ -13,7 +13,7 @@ import numpy as np
 
 from autocompress.errors import TableError
 from autocompress.latency.target import Target
-from autocompress.ops import Ops
+from autocompress.ops import Conv2d, Ops
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,6 +108,22 @@ def _random_network(blocks: Blocks) -> "nn.Module":
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
     return network
+
+
+def background(target: Target) -> list[Run]:
+    """Build a dozen small blocks that run between the timed runs of a few networks."""
+    blocks: list[Ops] = []
+    for size, channels in ((32, 8), (16, 16), (8, 32), (4, 64)):
+        for kernel in (3, 5, 7):
+            middle = 4 * channels
+            blocks.append(
+                (
+                    Conv2d(channels, middle, size, size, activation="hard_swish"),
+                    Conv2d(middle, middle, size, size, kernel=kernel, groups=middle, activation="relu"),
+                    Conv2d(middle, channels, size, size),
+                )
+            )
+    return [prepare([("background", ops)], target) for ops in blocks]
 
 
 @contextmanager

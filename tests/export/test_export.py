@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -215,6 +216,16 @@ def test_the_onnx_graph_is_as_compact_as_the_one_that_is_priced(
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
+def test_batch_norm_is_folded_in_the_archive_and_kept_for_the_loader(
+    exported: tuple[Path, nn.Sequential, Manifest],
+) -> None:
+    folder, _, _ = exported
+    targets = {str(node.target) for node in torch.export.load(folder / "network.pt2").graph.nodes}
+    assert any("conv2d" in target for target in targets)
+    assert not any("batch_norm" in target for target in targets)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in load_exported(folder).modules())
+
+
 def test_no_path_of_this_machine_is_in_an_exported_file(
     exported: tuple[Path, nn.Sequential, Manifest],
 ) -> None:
@@ -247,12 +258,16 @@ def test_the_manifest_says_what_a_stranger_must_know(
 
 
 def test_exporting_prints_nothing_and_leaves_the_network_as_it_was(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    # PyTorch's own logger neither propagates nor writes to the stream that pytest captures.
+    logging.getLogger("torch").addHandler(caplog.handler)
     network = trained(SMALL, SMALL_SHAPE).to(memory_format=torch.channels_last)
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in network.state_dict().items()}
     write(tmp_path / "x", network=network, formats=("onnx", "torch_export", "safetensors"))
+    logging.getLogger("torch").removeHandler(caplog.handler)
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name][0])
         assert tensor.stride() == before[name][1]

@@ -154,3 +154,11 @@ def test_a_convolution_with_batch_norm_is_one_node_with_a_bias() -> None:
 def test_nothing_to_run_and_empty_batches_are_refused(blocks: Blocks, batch: int) -> None:
     with pytest.raises(ExportError, match="at least one operation and batch >= 1"):
         onnx_model(blocks, batch=batch)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_spaces_own_operation_with_random_weights_is_exported_once() -> None:
+    blocks: Blocks = [("a", (Blur(4, 6),))]
+    first = onnx_model(blocks, batch=1)
+    assert onnx_model(blocks, batch=1) is first
+    assert outputs(first, torch.randn(1, 4, 6, 6)).shape == (1, 4, 6, 6)

@@ -1,4 +1,4 @@
-"""A space of 14 networks with 8 distinct blocks, and a clock that reads prices instead of time."""
+"""A space of 18 networks with 6 distinct blocks, and a clock that reads prices instead of time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class Prepared:
 
 @dataclass
 class FakeClock:
-    """Times by price: a block costs `1 + MACs / 10^4` ms and 0.5 ms of overhead that whole networks pay once."""
+    """Time by price: a block takes `1 + MACs / 10^4` ms, and each run 0.5 ms more, of a block or network."""
 
     timed: list[str] = field(default_factory=list)
     stop_after: int | None = None

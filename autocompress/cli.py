@@ -1,0 +1,323 @@
+"""The command line: thin over `autocompress.stages`; every command works on a run directory."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autocompress.errors import AutocompressError, RecipeError
+
+if TYPE_CHECKING:
+    from autocompress.progress import Progress
+    from autocompress.recipe import Recipe
+    from autocompress.run import Run, Shown
+
+app = typer.Typer(
+    help="Find the best network that fits a budget on your device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# What makes CPU training up to twice as fast (docs/speed.md): threads that wait without spinning, and an
+# allocator that keeps the memory of activations instead of returning it to the system at each step.
+PROCESS_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+RESTARTED = "AUTOCOMPRESS_RESTARTED"
+
+DEMO: dict[str, Any] = {
+    "data": {"source": "digits"},
+    "space": {"name": "mobilenet_v3", "arguments": {"preset": "tiny"}},
+    "train": {"epochs": 25, "learning_rate": 0.2, "batch_size": 128},
+    "search": {
+        "budget": {"latency_ms": "60%"},
+        "evaluations": 80,
+        "finalists": 20,
+        "options": {"population": 100},
+    },
+    "finetune": {"epochs": 15, "learning_rate": 0.03},
+}
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
+RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set search.seed=1.")
+]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Forecast time and memory; write nothing.")]
+
+
+def main() -> None:
+    """Run the command line; errors of autocompress are printed without a traceback."""
+    if sys.platform == "linux" and RESTARTED not in os.environ:
+        # The allocator and OpenMP read their settings when a process starts, so it has to start again.
+        environment = {**PROCESS_ENVIRONMENT, **os.environ, RESTARTED: "1"}
+        os.execve(sys.executable, [sys.executable, "-m", "autocompress.cli", *sys.argv[1:]], environment)
+    # `module:function` in a recipe means the user's own files, as it would for `python -m`.
+    sys.path.insert(0, os.getcwd())
+    try:
+        app()
+    except AutocompressError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("stopped; continue with `autocompress resume RUN`", fg="yellow", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _stage(title: str) -> Iterator["Progress"]:
+    """Show a bar with the time left on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _shown() -> "Shown":
+    from autocompress.run import Shown
+
+    return Shown(stage=_stage, say=typer.echo)
+
+
+def _changed(payload: Any, changes: list[str] | None) -> Any:
+    """Apply `key.path=value` to a recipe as it was read; values are YAML."""
+    import yaml
+
+    payload = {} if payload is None else payload
+    for change in changes or []:
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes key.path=value, got {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {path}: {text!r} is no YAML: {error}") from None
+        parent = payload
+        *parents, last = path.split(".")
+        for key in parents:
+            parent = parent.setdefault(key, {})
+            if not isinstance(parent, dict):
+                raise RecipeError(f"--set {path}: {key} holds a value, not keys")
+        parent[last] = value
+    return payload
+
+
+def _recipe(path: Path | None, changes: list[str] | None) -> "Recipe | None":
+    from autocompress.recipe import load_recipe, parse_recipe
+
+    if path is None:
+        if changes:
+            raise RecipeError("--set changes a recipe: name the recipe too, or start another run")
+        return None
+    if not changes:
+        return load_recipe(path)
+    original = load_recipe(path)
+    return parse_recipe(_changed(original.model_dump(mode="json", exclude_unset=True), changes), f"recipe {path}")
+
+
+def _open(folder: Path, recipe: "Recipe | None") -> "Run":
+    from autocompress.run import Run
+
+    return Run(folder, recipe)
+
+
+@app.command()
+def demo(
+    run: RunOption = Path("runs/demo"),
+    set_: SetOption = None,
+) -> None:
+    """Run everything on the bundled digits: measure, train, search, finetune, export, compare."""
+    from autocompress.recipe import parse_recipe
+
+    import copy
+
+    recipe = parse_recipe(_changed(copy.deepcopy(DEMO), set_), "the demo's recipe")
+    _whole(_open(run, recipe))
+
+
+@app.command("run")
+def run_(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory; runs/NAME of the recipe.")] = None,
+    set_: SetOption = None,
+    dry_run: DryOption = False,
+) -> None:
+    """Run every stage of a recipe, from the data to the comparison."""
+    parsed = _recipe(recipe, set_)
+    if dry_run:
+        _forecast(parsed)
+        return
+    _whole(_open(run or Path("runs") / recipe.stem, parsed))
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
+    """Continue a run that was stopped or killed, at any stage."""
+    _whole(_open(run, None))
+
+
+@app.command()
+def profile(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), set_: SetOption = None) -> None:
+    """Measure the blocks of the space on the target: the latency table and its error report."""
+    from autocompress import stages
+
+    opened = _open(run, _recipe(recipe, set_))
+    with opened.locked():
+        typer.echo(stages.describe_table(stages.profile(opened, _shown())))
+    typer.echo(f"written to {opened.path(stages.TABLE)}")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument = None,
+    run: RunOption = Path("runs/run"),
+    set_: SetOption = None,
+    dry_run: DryOption = False,
+) -> None:
+    """Train the supernet."""
+    from autocompress import stages
+
+    parsed = _recipe(recipe, set_)
+    if dry_run:
+        _forecast(parsed or _open(run, None).recipe)
+        return
+    opened = _open(run, parsed)
+    with opened.locked():
+        stages.train(opened, _shown())
+    typer.echo(f"written to {opened.path(stages.CHECKPOINT)}")
+
+
+@app.command()
+def search(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), set_: SetOption = None) -> None:
+    """Search the supernet under the budget; runs the stages before it if they are missing."""
+    from autocompress import stages
+
+    opened = _open(run, _recipe(recipe, set_))
+    with opened.locked():
+        result = stages.search(opened, _shown())
+        front = result.pareto()
+    typer.echo(f"Pareto front over predicted latency, {len(front)} networks:")
+    for trial in front:
+        score = trial.metrics[result.objective]
+        typer.echo(f"  {score:.4f}  {stages.describe_costs(trial.costs)}  {trial.architecture.key}")
+
+
+@app.command()
+def select(
+    run: RunOption = Path("runs/run"),
+    budget: Annotated[str, typer.Option(help="Best network within, as latency_ms=2.5,macs=60%.")] = "",
+    cheapest: Annotated[str, typer.Option(help="Network of least cost in this metric...")] = "",
+    within: Annotated[float, typer.Option(help="...that loses at most this much of the best score.")] = 0.01,
+) -> None:
+    """Choose a network from a finished search; finetune, export and report then work on it."""
+    from autocompress import stages
+    from autocompress.budget import Budget
+
+    if budget and cheapest:
+        raise RecipeError("select takes --budget or --cheapest, not both")
+    limits: dict[str, float | str] = {}
+    for part in filter(None, budget.split(",")):
+        metric, _, value = part.partition("=")
+        limits[metric.strip()] = value
+    if limits:
+        Budget.of(limits)
+    opened = _open(run, None)
+    with opened.locked():
+        trial = stages.select(opened, _shown(), limits=limits, cheapest=cheapest, within=within)
+    score = trial.metrics[opened.task.metric]
+    typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {stages.describe_costs(trial.costs)}")
+
+
+@app.command()
+def finetune(run: RunOption = Path("runs/run")) -> None:
+    """Finetune the selected network with distillation from the largest one."""
+    from autocompress import stages
+
+    opened = _open(run, None)
+    with opened.locked():
+        arch = stages.selected(opened, _shown())
+        _, scored = stages.finetune(opened, _shown(), arch)
+    typer.echo(f"{arch.key}: validation {opened.task.metric} {scored.mean:.4f}")
+
+
+@app.command()
+def export(run: RunOption = Path("runs/run")) -> None:
+    """Export the selected network: ONNX, torch.export, and safetensors with a loader of 30 lines."""
+    from autocompress import stages
+
+    opened = _open(run, None)
+    with opened.locked():
+        typer.echo(f"exported to {stages.export(opened, _shown())}")
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="spaces, strategies or targets")]) -> None:
+    """List what can be named in a recipe."""
+    from autocompress.latency.target import TARGETS
+    from autocompress.plugins import SPACES, STRATEGIES, available
+
+    if what == "spaces":
+        lines = [f"{name}  {value}" for name, value in available(SPACES).items()]
+    elif what == "strategies":
+        lines = [f"{name}  {value}" for name, value in available(STRATEGIES).items()]
+    elif what == "targets":
+        lines = [f"{name}  {found.runtime}" for name, found in TARGETS.items()]
+    else:
+        raise RecipeError(f"list takes spaces, strategies or targets, got {what!r}")
+    typer.echo("\n".join(lines))
+
+
+def _whole(run: "Run") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from autocompress.atomic import write_text
+    from autocompress.report.comparison import report
+    from autocompress.report.show import markdown, notes, table
+
+    with run.locked():
+        content = report(run, _shown())
+        write_text(run.path("report.md"), markdown(content))
+    headers, rows = table(content)
+    shown = Table(*headers)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(shown)
+    for note in notes(content):
+        typer.echo(note)
+
+
+def _forecast(recipe: "Recipe | None") -> None:
+    from autocompress.forecast import forecast
+
+    if recipe is None:
+        raise RecipeError("--dry-run needs a recipe")
+    for line in forecast(recipe):
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The final comparison: the searched network beside the largest, uniform-scaled and random ones.
+
+This is the one place that reads the test part of the data, once, after every decision was made.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from autocompress.atomic import write_json
+from autocompress.baselines import uniform_candidates
+from autocompress.budget import Constraints
+from autocompress.elastic.supernet import resize
+from autocompress.errors import StorageError
+from autocompress.evaluation.supernet import SupernetEvaluator
+from autocompress.export.onnx_graph import onnx_model
+from autocompress.latency.measure import Measurement, measure_networks
+from autocompress.latency.memory import peak_memory_bytes
+from autocompress.latency.runtimes import pinned, prepare, prepare_onnx
+from autocompress.run import Run, Shown
+from autocompress.space import Architecture, Codes
+from autocompress.stages import (
+    codes_of,
+    constraints,
+    evaluator,
+    export,
+    extract_recalibrated,
+    finetune,
+    resolution,
+    selected,
+    target,
+    train,
+)
+from autocompress.training.evaluate import evaluate
+
+REPORT = "report.json"
+# Random networks use at least this share of the budget: they are compared at the same budget, not below it.
+RANDOM_AT_LEAST = 0.9
+RANDOM_RULE = (
+    "random: uniform over genes, given that the network fits the budget and uses at least "
+    f"{RANDOM_AT_LEAST:.0%} of it"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the comparison.
+
+    Attributes:
+        name: What it is.
+        key: Of its architecture.
+        test: Mean of the metric on the test part, its 95 % interval, and the number of images.
+        validation: Mean of the metric on the held-out part.
+        costs: Metric to cost; latency is predicted by the table.
+        latency_ms: Measured median, `None` where another row's network is the same.
+        latency_p95_ms: Measured 95th percentile.
+        peak_memory_bytes: Of the network as ONNX; `None` on other runtimes.
+    """
+
+    name: str
+    key: str
+    test: float
+    test_interval: tuple[float, float]
+    test_images: int
+    validation: float
+    costs: Mapping[str, float]
+    latency_ms: float
+    latency_p95_ms: float
+    peak_memory_bytes: int | None
+
+
+def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str, Any]:
+    """Compare and measure, or read what was compared.
+
+    Args:
+        run: The run; stages that are missing are run first.
+        shown: Told progress.
+        arch: Which network; the selected one by default.
+
+    Returns:
+        The content of `report.json`: rows, limits, what uniform and random mean, paths.
+    """
+    arch = selected(run, shown, arch)
+    path = run.network_folder(arch) / REPORT
+    if path.exists():
+        return dict(run.read(str(path.relative_to(run.folder))))
+    folder = export(run, shown, arch)
+    supernet = train(run, shown)
+    limits = constraints(run, shown)
+    score = evaluator(run, supernet)
+    largest, uniform = run.space.decode(
+        np.vstack([run.space.largest(), _best_uniform(run, limits, score)])
+    )
+    drawn = limits.sample(
+        run.recipe.random_networks,
+        np.random.default_rng((run.recipe.search.seed, 3)),
+        at_least=RANDOM_AT_LEAST,
+    )
+    slices = [("largest", largest), ("uniform-scaled", uniform)]
+    slices += [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
+    slices.append(("searched", arch))
+    networks: list[tuple[str, Architecture, nn.Module]] = [
+        (name, a, extract_recalibrated(run, supernet, a)) for name, a in slices
+    ]
+    networks.append(("uniform-scaled, finetuned", uniform, finetune(run, shown, uniform)[0]))
+    networks.append(("searched, finetuned", arch, finetune(run, shown, arch)[0]))
+    with shown.stage("measure and compare") as progress:
+        progress(0, len(networks), "latency")
+        exported = folder / "network.onnx"
+        measured, exported_latency = _measure(run, [a for _, a, _ in networks], exported)
+        rows = []
+        for done, (name, a, network) in enumerate(networks):
+            progress(done, len(networks), name)
+            rows.append(_row(run, limits, name, a, network, measured[a.key]))
+        progress(len(networks), len(networks), "")
+    content = {
+        "schema": "autocompress.report",
+        "version": 1,
+        "budget": dict(run.recipe.search.budget),
+        "limits": dict(limits.limits),
+        "metric": run.task.metric,
+        "target": target(run).describe(),
+        "rows": [asdict(row) for row in rows],
+        "exported": None if exported_latency is None else asdict(exported_latency),
+        "exported_folder": str(folder),
+        "uniform": "uniform-scaled: the better, on validation, of the same relative setting for every choice "
+        "and of compound scaling of depth, width and resolution, each as large as fits",
+        "random": RANDOM_RULE,
+    }
+    write_json(path, content)
+    return content
+
+
+def _best_uniform(run: Run, limits: Constraints, score: SupernetEvaluator) -> Codes:
+    candidates = uniform_candidates(limits)
+    if not len(candidates):
+        raise StorageError("not even the smallest network of the space fits the budget")
+    scores = score(candidates)[run.task.metric]
+    return candidates[[int(scores.argmax())]]
+
+
+def _measure(
+    run: Run, archs: Sequence[Architecture], exported: Path
+) -> tuple[dict[str, Measurement], Measurement | None]:
+    """Measure every architecture, and the exported file, interleaved on the target."""
+    where = target(run)
+    distinct = {arch.key: arch for arch in archs}
+    with pinned(where):
+        runs = {
+            key: prepare(run.space.operations(codes_of(run, arch)), where) for key, arch in distinct.items()
+        }
+        if where.runtime == "onnxruntime" and exported.exists():
+            runs["exported"] = prepare_onnx(exported, where)
+        measured = measure_networks(runs)
+    return measured, measured.pop("exported", None)
+
+
+def _row(
+    run: Run, limits: Constraints, name: str, arch: Architecture, network: nn.Module, measured: Measurement
+) -> Row:
+    size = resolution(run, arch)
+    test, validation = (
+        evaluate(partial(_forward, network, size), part, run.task.score)
+        for part in (run.data.test, run.data.validation)
+    )
+    blocks = run.space.operations(codes_of(run, arch))
+    peak = None
+    if target(run).runtime == "onnxruntime":
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "network.onnx"
+            file.write_bytes(onnx_model(blocks, batch=target(run).batch))
+            peak = peak_memory_bytes(file, target(run))
+    return Row(
+        name=name,
+        key=arch.key,
+        test=test.mean,
+        test_interval=test.interval,
+        test_images=test.count,
+        validation=validation.mean,
+        costs={metric: float(values[0]) for metric, values in limits.price(codes_of(run, arch)).items()},
+        latency_ms=measured.median_ms,
+        latency_p95_ms=measured.p95_ms,
+        peak_memory_bytes=peak,
+    )
+
+
+def _forward(network: nn.Module, size: tuple[int, int], images: Any) -> Any:
+    return network(resize(images, size))
+
+
+def random_summary(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return mean and standard deviation of the test metric of the random networks."""
+    values = [row["test"] for row in rows if row["name"].startswith("random")]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+

@@ -1,0 +1,87 @@
+"""The comparison as a table, for the console and as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from autocompress.report.comparison import random_summary
+
+HEADERS = (
+    "network",
+    "test {metric} (95 % interval)",
+    "MACs (M)",
+    "parameters (k)",
+    "size (kB)",
+    "predicted (ms)",
+    "measured (ms)",
+    "p95 (ms)",
+    "peak memory (MB)",
+)
+
+
+def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of the comparison, random networks summed up below themselves."""
+    headers = [header.format(metric=content["metric"]) for header in HEADERS]
+    rows = []
+    randoms = [row for row in content["rows"] if row["name"].startswith("random")]
+    for row in content["rows"]:
+        rows.append(_cells(row))
+        if randoms and row is randoms[-1]:
+            mean, deviation = random_summary(content["rows"])
+            latency = sum(r["latency_ms"] for r in randoms) / len(randoms)
+            name = f"random, mean of {len(randoms)} (standard deviation)"
+            rows.append([name, f"{mean:.4f} ({deviation:.4f})", "", "", "", "", f"{latency:.3f}", "", ""])
+    return headers, rows
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["test_interval"]
+    costs, peak = row["costs"], row["peak_memory_bytes"]
+    return [
+        row["name"],
+        f"{row['test']:.4f} ({low:.4f}-{high:.4f})",
+        f"{costs['macs'] / 1e6:.2f}",
+        f"{costs['params'] / 1e3:.0f}",
+        f"{costs['size_bytes'] / 1e3:.0f}",
+        f"{costs['latency_ms']:.3f}",
+        f"{row['latency_ms']:.3f}",
+        f"{row['latency_p95_ms']:.3f}",
+        "-" if peak is None else f"{peak / 1e6:.1f}",
+    ]
+
+
+def notes(content: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the table must know, one sentence a line."""
+    limits = ", ".join(f"{metric} <= {value:.4g}" for metric, value in content["limits"].items())
+    asked = ", ".join(f"{metric} {value}" for metric, value in content["budget"].items())
+    images = content["rows"][0]["test_images"]
+    lines = [
+        f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network.",
+        "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
+        f"Test: {images} images, read once, after every decision; networks not marked finetuned are slices of "
+        "the supernet with batch-norm statistics of their own.",
+        f"{content['uniform'][0].upper()}{content['uniform'][1:]}.",
+        f"{content['random'][0].upper()}{content['random'][1:]}.",
+    ]
+    by_name = {row["name"]: row for row in content["rows"]}
+    searched, largest = by_name["searched, finetuned"], by_name["largest"]
+    error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
+    lines.append(
+        f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest one's "
+        f"measured latency; its prediction is {error:+.1%} off its measurement."
+    )
+    if content["exported"] is not None:
+        exported = content["exported"]
+        lines.append(
+            f"The exported network.onnx, measured in the same run: median {exported['median_ms']:.3f} ms, p95 "
+            f"{exported['p95_ms']:.3f} ms (predicted {searched['costs']['latency_ms']:.3f} ms)."
+        )
+    lines.append(f"Exported files: {content['exported_folder']}")
+    return lines
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return the comparison as Markdown."""
+    headers, rows = table(content)
+    lines = ["| " + " | ".join(headers) + " |", "|" + " --- |" * len(headers)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(content))]) + "\n"

@@ -1,0 +1,167 @@
+"""Corrections recover known coefficients, and the report says what it says by hand."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autocompress.errors import TableError
+from autocompress.latency.correction import (
+    Checks,
+    Correction,
+    Form,
+    assess,
+    figures,
+    fit,
+    learning_curve,
+    leave_one_out,
+    repeat_noise_percent,
+)
+
+
+def networks(
+    scale: float,
+    per_block: float,
+    constant: float,
+    *,
+    count: int = 30,
+    noise: float = 0.0,
+    least: float = 1.0,
+) -> Checks:
+    """Networks of 5 to 20 blocks of 1 to 3 ms with known coefficients."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(5, 21, size=count).astype(float)
+    sums = blocks * rng.uniform(1, 3, size=count)
+    measured = scale * sums + per_block * blocks + constant
+    return Checks(sums, blocks, measured * np.exp(noise * rng.standard_normal(count)), least)
+
+
+def samples_of(checks: Checks) -> list[list[float]]:
+    return [[value, value] for value in checks.measured_ms.tolist()]
+
+
+@given(st.floats(0.2, 2), st.floats(-0.15, 0.5), st.floats(-0.5, 3))
+def test_known_coefficients_are_recovered(scale: float, per_block: float, constant: float) -> None:
+    correction = fit("affine_per_block", networks(scale, per_block, constant))
+    assert correction.scale == pytest.approx(scale, abs=1e-6)
+    assert correction.per_block_ms == pytest.approx(per_block, abs=1e-6)
+    assert correction.constant_ms == pytest.approx(constant, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "coefficients"),
+    [
+        ("raw", (1.0, 0.0, 0.0)),
+        ("scale", (0.7, 0.0, 0.0)),
+        ("affine", (0.7, 0.0, 2.0)),
+        ("affine_per_block", (1.2, -0.4, 2.0)),
+    ],
+)
+def test_the_simplest_form_that_is_right_is_chosen(
+    form: Form, coefficients: tuple[float, float, float]
+) -> None:
+    checks = networks(*coefficients)
+    correction, report = assess(checks, samples_of(checks))
+    best = report.forms[form].mape_percent
+    assert best == pytest.approx(0, abs=1e-6)
+    assert all(
+        report.forms[other].mape_percent > 0.1 for other in get_args(Form)[: get_args(Form).index(form)]
+    )
+    predicted = correction(checks.sums_ms, checks.blocks)
+    np.testing.assert_allclose(predicted, checks.measured_ms, rtol=1e-6)
+
+
+def test_sums_that_are_right_are_left_alone() -> None:
+    checks = networks(1.0, 0.0, 0.0)
+    correction, report = assess(checks, samples_of(checks))
+    assert (correction, report.chosen) == (Correction(), "raw")
+
+
+def test_scale_is_the_least_squares_solution_of_relative_errors() -> None:
+    checks = networks(0.7, 0.1, 1.0, noise=0.1)
+    ratio = checks.sums_ms / checks.measured_ms
+    scales = np.linspace(0.5, 1.5, 100_001)
+    losses = (scales**2) * (ratio @ ratio) - 2 * scales * ratio.sum()
+    assert fit("scale", checks).scale == pytest.approx(scales[losses.argmin()], abs=2e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_no_block_gets_a_negative_price(seed: int) -> None:
+    # Measured times that have nothing to do with the sums push every coefficient about.
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(1, 20, size=12).astype(float)
+    sums = blocks * rng.uniform(1, 3, size=12)
+    checks = Checks(sums, blocks, rng.uniform(0.1, 30, size=12), least_ms=1.0)
+    for form in get_args(Form):
+        correction = fit(form, checks)
+        assert correction.scale >= 0
+        assert correction.scale * 1.0 + correction.per_block_ms >= -1e-9
+
+
+def test_each_network_is_predicted_without_having_been_seen() -> None:
+    checks = networks(0.7, 0.1, 1.0, noise=0.1, count=8)
+    for form in get_args(Form):
+        predicted = leave_one_out(form, checks)
+        for index in range(8):
+            # However wrong this one measurement is, its own prediction must not notice.
+            wrong = checks.measured_ms.copy()
+            wrong[index] *= 50
+            others = Checks(checks.sums_ms, checks.blocks, wrong, checks.least_ms)
+            assert leave_one_out(form, others)[index] == pytest.approx(predicted[index])
+
+
+def test_figures_are_those_found_by_hand() -> None:
+    # Errors: +8 %, -4 %, 0 %, +20 %.
+    result = figures(np.array([1.08, 1.92, 3.0, 4.8]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert result.bias_percent == pytest.approx(6)
+    assert result.mape_percent == pytest.approx(8)
+    assert result.max_error_percent == pytest.approx(20)
+    assert (result.within_5_percent, result.within_10_percent) == (50, 75)
+    assert result.spearman == pytest.approx(1)
+
+
+def test_rank_correlation_is_that_of_the_textbook() -> None:
+    # 1 - 6 * sum d^2 / (n (n^2 - 1)) with d = (1, -1, 0, 0): 1 - 12 / 60.
+    result = figures(np.array([2.0, 1.0, 3.0, 4.0]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert result.spearman == pytest.approx(0.8)
+
+
+def test_equal_predictions_have_no_rank_correlation() -> None:
+    assert figures(np.array([2.0, 2.0]), np.array([1.0, 3.0])).spearman is None
+
+
+def test_repeat_noise_compares_the_halves_of_time() -> None:
+    # Medians of halves 1 and 1.1, of all 1.05; 2 and 2; 4 and 3, of all 3.5. The median is the first.
+    rows = [[1.0, 1.0, 1.1, 1.1], [2.0] * 4, [4.0, 4.0, 3.0, 3.0]]
+    assert repeat_noise_percent(rows) == pytest.approx(100 * 0.1 / 1.05)
+    assert repeat_noise_percent([]) == 0
+
+
+def test_the_learning_curve_is_flat_and_zero_where_the_form_is_right() -> None:
+    curve = learning_curve("affine", networks(0.7, 0.0, 2.0, count=30))
+    assert [size for size, _ in curve] == [5, 10, 15, 20]
+    assert [error for _, error in curve] == pytest.approx([0] * 4, abs=1e-6)
+
+
+def test_a_form_with_too_few_networks_is_not_compared() -> None:
+    checks = networks(0.7, 0.0, 0.0, count=3)
+    _, report = assess(checks, samples_of(checks))
+    assert set(report.forms) == {"raw", "scale"}
+
+
+def test_one_network_is_no_error_report() -> None:
+    with pytest.raises(TableError, match="at least 2 measured networks, got 1"):
+        assess(networks(1, 0, 0, count=1), [[1.0]])
+
+
+def test_a_clock_that_stands_still_is_noticed() -> None:
+    checks = Checks(np.ones(3), np.ones(3), np.array([1.0, 0.0, 1.0]), 1.0)
+    with pytest.raises(TableError, match="the timer does not work"):
+        assess(checks, [[1.0]] * 3)
+
+
+def test_a_fit_needs_as_many_networks_as_parameters() -> None:
+    with pytest.raises(TableError, match="'affine' needs at least 2 measured networks, got 1"):
+        fit("affine", networks(1, 0, 0, count=1))

@@ -1,0 +1,218 @@
+"""Profiling measures each distinct block once, recovers known prices, and goes on after a kill."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autocompress.cost import operation_cost
+from autocompress.errors import StorageError, TableError
+from autocompress.latency.profile import (
+    SAMPLES_FILE,
+    TABLE_FILE,
+    check_networks,
+    distinct_blocks,
+    profile,
+)
+from autocompress.latency.runtimes import Run
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target, load_target
+from autocompress.ops import Ops, block_key
+from autocompress.space import Block, SearchSpace
+from search_spaces.mobilenet_v3 import mobilenet_v3
+
+TARGET = load_target()
+
+
+def price_ms(ops: Ops) -> float:
+    """What the fake clock of conftest.py takes for a block within a network."""
+    return 1 + sum(op.macs for op in ops) / 1e4
+
+
+def all_codes(space: SearchSpace) -> np.ndarray:
+    return np.unique(space.sample(500, np.random.default_rng(0)), axis=0)
+
+
+def without_date(table: LatencyTable) -> dict[str, Any]:
+    payload = table.to_json()
+    del payload["provenance"]["measured"]
+    return payload
+
+
+def run(space: SearchSpace, folder: Path, clock: Any, **settings: Any) -> LatencyTable:
+    defaults = {"networks": 10, "min_rounds": 6, "max_rounds": 9}
+    return profile(
+        space, TARGET, folder=folder, timer=clock.timer, prepare=clock.prepare, **{**defaults, **settings}
+    )
+
+
+def test_distinct_blocks_are_those_any_network_runs(space: SearchSpace) -> None:
+    expected = {block_key(ops) for row in all_codes(space) for _, ops in space.operations(row)}
+    assert distinct_blocks(space).keys() == expected
+    assert len(expected) == 6
+
+
+def test_known_prices_are_recovered_and_networks_priced_exactly(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    table = run(space, tmp_path, clock)
+    for key, ops in distinct_blocks(space).items():
+        assert table.rows[key].median_ms == pytest.approx(0.5 + price_ms(ops))
+        assert table.price(ops) == pytest.approx(price_ms(ops))
+    codes = all_codes(space)
+    expected = [0.5 + sum(price_ms(ops) for _, ops in space.operations(row)) for row in codes]
+    np.testing.assert_allclose(table.cost(space).of(codes), expected, rtol=1e-6)
+    assert table.error_report is not None
+    assert table.error_report.chosen == "affine_per_block"
+    assert table.error_report.forms["affine_per_block"].mape_percent == pytest.approx(0, abs=1e-6)
+    # The sum has 0.5 ms for each of 3 or 4 blocks, the network once.
+    assert table.error_report.forms["raw"].bias_percent > 5
+
+
+def test_no_more_is_timed_than_blocks_networks_and_the_reference(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    run(space, tmp_path, clock)
+    assert len(set(clock.timed)) == 6 + 10
+    assert len(clock.timed) == 6 * (6 + 10 + 1)
+
+
+def test_the_table_is_written_beside_its_samples(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    table = run(space, tmp_path / "new" / "folder", clock)
+    assert LatencyTable.load(tmp_path / "new" / "folder" / TABLE_FILE) == table
+    names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert names == {TABLE_FILE, SAMPLES_FILE}
+    assert table.provenance["space"] == {"name": "toy", "fingerprint": space.fingerprint}
+
+
+@pytest.mark.parametrize("stop_after", [1, 17, 40, 101])
+def test_a_profile_that_was_stopped_ends_as_if_it_had_not_been(
+    space: SearchSpace, tmp_path: Path, clock: Any, stop_after: int
+) -> None:
+    expected = run(space, tmp_path / "whole", clock)
+    total = len(clock.timed)
+    stopped = type(clock)(stop_after=stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(space, tmp_path / "killed", stopped)
+    assert not (tmp_path / "killed" / TABLE_FILE).exists()
+    resumed = type(clock)()
+    assert without_date(run(space, tmp_path / "killed", resumed)) == without_date(expected)
+    # Of the unfinished round all is lost, of finished ones nothing.
+    assert len(resumed.timed) == total - stop_after // 17 * 17
+
+
+def test_a_finished_profile_measures_nothing_again(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    first = run(space, tmp_path, clock)
+    (tmp_path / TABLE_FILE).unlink()
+    again = type(clock)()
+    assert run(space, tmp_path, again) == first
+    assert not again.timed
+
+
+def test_rows_of_a_given_table_are_taken_over(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    table = run(space, tmp_path / "whole", clock)
+    missing = next(key for key in table.rows if "kernel=5" in key)
+    rest = replace(table, rows={key: row for key, row in table.rows.items() if key != missing})
+    again = type(clock)()
+    completed = run(space, tmp_path / "rest", again, table=rest)
+    assert completed.rows == table.rows
+    alone = {timed for timed in again.timed if " | " not in timed}
+    # The other is the reference, the block of most MACs.
+    assert missing in alone
+    assert len(alone) == 2
+
+
+def test_a_given_table_of_another_target_is_refused(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    table = run(space, tmp_path, clock)
+    with pytest.raises(TableError, match="threads is 1, not 2"):
+        profile(space, load_target(threads=2), folder=tmp_path, table=table)
+
+
+def test_samples_of_another_target_are_refused(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    run(space, tmp_path, clock)
+    with pytest.raises(TableError, match="has samples of target"):
+        profile(space, load_target(batch=2), folder=tmp_path, prepare=clock.prepare, timer=clock.timer)
+
+
+def test_samples_of_another_space_of_the_same_name_are_not_taken(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    run(space, tmp_path, clock)
+    head = space.blocks[-1]
+    twice = Block("head", (), lambda: (*head.operations()[:1], *head.operations()))
+    other = SearchSpace("toy", space.choices, (*space.blocks[:-1], twice))
+    again = type(clock)()
+    run(other, tmp_path, again)
+    # The head is new, and with it every network.
+    assert len({timed for timed in again.timed if " | " in timed}) == 10
+
+
+def test_without_networks_there_is_no_correction_and_no_report(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    table = run(space, tmp_path, clock, networks=0)
+    assert table.error_report is None
+    assert table.correction.form == "raw"
+    assert LatencyTable.load(tmp_path / TABLE_FILE) == table
+
+
+@pytest.mark.parametrize("networks", [1, -1])
+def test_a_correction_needs_two_networks(space: SearchSpace, tmp_path: Path, networks: int) -> None:
+    with pytest.raises(TableError, match=f"networks must be 0 or at least 2, got {networks}"):
+        profile(space, TARGET, folder=tmp_path, networks=networks)
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        run(space, tmp_path / "file", clock)
+
+
+def test_check_networks_reach_from_the_smallest_to_the_largest_without_great_gaps() -> None:
+    space = mobilenet_v3(preset="tiny", in_channels=1, classes=10)
+    codes = check_networks(space, 40)
+    macs = operation_cost(space, "macs").of(codes)
+    assert len(np.unique(codes, axis=0)) == 40
+    assert (codes[0] == space.smallest()).all()
+    assert (codes[-1] == space.largest()).all()
+    gaps = np.diff(macs)
+    assert (gaps >= 0).all()
+    assert gaps.max() <= 2 * (macs[-1] - macs[0]) / 39
+    np.testing.assert_array_equal(codes, check_networks(space, 40))
+    space.validate(codes)
+
+
+def test_check_networks_of_a_small_space_are_all_of_it(space: SearchSpace) -> None:
+    codes = check_networks(space, 40)
+    np.testing.assert_array_equal(np.unique(codes, axis=0), all_codes(space))
+    assert len(check_networks(space, 2)) == 2
+    assert check_networks(space, 0).shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cpu", "pytorch-cpu"])
+def test_a_real_profile_has_positive_times_and_a_report(
+    space: SearchSpace, tmp_path: Path, name: str
+) -> None:
+    target = load_target(name)
+    table = profile(space, target, folder=tmp_path, networks=6, min_rounds=6, max_rounds=6)
+    assert all(0 < row.median_ms <= row.p95_ms and row.count == 6 for row in table.rows.values())
+    assert table.error_report is not None
+    assert len(table.error_report.networks) == 6
+    assert table.cost(space).maximum > 0
+    table.check_target(target)
+
+
+def test_blocks_are_built_for_the_target_asked_for(space: SearchSpace, tmp_path: Path, clock: Any) -> None:
+    seen: set[Target] = set()
+
+    def prepare(blocks: Any, target: Target) -> Run:
+        seen.add(target)
+        return clock.prepare(blocks, target)
+
+    target = load_target(threads=2, batch=4)
+    profile(space, target, folder=tmp_path, prepare=prepare, timer=clock.timer, networks=2, min_rounds=6)
+    assert seen == {target}

@@ -1,0 +1,62 @@
+"""Plain networks built from operations: names, residuals, devices."""
+
+import pytest
+import torch
+from torch import nn
+
+from autocompress.network import Residual, build_network, module_name
+from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
+
+BLOCKS: list[tuple[str, Ops]] = [
+    ("stem", (Conv2d(3, 8, 8, 8, 3, 2, activation="hard_swish"),)),
+    ("stage1.block1", (Conv2d(8, 8, 4, 4, 3, groups=8), SqueezeExcite(8, 4, 4, 8), Add(8, 4, 4))),
+    ("head", (GlobalAvgPool(8, 4, 4), Linear(8, 5))),
+]
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_network_is_its_operations_one_after_another_with_the_block_s_input_added(x: torch.Tensor) -> None:
+    network = build_network(BLOCKS).eval()
+    with torch.no_grad():
+        y = network.stem[0](x)
+        y = y + network.stage1_block1[1](network.stage1_block1[0](y))
+        expected = network.head[1](network.head[0](y))
+        assert torch.equal(network(x), expected)
+    assert expected.shape == (2, 5)
+
+
+def test_children_are_named_after_blocks_and_operations_by_position() -> None:
+    network = build_network(BLOCKS)
+    assert [name for name, _ in network.named_children()] == ["stem", "stage1_block1", "head"]
+    assert isinstance(network.stage1_block1, Residual)
+    assert not isinstance(network.stem, Residual)
+    keys = set(network.state_dict())
+    assert {"stem.0.conv.weight", "stem.0.bn.running_mean", "stage1_block1.1.reduce.bias"} <= keys
+    assert "head.1.linear.weight" in keys
+    assert module_name("stage1.block2") == "stage1_block2"
+
+
+def test_the_meta_device_holds_shapes_and_takes_no_memory() -> None:
+    network = build_network(BLOCKS, device="meta")
+    assert all(tensor.is_meta for tensor in network.state_dict().values())
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
+        name: tensor.shape for name, tensor in build_network(BLOCKS).state_dict().items()
+    }
+
+
+def test_no_module_is_shared_between_equal_blocks() -> None:
+    block: Ops = (Conv2d(8, 8, 4, 4), Add(8, 4, 4))
+    network = build_network([("a", block), ("b", block)])
+    assert len(set(map(id, network.parameters()))) == 2 * 3  # weight, scale and shift
+
+
+def test_the_mode_and_the_gradients_are_those_of_any_pytorch_module(x: torch.Tensor) -> None:
+    network = build_network(BLOCKS)
+    assert network.training
+    network(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert isinstance(network, nn.Sequential)
