@@ -76,5 +76,6 @@ def read_json(path: Path, error: Callable[[str], AutocompressError], what: str) 
     except FileNotFoundError:
         raise error(f"{what} not found: {path}") from None
     except (OSError, ValueError, RecursionError) as reason:
-        # ValueError: not UTF-8, not JSON, or a number of thousands of digits; RecursionError: as many brackets.
+        # ValueError: not UTF-8, not JSON, or a number of thousands of digits; RecursionError: as many
+        # brackets.
         raise error(f"{what} {path} cannot be read: {reason}") from None

@@ -320,15 +320,10 @@ class SearchSpace:
         """
         if not 0 <= rate <= 1:
             raise SpaceError(f"rate must be in 0..1, got {rate}")
-        n, width = codes.shape
-        changeable = self.active(codes) & (self.counts > 1)
-        draws = rng.random((n, width))
-        changed = (draws < rate) & changeable
-        # The gene that changes in any case: the changeable one with the smallest draw.
-        forced = np.where(changeable, draws, 2.0).argmin(axis=1)
-        rows = np.arange(n)
-        changed[rows, forced] |= changeable[rows, forced]
-        rows, columns = np.nonzero(changed)
+        draws = np.where(self.active(codes) & (self.counts > 1), rng.random(codes.shape), 2.0)
+        # In any case the changeable gene with the smallest draw changes.
+        threshold = np.clip(draws.min(axis=1, keepdims=True), rate, 1.0)
+        rows, columns = np.nonzero(draws <= threshold)
         counts = self.counts[columns]
         steps = 1 + (rng.random(len(rows)) * (counts - 1)).astype(np.int64)
         result = codes.copy()

@@ -19,7 +19,7 @@ from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
-from autocompress.elastic.supernet import Supernet
+from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
 from autocompress.errors import CheckpointError
 from autocompress.evaluation.supernet import SupernetEvaluator
@@ -33,6 +33,7 @@ from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture
 from autocompress.training.checkpoint import load_checkpoint
+from autocompress.training.data import batches
 from autocompress.training.evaluate import Scored, calibration_batches
 from autocompress.training.supernet import supernet_identity, train_supernet
 
@@ -317,6 +318,7 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
                 "classes": list(run.data.class_names) or run.data.classes,
             },
             formats=run.recipe.export.formats,
+            sample=resize(next(batches(run.data.validation, 16, seed=None))[0], size),
             extra={"predicted_costs": priced, "validation": vars(scored), "metric": run.task.metric},
         )
         progress(1, 1, "")

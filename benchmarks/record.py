@@ -110,6 +110,25 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def environment() -> dict[str, Any]:
+    """Return date, commit, machine and versions, for a file of results."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "load_average": list(os.getloadavg()),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("autocompress", "numpy", "torch")},
+        },
+    }
+
+
 def report(
     name: str,
     figures: Sequence[Figure],
@@ -140,19 +159,7 @@ def report(
     payload = {
         "benchmark": name,
         "quick": options.quick,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "load_average": list(os.getloadavg()),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("autocompress", "numpy", "torch")},
-        },
+        **environment(),
         "settings": dict(settings),
         "figures": [dataclasses.asdict(figure) for figure in figures],
     }

@@ -1,6 +1,6 @@
 """Evolution: aging (Real et al.) and elitist (Once-for-All), with budgets kept by repair, not by rejection.
 
-A child over the budget gets genes of its feasible parent back, in random order, an eighth of them at a time
+A child over the budget gets genes of its feasible parent back, in random order, a sixth of them at a time
 and no more than needed; all children of a generation are repaired at once. The work of a generation is thus
 bounded whatever the budget; the loop of the once-for-all repository never ends where nothing fits.
 """
@@ -21,8 +21,8 @@ from autocompress.trial import Batch
 MAX_ATTEMPTS = 6
 MAX_RATE = 0.5
 # A child over the budget gets each gene of its parent back with these probabilities, one after the other,
-# until it fits: genes that came back stay, and the last step is the parent.
-REPAIR_STEPS = np.arange(1, 9) / 8
+# until it fits: genes that came back stay. After the last step it is its parent.
+REPAIR_STEPS = np.arange(1, 6) / 6
 
 Propose = Callable[[int, int], tuple[Codes, Codes]]
 """Given how many and the attempt, from 0: children and for each a feasible parent, `(n, choices)` both."""
@@ -86,10 +86,10 @@ class _Breeding:
         back = self._rng.random(wild.shape) < REPAIR_STEPS[:, None, None]
         steps = self._constraints.space.canonical(np.where(back, tame, wild).reshape(-1, wild.shape[1]))
         fits = self._constraints.feasible(steps).reshape(len(REPAIR_STEPS), len(broken))
-        # The parent itself is the last step; without duplicates it is dropped later.
-        fits[-1] = True
+        repaired = steps[fits.argmax(axis=0) * len(broken) + np.arange(len(broken))]
         children = children.copy()
-        children[broken] = steps[fits.argmax(axis=0) * len(broken) + np.arange(len(broken))]
+        # Where no step fits, the parent does; without duplicates it is dropped later.
+        children[broken] = np.where(fits.any(axis=0, keepdims=True).T, repaired, tame)
         return children
 
 

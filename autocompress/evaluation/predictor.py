@@ -36,6 +36,7 @@ class RidgePredictor:
     def __init__(self) -> None:
         """Start untrained."""
         self.penalty = float("nan")
+        self.leave_one_out_error = float("nan")
         self._weights: Values = np.zeros(0)
         self._constant = 0.0
 
@@ -44,6 +45,8 @@ class RidgePredictor:
 
         The leave-one-out error of row i is `residual_i / (1 - h_i)`, h the diagonal of the matrix that maps
         values to predictions; one singular value decomposition serves all penalties.
+
+        `leave_one_out_error` is the mean square of the errors under the penalty that was kept.
 
         Source: Hastie, Tibshirani & Friedman, The Elements of Statistical Learning, 2nd ed., section 7.10.
 
@@ -61,7 +64,7 @@ class RidgePredictor:
         leverage = 1.0 / len(values) + kept @ (left**2).T
         errors = ((residuals / np.maximum(1.0 - leverage, 1e-12)) ** 2).mean(axis=1)
         best = int(errors.argmin())
-        self.penalty = float(RIDGE_PENALTIES[best])
+        self.penalty, self.leave_one_out_error = float(RIDGE_PENALTIES[best]), float(errors[best])
         self._weights = right.T @ (singular / (singular**2 + self.penalty) * projected)
         self._constant = mean - float(center @ self._weights)
         return self

@@ -157,7 +157,7 @@ def _measure(
         }
         if where.runtime == "onnxruntime" and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
-        measured = measure_networks(runs)
+        measured = measure_networks(runs, target=where)
     return measured, measured.pop("exported", None)
 
 

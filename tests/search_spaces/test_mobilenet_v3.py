@@ -122,6 +122,7 @@ def test_depth_leaves_out_the_last_blocks_of_a_stage(ofa: SearchSpace) -> None:
 def test_the_tiny_preset_holds_its_settings_and_lets_given_ones_win() -> None:
     tiny = mobilenet_v3(preset="tiny")
     assert tiny.choices[0].options == (24, 28, 32)
+    assert tiny.choices[tiny.positions["stage1.block1.kernel"]].options == (3, 5)
     stem = tiny.operations(tiny.largest())[0][1][0]
     assert isinstance(stem, Conv2d)
     assert (stem.stride, stem.out_channels) == (2, 8)  # a quarter of 16 channels, at least 8
@@ -142,7 +143,7 @@ def test_a_space_is_made_again_from_its_settings(ofa: SearchSpace) -> None:
         ({"geometry": "large"}, "geometry must be one of imagenet, small, got 'large'"),
         ({"kernels": (5, 3)}, r"kernels must be ascending.*got \(5, 3\)"),
         ({"kernels": (3, 4)}, r"kernels must be odd, got \(3, 4\)"),
-        ({"kernels": ()}, r"kernels must be ascending.*got \(\)"),
+        ({"depths": ()}, r"depths must be ascending.*got \(\)"),
         ({"expands": (3, 3)}, "expands must be ascending, without repetition"),
         ({"depths": (0, 1)}, "depths must be ascending, without repetition, at least 1"),
         ({"width": 0.0}, r"width must be positive, got 0\.0"),
