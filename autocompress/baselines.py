@@ -46,7 +46,8 @@ def compound_networks(space: SearchSpace) -> Codes:
     scaled = [
         (position, COMPOUND[_kind(choice.name)], np.array(choice.options, dtype=np.float64))
         for position, choice in enumerate(space.choices)
-        if _kind(choice.name) in COMPOUND and all(isinstance(option, int | float) for option in choice.options)
+        if _kind(choice.name) in COMPOUND
+        and all(isinstance(option, int | float) for option in choice.options)
     ]
     rows = []
     for start in relative_networks(space) if scaled else ():

@@ -134,7 +134,9 @@ def _recipe(path: Path | None, changes: list[str] | None) -> "Recipe | None":
     if not changes:
         return load_recipe(path)
     original = load_recipe(path)
-    return parse_recipe(_changed(original.model_dump(mode="json", exclude_unset=True), changes), f"recipe {path}")
+    return parse_recipe(
+        _changed(original.model_dump(mode="json", exclude_unset=True), changes), f"recipe {path}"
+    )
 
 
 def _open(folder: Path, recipe: "Recipe | None") -> "Run":
@@ -149,9 +151,9 @@ def demo(
     set_: SetOption = None,
 ) -> None:
     """Run everything on the bundled digits: measure, train, search, finetune, export, compare."""
-    from autocompress.recipe import parse_recipe
-
     import copy
+
+    from autocompress.recipe import parse_recipe
 
     recipe = parse_recipe(_changed(copy.deepcopy(DEMO), set_), "the demo's recipe")
     _whole(_open(run, recipe))

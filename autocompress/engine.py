@@ -145,7 +145,9 @@ class _Memory:
             row = codes[index : index + 1]
             its_costs = {metric: values[index : index + 1] for metric, values in costs.items()}
             if not feasible[index]:
-                yield Batch(row, its_costs, {self.objective: np.full(1, np.nan)}, _outcomes([Outcome.INFEASIBLE]))
+                yield Batch(
+                    row, its_costs, {self.objective: np.full(1, np.nan)}, _outcomes([Outcome.INFEASIBLE])
+                )
                 continue
             key = row.tobytes()
             if key not in self._known:

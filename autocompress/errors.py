@@ -28,6 +28,10 @@ class InfeasibleBudgetError(BudgetError):
         super().__init__(message)
         self.nearest = nearest
 
+    def __reduce__(self) -> tuple[type["InfeasibleBudgetError"], tuple[str, dict[str, float]]]:
+        """Pickle with the nearest budget: search workers send their errors home."""
+        return type(self), (str(self), self.nearest)
+
 
 class TableError(AutocompressError, ValueError):
     """A latency table is damaged, is of another target, or lacks rows."""

@@ -19,6 +19,10 @@ TOLERANCE = 1e-5
 FINE_SCALE = 1e6
 
 
+# A budget that only a handful of networks reach can take a solver hours; a person should hear of it sooner.
+TIME_LIMIT_S = 60.0
+
+
 def least_excess(costs: Mapping[str, AdditiveCost], limits: Mapping[str, float]) -> tuple[float, Codes]:
     """Find the architecture whose largest relative excess over any limit is least.
 
@@ -98,10 +102,13 @@ def _solve(
         integrality=integrality,
         bounds=optimize.Bounds(lower, upper),
         constraints=optimize.LinearConstraint(matrix, [row[2] for row in rows], [row[3] for row in rows]),
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT_S},
     )
     if result.x is None or result.status != 0:
-        raise CostError(f"the solver found no proven optimum for the joint budget: {result.message}")
+        raise CostError(
+            f"the solver found no proven optimum for the joint budget in {TIME_LIMIT_S:g} s: {result.message}; "
+            "loosen one of its limits a little"
+        )
     codes = [int(result.x[starts[p] : starts[p + 1]].argmax()) for p in range(len(counts))]
     row = np.array([codes], dtype=np.int64)
     return max(float(costs[m].of(row)[0]) / limit - 1.0 for m, limit in limits.items()), row

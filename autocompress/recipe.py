@@ -12,6 +12,10 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+def _default_budget() -> dict[str, float | str]:
+    return {"latency_ms": "60%"}
+
+
 class _Settings(BaseModel):
     """Frozen; an unknown key is an error."""
 
@@ -127,7 +131,7 @@ class TrainSettings(OptimizerSettings):
 class SearchSettings(_Settings):
     """How the supernet is searched."""
 
-    budget: dict[str, float | str] = Field(default_factory=lambda: {"latency_ms": "60%"})
+    budget: dict[str, float | str] = Field(default_factory=_default_budget)
     """Metric to limit: `latency_ms`, `macs` (or `flops`), `params`, `size_bytes`; a number or text such as
     "60%" of the largest network, "300M"."""
     strategy: str = "evolution"
@@ -175,7 +179,11 @@ class FinetuneSettings(OptimizerSettings):
 class ExportSettings(_Settings):
     """Which formats are written."""
 
-    formats: tuple[Literal["onnx", "torch_export", "safetensors"], ...] = ("onnx", "torch_export", "safetensors")
+    formats: tuple[Literal["onnx", "torch_export", "safetensors"], ...] = (
+        "onnx",
+        "torch_export",
+        "safetensors",
+    )
 
 
 class Recipe(_Settings):
@@ -245,5 +253,3 @@ def load_recipe(path: Path) -> Recipe:
         table = (path.parent / recipe.profile.table.expanduser()).resolve()
         updates["profile"] = recipe.profile.model_copy(update={"table": table})
     return recipe.model_copy(update=updates)
-
-

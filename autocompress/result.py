@@ -91,7 +91,9 @@ class SearchResult:
             least = {m: min(t.costs[m] for t in self.measured) for m in limits}
             asked = ", ".join(str(Limit(m, value)) for m, value in limits.items())
             seen = ", ".join(f"{m} {value:g}" for m, value in least.items())
-            raise BudgetError(f"no evaluated network fits {asked}; the smallest seen are {seen}; search again")
+            raise BudgetError(
+                f"no evaluated network fits {asked}; the smallest seen are {seen}; search again"
+            )
         return max(fitting, key=lambda trial: (trial.metrics[self.objective], -trial.number))
 
     def cheapest(self, metric: str, tolerance: float) -> Trial:

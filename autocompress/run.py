@@ -67,7 +67,9 @@ class Run:
         path = folder / "recipe.yaml"
         if recipe is None:
             if not path.exists():
-                raise RecipeError(f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`")
+                raise RecipeError(
+                    f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
+                )
             recipe = load_recipe(path)
         elif path.exists():
             _refuse_other(path, load_recipe(path), recipe)
@@ -79,17 +81,7 @@ class Run:
     @cached_property
     def data(self) -> "DataSet":
         """The data set."""
-        from autocompress.training.data import load_data
-
-        settings = self.recipe.data
-        validation = settings.validation
-        return load_data(
-            settings.source,
-            folder=settings.folder,
-            validation=validation if validation < 1 else int(validation),
-            limit=settings.limit,
-            seed=settings.seed,
-        )
+        return load_recipe_data(self.recipe)
 
     @cached_property
     def task(self) -> "Task":
@@ -142,6 +134,25 @@ class Run:
                 yield
         except PermissionError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_recipe_data(recipe: Recipe) -> "DataSet":
+    """Load the data set of a recipe.
+
+    Raises:
+        DataError: It is absent, damaged, or too small for what the recipe asks.
+    """
+    from autocompress.training.data import load_data
+
+    settings = recipe.data
+    held_out = settings.validation
+    return load_data(
+        settings.source,
+        folder=settings.folder,
+        validation=held_out if held_out < 1 else int(held_out),
+        limit=settings.limit,
+        seed=settings.seed,
+    )
 
 
 def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:

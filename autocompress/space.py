@@ -59,11 +59,12 @@ class Choice:
         if not self.options:
             raise SpaceError(f"choice {self.name!r} needs at least one option, got none")
         for option in self.options:
-            # Subclasses too are refused: `True` would equal 1, and numpy's integers cannot be written as JSON.
+            # Subclasses too are refused: `True` would equal 1; numpy's integers cannot be written as JSON.
             finite = not isinstance(option, float) or math.isfinite(option)
             if type(option) not in (int, float, str) or not finite:
                 raise SpaceError(
-                    f"options of choice {self.name!r} must be integers, finite floats or texts, got {option!r}"
+                    f"options of choice {self.name!r} must be integers, finite floats or texts, "
+                    f"got {option!r}"
                 )
         if len(set(self.options)) != len(self.options):
             raise SpaceError(f"choice {self.name!r} has an option twice: {self.options}")

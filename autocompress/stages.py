@@ -85,7 +85,7 @@ def describe_table(table: LatencyTable) -> str:
         return f"latency table: {len(table.rows)} rows, not checked against whole networks"
     figures = report.forms[report.chosen]
     return (
-        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-out: "
+        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-out "
         f"error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
         f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
         f"{figures.spearman:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
@@ -256,7 +256,9 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         try:
             network.load_state_dict(load_file(weights), assign=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"finetuned weights {weights} are damaged: {error}; remove the folder") from None
+            raise CheckpointError(
+                f"finetuned weights {weights} are damaged: {error}; remove the folder"
+            ) from None
         return network.eval(), Scored(**json.loads(report.read_text()))
     network = extract_recalibrated(run, supernet, arch)
     largest = run.space.decode(run.space.largest())[0]

@@ -1,4 +1,4 @@
-"""Where a search keeps what it has seen: paid evaluations in an Optuna storage, scored candidates in a stream.
+"""Where a search keeps what it has seen: paid evaluations in Optuna, scored candidates in a stream.
 
 Resuming is replaying: strategies are deterministic, so a search that starts again asks the same
 architectures, and finds their outcomes here instead of evaluating them.
@@ -59,8 +59,8 @@ class TrialStorage:
         if known is not None and known != _plain(identity):
             differing = [key for key in {*known, *identity} if known.get(key) != _plain(identity).get(key)]
             raise StorageError(
-                f"the trials at {storage} belong to another search: {', '.join(sorted(differing))} differ; use "
-                "another run directory or study name"
+                f"the trials at {storage} belong to another search: {', '.join(sorted(differing))} differ; "
+                "use another run directory or study name"
             )
 
     def add(self, trial: Trial, space: SearchSpace, objective: str) -> None:
@@ -80,7 +80,8 @@ class TrialStorage:
             value=trial.metrics[objective] if measured else None,
             params={choice.name: settings[choice.name] for choice in choices},
             distributions={
-                choice.name: optuna.distributions.CategoricalDistribution(choice.options) for choice in choices
+                choice.name: optuna.distributions.CategoricalDistribution(choice.options)
+                for choice in choices
             },
             user_attrs={
                 "architecture": trial.architecture.to_json(),
@@ -101,7 +102,7 @@ class TrialStorage:
         Raises:
             StorageError: A trial cannot be read back.
         """
-        trials = []
+        trials: list[Trial] = []
         for frozen in self._study.get_trials(deepcopy=False):
             attributes = frozen.user_attrs
             if "architecture" not in attributes:
@@ -129,14 +130,12 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _journal(path: Path) -> "optuna.storages.JournalStorage":
-    import optuna
+    from optuna.storages import JournalStorage, journal
 
-    backend = optuna.storages.journal.JournalFileBackend(
-        str(path), lock_obj=optuna.storages.journal.JournalFileOpenLock(str(path))
-    )
+    backend = journal.JournalFileBackend(str(path), lock_obj=journal.JournalFileOpenLock(str(path)))
     if path.exists():
         cut_incomplete_line(path)
-    return optuna.storages.JournalStorage(backend)
+    return JournalStorage(backend)
 
 
 def cut_incomplete_line(path: Path) -> None:

@@ -222,7 +222,8 @@ class Benchmark:
         if "largest" in found:
             largest = found["largest"]
             lines.append(
-                f"Largest network as a slice: test {largest['test']:.4f}, {largest['latency_ms']:.3f} ms predicted."
+                f"Largest network as a slice: test {largest['test']:.4f}, "
+                f"{largest['latency_ms']:.3f} ms predicted."
             )
         lines += [
             "",

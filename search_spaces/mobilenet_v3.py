@@ -49,7 +49,7 @@ LAYOUTS: dict[Geometry, _Layout] = {
 def mobilenet_v3(
     *,
     preset: Literal["", "tiny"] = "",
-    width: float = 1.0,
+    width: float | None = None,
     geometry: Geometry = "imagenet",
     resolutions: tuple[int, ...] | list[int] = (),
     kernels: tuple[int, ...] | list[int] = (),
@@ -62,10 +62,10 @@ def mobilenet_v3(
 
     Args:
         preset: `"tiny"` is made for demonstrations and benchmarks on a CPU: small-image geometry, width
-            0.25, a stem of stride 2, resolutions 24, 28 and 32, kernels 3 and 5 (most of its feature maps have
-            4x4 pixels, and PyTorch's CPU gradient of a 7x7 depthwise kernel takes ten times that of a 3x3).
+            0.25, a stem of stride 2, resolutions 24, 28 and 32, kernels 3 and 5 (most of its feature maps
+            have 4x4 pixels, and PyTorch's CPU gradient of a 7x7 depthwise kernel takes ten times that of a 3x3).
             Other arguments that are given still hold.
-        width: Multiplies every channel count; rounded to multiples of 8.
+        width: Multiplies every channel count, 1 by default; rounded to multiples of 8.
         geometry: `"imagenet"` halves the image five times, `"small"`, for 28 to 32 pixels, three times.
         resolutions: Input sizes in pixels to choose from, ascending; empty means the geometry's own.
         kernels: Sizes of the depthwise convolutions to choose from, odd, ascending; empty means 3, 5, 7.
@@ -84,16 +84,20 @@ def mobilenet_v3(
     layout = LAYOUTS[geometry]
     if preset == "tiny":
         layout = _Layout(2, LAYOUTS["small"].stage_strides, (24, 28, 32))
-        width = 0.25 if width == 1.0 else width
+        width = 0.25 if width is None else width
         kernels = kernels or (3, 5)
     kernels = tuple(kernels) or (3, 5, 7)
+    width = 1.0 if width is None else width
     for name, values in {"kernels": kernels, "expands": expands, "depths": depths}.items():
         if not values or list(values) != sorted(set(values)) or min(values) < 1:
             raise SpaceError(f"{name} must be ascending, without repetition, at least 1, got {tuple(values)}")
     if any(kernel % 2 == 0 for kernel in kernels):
         raise SpaceError(f"kernels must be odd, got {tuple(kernels)}")
-    if not width > 0:
-        raise SpaceError(f"width must be positive, got {width}")
+    if not 0 < width < float("inf"):
+        raise SpaceError(f"width must be positive and finite, got {width}")
+    for name, count in {"in_channels": in_channels, "classes": classes}.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise SpaceError(f"{name} must be an integer >= 1, got {count!r}")
     resolutions = tuple(resolutions) or layout.resolutions
     if list(resolutions) != sorted(set(resolutions)) or min(resolutions) < 8:
         raise SpaceError(f"resolutions must be ascending, at least 8, got {resolutions}")

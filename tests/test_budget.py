@@ -268,7 +268,6 @@ def test_joint_feasibility_is_decided_also_between_rows_closer_than_the_solver_s
     assert constraints.sample(5, np.random.default_rng(0))[:, 0].tolist() == [1] * 5
 
 
-@pytest.mark.xfail(reason="InfeasibleBudgetError has two arguments and pickles one; reported", strict=True)
 def test_the_error_reaches_another_process_with_its_nearest_budget() -> None:
     error = InfeasibleBudgetError("no network fits", {"macs": 1.0})
     again = pickle.loads(pickle.dumps(error))

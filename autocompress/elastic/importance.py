@@ -78,5 +78,3 @@ def _sort_hidden(layer: ElasticSqueezeExcite) -> None:
 def _permute(tensor: Tensor | None, order: Tensor, *, axis: int) -> None:
     if tensor is not None:
         tensor.copy_(tensor.index_select(axis, order))
-
-

@@ -121,7 +121,9 @@ class ElasticConv2d(ElasticLayer):
             if margin:
                 weight = weight[..., margin : margin + kernel, margin : margin + kernel]
                 if str(kernel) in transforms:
-                    weight = F.linear(weight.flatten(2), transforms[str(kernel)]).unflatten(2, (kernel, kernel))
+                    weight = F.linear(weight.flatten(2), transforms[str(kernel)]).unflatten(
+                        2, (kernel, kernel)
+                    )
         return weight
 
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
@@ -146,7 +148,11 @@ class ElasticConv2d(ElasticLayer):
         own = dict(self.named_parameters()) if parameters is None else parameters
         transforms = {str(k): own[f"transforms.{k}"] for k in self.kernels if f"transforms.{k}" in own}
         tensors = {"conv.weight": self._weight(op, own["weight"], transforms)}
-        for target, source in {"conv.bias": "bias", "bn.weight": "norm_weight", "bn.bias": "norm_bias"}.items():
+        for target, source in {
+            "conv.bias": "bias",
+            "bn.weight": "norm_weight",
+            "bn.bias": "norm_bias",
+        }.items():
             if source in own:
                 tensors[target] = _prefix(own[source], op.out_channels)
         return tensors

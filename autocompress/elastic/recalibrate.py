@@ -72,5 +72,3 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
         variance = pool.squares / max(pool.count - 1, 1)
         statistics[name] = (pool.mean.float(), variance.float())
     return statistics
-
-

@@ -94,9 +94,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     supernet = train(run, shown)
     limits = constraints(run, shown)
     score = evaluator(run, supernet)
-    largest, uniform = run.space.decode(
-        np.vstack([run.space.largest(), _best_uniform(run, limits, score)])
-    )
+    largest, uniform = run.space.decode(np.vstack([run.space.largest(), _best_uniform(run, limits, score)]))
     drawn = limits.sample(
         run.recipe.random_networks,
         np.random.default_rng((run.recipe.search.seed, 3)),
@@ -198,5 +196,3 @@ def random_summary(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Return mean and standard deviation of the test metric of the random networks."""
     values = [row["test"] for row in rows if row["name"].startswith("random")]
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-

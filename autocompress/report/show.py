@@ -57,8 +57,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network.",
         "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
-        f"Test: {images} images, read once, after every decision; networks not marked finetuned are slices of "
-        "the supernet with batch-norm statistics of their own.",
+        f"Test: {images} images, read once, after every decision; networks not marked finetuned are slices "
+        "of the supernet with batch-norm statistics of their own.",
         f"{content['uniform'][0].upper()}{content['uniform'][1:]}.",
         f"{content['random'][0].upper()}{content['random'][1:]}.",
     ]
@@ -66,14 +66,14 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     searched, largest = by_name["searched, finetuned"], by_name["largest"]
     error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
     lines.append(
-        f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest one's "
-        f"measured latency; its prediction is {error:+.1%} off its measurement."
+        f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
+        f"one's measured latency; its prediction is {error:+.1%} off its measurement."
     )
     if content["exported"] is not None:
         exported = content["exported"]
         lines.append(
-            f"The exported network.onnx, measured in the same run: median {exported['median_ms']:.3f} ms, p95 "
-            f"{exported['p95_ms']:.3f} ms (predicted {searched['costs']['latency_ms']:.3f} ms)."
+            f"The exported network.onnx, measured in the same run: median {exported['median_ms']:.3f} ms, "
+            f"p95 {exported['p95_ms']:.3f} ms (predicted {searched['costs']['latency_ms']:.3f} ms)."
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     return lines

@@ -66,7 +66,7 @@ def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], 
             _compare(path, have, want, f"{prefix}{key}.")
         elif have != want:
             raise CheckpointError(
-                f"checkpoint {path} belongs to another run: its {prefix}{key} is {have!r}, here it is {want!r}; "
+                f"checkpoint {path} belongs to another run: its {prefix}{key} is {have!r}, here {want!r}; "
                 "use another run directory, or remove the checkpoint to start again"
             )
 

@@ -75,7 +75,10 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     """Make SGD with Nesterov momentum, or AdamW; no weight decay on biases and batch norm."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate)
     nesterov = settings.momentum > 0
@@ -210,8 +213,8 @@ def run_epochs(
                 raise TrainingError(
                     f"training collapsed: {collapse}, after {MAX_ROLLBACKS} roll-backs with smaller learning "
                     f"rates (the last {position.rate * settings.learning_rate:g}); lower learning_rate "
-                    f"({settings.learning_rate:g}) or gradient_clip ({settings.gradient_clip:g}), or check the "
-                    "images and labels for values that are not finite"
+                    f"({settings.learning_rate:g}) or gradient_clip ({settings.gradient_clip:g}), or check "
+                    "the images and labels for values that are not finite"
                 )
             restore(good)
             position.rollbacks, position.rate = rollbacks, rate
@@ -231,5 +234,7 @@ def _collapsed(losses: list[float]) -> str:
     """Say why the last epoch's loss is a collapse; empty if it is none."""
     best = min(losses)
     if best < LEARNED * losses[0] and losses[-1] > LOST * losses[0]:
-        return f"the loss of epoch {len(losses)} is {losses[-1]:.3f} after {best:.3f}, as high as at the start"
+        return (
+            f"the loss of epoch {len(losses)} is {losses[-1]:.3f} after {best:.3f}, as high as at the start"
+        )
     return ""

@@ -15,7 +15,7 @@ TIMED_STEPS = 2
 
 def autocast(precision: str) -> AbstractContextManager[None]:
     """Return the autocast context of a precision, `fp32` or `bf16`."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")  # type: ignore[return-value]
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_formats(
@@ -35,7 +35,9 @@ def choose_formats(
         `precision` and `memory_format`, neither of them `auto`.
     """
     precisions = ["fp32", "bf16"] if settings.precision == "auto" else [settings.precision]
-    formats = ["contiguous", "channels_last"] if settings.memory_format == "auto" else [settings.memory_format]
+    formats = (
+        ["contiguous", "channels_last"] if settings.memory_format == "auto" else [settings.memory_format]
+    )
     best, best_s = (precisions[0], formats[0]), float("inf")
     if len(precisions) * len(formats) > 1:
         for memory in formats:

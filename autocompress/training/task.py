@@ -105,4 +105,3 @@ def _resolve(what: str, name: str, known: dict[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PluginError(f"task.{what} {name!r} cannot be imported: {error}") from None
-
