@@ -1,6 +1,6 @@
 """The search loop: ask, refuse on cost, look up what is known, evaluate, tell."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def search(
 
     Raises:
         StorageError: Outcomes cannot be stored, or belong to another search.
-        AutocompressError: `evaluations` is below 1.
+        AutocompressError: `evaluations` is below 1, or the evaluator does not give the objective.
     """
     if evaluations < 1:
         raise AutocompressError(f"evaluations must be 1 or more, got {evaluations}")
@@ -145,19 +145,20 @@ class _Memory:
             row = codes[index : index + 1]
             its_costs = {metric: values[index : index + 1] for metric, values in costs.items()}
             if not feasible[index]:
-                yield Batch(
-                    row, its_costs, {self.objective: np.full(1, np.nan)}, _outcomes([Outcome.INFEASIBLE])
-                )
+                yield self._unscored(row, its_costs, Outcome.INFEASIBLE)
                 continue
             key = row.tobytes()
             if key not in self._known:
                 self._known[key] = self._pay(key, row, {m: float(v[0]) for m, v in its_costs.items()})
             metrics = self._known[key]
             if metrics is None:
-                yield Batch(row, its_costs, {self.objective: np.full(1, np.nan)}, _outcomes([Outcome.FAILED]))
+                yield self._unscored(row, its_costs, Outcome.FAILED)
             else:
                 values = {name: np.array([value]) for name, value in metrics.items()}
-                yield Batch(row, its_costs, values, _outcomes([Outcome.MEASURED]))
+                yield Batch(row, its_costs, values, np.array([Outcome.MEASURED], dtype=np.int8))
+
+    def _unscored(self, row: Codes, costs: Mapping[str, Values], outcome: Outcome) -> Batch:
+        return Batch(row, costs, {self.objective: np.full(1, np.nan)}, np.array([outcome], dtype=np.int8))
 
     def _pay(self, key: bytes, row: Codes, costs: Mapping[str, float]) -> Mapping[str, float] | None:
         space = self.constraints.space
@@ -166,7 +167,9 @@ class _Memory:
             metrics: Mapping[str, float] = {}
             outcome, error = Outcome.MEASURED, ""
             try:
-                metrics = {name: float(values[0]) for name, values in self.evaluator(row).items()}
+                found = self.evaluator(row)
+                self._check_objective(found)
+                metrics = {name: float(values[0]) for name, values in found.items()}
                 if not np.isfinite(metrics[self.objective]):
                     raise EvaluationError(f"{self.objective} is {metrics[self.objective]}")
             except EvaluationError as reason:
@@ -194,7 +197,7 @@ class _Memory:
         # The same row twice in one batch is scored once.
         new = list({keys[index]: index for index in new}.values())
         if new:
-            found = self.evaluator(codes[new])[self.objective]
+            found = self._scored(codes[new])
             self._scores.update({keys[index]: float(score) for index, score in zip(new, found, strict=True)})
             if self._history is not None:
                 columns = np.stack([values[new] for values in costs.values()], axis=1)
@@ -205,10 +208,28 @@ class _Memory:
                 if key not in self._known:
                     self._known[key] = {}
                     self.evaluated += 1
-        if feasible.any():
-            self._note(float(scores[feasible].max()))
-        outcomes = np.where(feasible, Outcome.MEASURED, Outcome.INFEASIBLE).astype(np.int8)
-        return Batch(codes, costs, {self.objective: scores}, outcomes)
+        finite = np.isfinite(scores)
+        if finite.any():
+            self._note(float(scores[finite].max()))
+        scores[~finite] = np.nan
+        outcomes = np.select([~feasible, finite], [Outcome.INFEASIBLE, Outcome.MEASURED], Outcome.FAILED)
+        return Batch(codes, costs, {self.objective: scores}, outcomes.astype(np.int8))
+
+    def _scored(self, codes: Codes) -> Values:
+        """Ask an evaluator that is not paid; `nan` for all rows if it fails."""
+        try:
+            found = self.evaluator(codes)
+        except EvaluationError:
+            return np.full(len(codes), np.nan)
+        self._check_objective(found)
+        return found[self.objective]
+
+    def _check_objective(self, found: Mapping[str, Values]) -> None:
+        if self.objective not in found:
+            given = ", ".join(found) or "nothing"
+            raise AutocompressError(
+                f"the search maximises {self.objective!r}, but the evaluator gives {given}"
+            )
 
     def candidates(self) -> Batch | None:
         """Return what an evaluator that is not paid scored in this search; `None` for paid ones."""
@@ -216,15 +237,11 @@ class _Memory:
             return None
         codes = np.array([np.frombuffer(key, dtype=np.int64) for key in self._known])
         scores = np.array([self._scores[key] for key in self._known])
-        outcomes = np.full(len(codes), Outcome.MEASURED, dtype=np.int8)
+        outcomes = np.where(np.isfinite(scores), Outcome.MEASURED, Outcome.FAILED).astype(np.int8)
         return Batch(codes, self.constraints.price(codes), {self.objective: scores}, outcomes)
 
     def _note(self, score: float) -> None:
         self.best = score if self.best is None else max(self.best, score)
-
-
-def _outcomes(outcomes: Sequence[Outcome]) -> np.ndarray[Any, np.dtype[np.int8]]:
-    return np.array(outcomes, dtype=np.int8)
 
 
 StrategyFactory = Callable[..., Strategy]

@@ -74,12 +74,18 @@ def guided_search(
         progress: Told paid evaluations.
 
     Returns:
-        All paid trials, first the random ones; `notes` has the predictor's Kendall tau.
+        All paid trials, first the random ones; `notes` has the predictor's Kendall tau. Where there is nothing
+        to fit (under ten scores, or all equal) the finalists are random too, which `notes` says.
 
     Raises:
-        AutocompressError: Fewer than two networks fit, or could be evaluated.
+        AutocompressError: `finalists` is not in 1..evaluations - 1, or no sampled network could be evaluated.
     """
-    from autocompress.evaluation.predictor import fit
+    from autocompress.evaluation.predictor import MIN_ROWS, fit
+
+    if not 0 < finalists < evaluations:
+        raise AutocompressError(
+            f"finalists must be in 1..{evaluations - 1} (evaluations - 1), got {finalists}"
+        )
 
     def paid(done: int, total: int, note: str = "") -> None:
         progress(done, evaluations, note)
@@ -97,53 +103,72 @@ def guided_search(
     space = constraints.space
     rows = space.encode([trial.architecture for trial in known])
     values = np.array([trial.metrics[objective] for trial in known])
-    # A space (or what fits of it) so small that it was paid for entirely, or scores that do not differ, leave
-    # a predictor nothing to do.
-    if len(sample) < evaluations - finalists or len(known) < 10 or np.ptp(values) == 0:
-        return replace(sampled, notes={**notes, "predictor": "none: too few or equal scores"})
-    fitted = fit(space, rows, values, kind=predictor, seed=seed, metric=objective)
-    show(str(fitted))
-    low, high = fitted.kendall_tau_interval
-    notes["predictor"] = {
-        "kind": predictor,
-        "kendall_tau": fitted.kendall_tau,
-        "kendall_tau_interval": [low, high],
-        "rows": fitted.rows,
-        "held_out_rows": fitted.held_out_rows,
-    }
-    predicted_identity = {**(identity or {}), "predictor": predictor, "rows": len(rows), "seed": seed}
-    scored = search(
-        strategy(constraints, seed=seed, objective=objective, **(options or {})),
-        constraints, fitted, evaluations=candidates, objective=objective,
-        history=history, identity=predicted_identity,
-    )  # fmt: skip
-    paid_for = {row.tobytes() for row in sample}
-    best: list[Any] = []
-    if scored.candidates is not None:
-        codes, scores = scored.candidates.codes, scored.candidates.metrics[objective]
-        order = np.argsort(-scores, kind="stable")
-        best = [codes[i] for i in order if codes[i].tobytes() not in paid_for][:finalists]
+    scored = asked = 0
+    if len(known) < MIN_ROWS or np.ptp(values) == 0:
+        # Too few scores, or all the same: there is nothing to learn, so the other evaluations are random too.
+        notes["predictor"] = "none: too few or equal scores"
+        chosen = _distinct_sample(constraints, finalists, rng, besides=sample)
+    else:
+        fitted = fit(space, rows, values, kind=predictor, seed=seed, metric=objective)
+        show(str(fitted))
+        low, high = fitted.kendall_tau_interval
+        notes["predictor"] = {
+            "kind": predictor,
+            "kendall_tau": fitted.kendall_tau,
+            "kendall_tau_interval": [low, high],
+            "rows": fitted.rows,
+            "held_out_rows": fitted.held_out_rows,
+        }
+        predicted = search(
+            strategy(constraints, seed=seed, objective=objective, **(options or {})),
+            constraints, fitted, evaluations=candidates, objective=objective, history=history,
+            identity={**(identity or {}), "predictor": predictor, "rows": len(rows), "seed": seed},
+        )  # fmt: skip
+        scored, asked = predicted.scored, predicted.asked
+        chosen = _best_candidates(predicted, besides=sample)[:finalists]
 
     def finals(done: int, total: int, note: str = "") -> None:
         progress(len(sample) + done, evaluations, note)
 
-    if not best:
-        return replace(sampled, scored=scored.scored, asked=scored.asked, notes=notes)
+    asked += len(sample)
+    if not len(chosen):
+        return replace(sampled, scored=scored, asked=asked, notes=notes)
     final = search(
-        _Listed(np.array(best)), constraints, evaluator, evaluations=len(best), objective=objective,
+        _Listed(chosen), constraints, evaluator, evaluations=len(chosen), objective=objective,
         storage=storage, identity=identity, progress=finals,
     )  # fmt: skip
     offset = len(sampled.trials)
     trials = [*sampled.trials, *(replace(trial, number=trial.number + offset) for trial in final.trials)]
-    return replace(final, trials=trials, scored=scored.scored, asked=scored.asked + len(sample), notes=notes)
+    return replace(final, trials=trials, scored=scored, asked=asked, notes=notes)
 
 
-def _distinct_sample(constraints: Constraints, n: int, rng: np.random.Generator) -> Codes:
-    """Draw up to `n` distinct feasible rows, uniform over genes; fewer if draws find no more."""
+def _best_candidates(predicted: SearchResult, *, besides: Codes) -> Codes:
+    """Return the candidates that were not paid for yet, the best prediction first."""
+    if predicted.candidates is None:
+        return besides[:0]
+    codes, scores = predicted.candidates.codes, predicted.candidates.metrics[predicted.objective]
+    ordered = codes[np.argsort(-scores, kind="stable")]
+    paid_for = {row.tobytes() for row in besides}
+    return ordered[np.array([row.tobytes() not in paid_for for row in ordered], dtype=np.bool_)]
+
+
+def _distinct_sample(
+    constraints: Constraints, n: int, rng: np.random.Generator, *, besides: Codes | None = None
+) -> Codes:
+    """Draw up to `n` distinct feasible rows, uniform over genes; fewer if draws find no more.
+
+    Args:
+        constraints: What fits.
+        n: How many.
+        rng: Source of randomness.
+        besides: Rows that are not to be drawn.
+    """
+    known = set() if besides is None else {row.tobytes() for row in besides}
     found: dict[bytes, Any] = {}
     for _ in range(20):
         for row in constraints.sample(n, rng):
-            found.setdefault(row.tobytes(), row)
+            if row.tobytes() not in known:
+                found.setdefault(row.tobytes(), row)
         if len(found) >= n:
             break
-    return np.array(list(found.values())[:n])
+    return np.array(list(found.values())[:n], dtype=np.int64).reshape(-1, len(constraints.space.choices))

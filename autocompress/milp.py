@@ -106,7 +106,8 @@ def _solve(
     )
     if result.x is None or result.status != 0:
         raise CostError(
-            f"the solver found no proven optimum for the joint budget in {TIME_LIMIT_S:g} s: {result.message}; "
+            f"the solver found no proven optimum for the joint budget in {TIME_LIMIT_S:g} s: "
+            f"{result.message}; "
             "loosen one of its limits a little"
         )
     codes = [int(result.x[starts[p] : starts[p + 1]].argmax()) for p in range(len(counts))]

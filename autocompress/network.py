@@ -5,11 +5,36 @@ travels with every exported network.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autocompress.ops import Add, Ops
+
+
+_FILLING = (
+    nn.init.kaiming_uniform_,
+    nn.init.kaiming_normal_,
+    nn.init.uniform_,
+    Tensor.uniform_,
+    Tensor.normal_,
+    Tensor.fill_,
+    Tensor.zero_,
+)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave new tensors unfilled: most of the time of making a network goes into its random numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip what initialisation calls; run everything else."""
+        if func in _FILLING:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class SqueezeExcite(nn.Module):
@@ -37,18 +62,18 @@ class Residual(nn.Sequential):
         return x + result
 
 
-def build_network(blocks: Iterable[tuple[str, Ops]], *, device: str | None = None) -> nn.Sequential:
+def build_network(blocks: Iterable[tuple[str, Ops]], *, initialise: bool = True) -> nn.Sequential:
     """Build the network that runs these blocks one after another.
 
     Args:
         blocks: Name and operations of each active block, as `SearchSpace.operations` returns them.
-        device: Where the parameters are made; `"meta"` skips their initialisation.
+        initialise: Whether parameters get random values; otherwise they hold whatever the memory held.
 
     Returns:
         One child a block, named as the block with `_` for `.`; its children are the operations by position.
     """
     network = nn.Sequential()
-    with torch.device(device or "cpu"):
+    with nullcontext() if initialise else _Unfilled():
         for name, ops in blocks:
             residual = isinstance(ops[-1], Add)
             layers = [op.module() for op in (ops[:-1] if residual else ops)]

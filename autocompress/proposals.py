@@ -57,7 +57,7 @@ class Asked:
 
     def __init__(self, space: SearchSpace) -> None:
         """Start with none."""
-        # One byte a gene for nearly every space: a million rows of 46 genes take about 100 MB.
+        # One byte a gene for nearly every space: a million rows of 46 genes take 120 MB.
         self._type = np.min_scalar_type(int(space.counts.max()) - 1)
         self._known: set[bytes] = set()
 

@@ -158,8 +158,8 @@ class SearchSettings(_Settings):
     def _finalists(self) -> Self:
         if self.predictor != "none" and self.finalists >= self.evaluations:
             raise ValueError(
-                f"finalists ({self.finalists}) must be below evaluations ({self.evaluations}): the rest trains "
-                "the predictor"
+                f"finalists ({self.finalists}) must be below evaluations ({self.evaluations}): the rest "
+                "trains the predictor"
             )
         return self
 

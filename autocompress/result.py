@@ -1,7 +1,7 @@
 """What a search found."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,7 @@ class SearchResult:
         limits = self.limits if limits is None else limits
         if not self.measured:
             raise BudgetError("the search has no measured trial yet")
-        unknown = [metric for metric in limits if metric not in self.measured[0].costs]
-        if unknown:
-            known = ", ".join(self.measured[0].costs)
-            raise BudgetError(f"the search did not price {', '.join(unknown)}; it priced {known}")
+        self._check_priced(limits)
         fitting = self.feasible(limits)
         if not fitting:
             least = {m: min(t.costs[m] for t in self.measured) for m in limits}
@@ -109,20 +106,30 @@ class SearchResult:
         if tolerance < 0:
             raise BudgetError(f"tolerance must be 0 or more, got {tolerance}")
         best = self.best({})
-        if metric not in best.costs:
-            raise BudgetError(f"the search did not price {metric}; it priced {', '.join(best.costs)}")
+        self._check_priced([metric])
         least = best.metrics[self.objective] - tolerance
         good = [trial for trial in self.measured if trial.metrics[self.objective] >= least]
         return min(good, key=lambda t: (t.costs[metric], -t.metrics[self.objective], t.number))
 
     def pareto(self, metrics: Sequence[str] = ("latency_ms",)) -> list[Trial]:
-        """Return the measured trials that no other one beats in the score and all these costs, by cost."""
+        """Return the measured trials that no other one beats in the score and all these costs, by cost.
+
+        Raises:
+            BudgetError: The search did not price one of these metrics.
+        """
         trials = self.measured
         if not trials:
             return []
+        self._check_priced(metrics)
         values = np.array([[t.metrics[self.objective], *(-t.costs[m] for m in metrics)] for t in trials])
         front = [trial for trial, keep in zip(trials, pareto_front(values), strict=True) if keep]
         return sorted(front, key=lambda trial: trial.costs[metrics[0]])
+
+    def _check_priced(self, metrics: Iterable[str]) -> None:
+        priced = self.measured[0].costs
+        unknown = [metric for metric in metrics if metric not in priced]
+        if unknown:
+            raise BudgetError(f"the search did not price {', '.join(unknown)}; it priced {', '.join(priced)}")
 
     def to_frame(self) -> "pandas.DataFrame":
         """Return one row a trial: number, key, outcome, costs, metrics and choices."""

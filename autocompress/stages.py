@@ -85,8 +85,8 @@ def describe_table(table: LatencyTable) -> str:
         return f"latency table: {len(table.rows)} rows, not checked against whole networks"
     figures = report.forms[report.chosen]
     return (
-        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-out "
-        f"error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
+        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-"
+        f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
         f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
         f"{figures.spearman:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
     )
@@ -252,7 +252,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     folder = run.network_folder(arch)
     report, weights = folder / FINETUNE_REPORT, folder / FINETUNED
     if report.exists():
-        network: nn.Module = build_network(run.space.operations(run.space.encode([arch])), device="meta")
+        network: nn.Module = build_network(run.space.operations(run.space.encode([arch])), initialise=False)
         try:
             network.load_state_dict(load_file(weights), assign=True)
         except (OSError, RuntimeError, ValueError) as error:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +52,13 @@ class TrialStorage:
             known = self._study.user_attrs.get("identity")
             if known is None:
                 self._study.set_user_attr("identity", _plain(identity))
-        except OSError as error:
-            raise StorageError(f"cannot open the trials at {storage}: {error.strerror or error}") from error
-        except (KeyError, ValueError, json.JSONDecodeError) as error:
-            raise StorageError(f"the trials at {storage} are damaged: {error}") from error
+        except StorageError:
+            raise
+        except _refusals() as error:
+            raise StorageError(f"cannot open the trials at {storage}: {_reason(error)}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            # What replaying a journal line raises depends on what is wrong with it.
+            raise StorageError(f"the trials at {storage} are damaged: {error!r}") from error
         if known is not None and known != _plain(identity):
             differing = [key for key in {*known, *identity} if known.get(key) != _plain(identity).get(key)]
             raise StorageError(
@@ -93,8 +96,8 @@ class TrialStorage:
         )
         try:
             self._study.add_trial(frozen)
-        except OSError as error:
-            raise StorageError(f"cannot write trials to {self._where}: {error.strerror or error}") from error
+        except _refusals() as error:
+            raise StorageError(f"cannot write trials to {self._where}: {_reason(error)}") from error
 
     def load(self, space: SearchSpace) -> list[Trial]:
         """Return every finished trial, in order.
@@ -118,9 +121,21 @@ class TrialStorage:
                         error=attributes["error"],
                     )
                 )
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise StorageError(f"trial {frozen.number} at {self._where} is damaged: {error}") from error
         return trials
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what storages raise where they cannot be opened or written: files, drivers, databases."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, ImportError, OptunaError, SQLAlchemyError
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +147,36 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _journal(path: Path) -> "optuna.storages.JournalStorage":
     from optuna.storages import JournalStorage, journal
 
-    backend = journal.JournalFileBackend(str(path), lock_obj=journal.JournalFileOpenLock(str(path)))
+    lock = cast("journal.JournalFileOpenLock", _KernelLock(path))
+    backend = journal.JournalFileBackend(str(path), lock_obj=lock)
     if path.exists():
         cut_incomplete_line(path)
     return JournalStorage(backend)
+
+
+@final
+class _KernelLock:
+    """A lock on the journal itself, which ends with the process, however that ends.
+
+    Optuna's own locks are files beside the journal; one that a kill leaves holds the next process for half a
+    minute.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> bool:
+        import fcntl
+
+        file = self._path.open("ab")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def cut_incomplete_line(path: Path) -> None:
@@ -170,8 +211,9 @@ def cut_incomplete_line(path: Path) -> None:
 class History:
     """Candidates that were scored by a predictor or a table: fixed-size records, appended.
 
-    The file is a line of JSON that says what it belongs to, then one record a candidate: the codes as bytes,
-    the score and each cost as doubles. What a kill leaves of a record is cut when it is opened.
+    The file is a line of JSON that says what it belongs to, then one record a candidate: the codes as bytes
+    (wider integers only if a choice has over 256 options), the score and each cost as doubles. What a kill
+    leaves of a record is cut when it is opened.
 
     Args:
         path: The file.
@@ -187,8 +229,10 @@ class History:
         self, path: Path, space: SearchSpace, costs: tuple[str, ...], identity: Mapping[str, Any]
     ) -> None:
         """Open the file, or start it."""
+        # One byte a gene for nearly every space.
+        gene = np.min_scalar_type(int(space.counts.max()) - 1).newbyteorder("<")
         self._dtype = np.dtype(
-            [("codes", "u1", (len(space.choices),)), ("score", "<f8"), ("costs", "<f8", (len(costs),))]
+            [("codes", gene, (len(space.choices),)), ("score", "<f8"), ("costs", "<f8", (len(costs),))]
         )
         head = {"schema": HISTORY_SCHEMA, "version": 1, "costs": list(costs), **_plain(identity)}
         line = (json.dumps(head, sort_keys=True) + "\n").encode()

@@ -63,7 +63,7 @@ def mobilenet_v3(
     Args:
         preset: `"tiny"` is made for demonstrations and benchmarks on a CPU: small-image geometry, width
             0.25, a stem of stride 2, resolutions 24, 28 and 32, kernels 3 and 5 (most of its feature maps
-            have 4x4 pixels, and PyTorch's CPU gradient of a 7x7 depthwise kernel takes ten times that of a 3x3).
+            have 4x4 pixels, and PyTorch's CPU gradient of a 7x7 depthwise kernel takes ten times a 3x3's).
             Other arguments that are given still hold.
         width: Multiplies every channel count, 1 by default; rounded to multiples of 8.
         geometry: `"imagenet"` halves the image five times, `"small"`, for 28 to 32 pixels, three times.

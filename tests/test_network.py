@@ -40,9 +40,10 @@ def test_children_are_named_after_blocks_and_operations_by_position() -> None:
     assert module_name("stage1.block2") == "stage1_block2"
 
 
-def test_the_meta_device_holds_shapes_and_takes_no_memory() -> None:
-    network = build_network(BLOCKS, device="meta")
-    assert all(tensor.is_meta for tensor in network.state_dict().values())
+def test_an_uninitialised_network_draws_no_random_numbers_and_has_the_same_shapes() -> None:
+    state = torch.get_rng_state()
+    network = build_network(BLOCKS, initialise=False)
+    assert torch.equal(torch.get_rng_state(), state)
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
         name: tensor.shape for name, tensor in build_network(BLOCKS).state_dict().items()
     }

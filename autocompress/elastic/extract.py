@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import ElasticConv2d
-from autocompress.elastic.supernet import Statistics, Supernet
+from autocompress.elastic.supernet import Statistics, Supernet, statistics_of
+from autocompress.errors import SpaceError
 from autocompress.network import build_network, module_name
 from autocompress.ops import Add
 from autocompress.space import Architecture
@@ -30,10 +30,12 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
     Returns:
         A network of `torch.nn` modules and `autocompress.network.SqueezeExcite`, in evaluation mode with
         statistics, else in training mode; it takes images of the architecture's own resolution.
+
+    Raises:
+        SpaceError: The architecture is of another space, or the statistics are of another sub-network.
     """
     blocks = supernet.space.operations(supernet.space.encode([arch]))
-    # On the meta device nothing is initialised that would be overwritten at once.
-    network = build_network(blocks, device="meta")
+    network = build_network(blocks, initialise=False)
     state: dict[str, Tensor] = {}
     channels_last = memory_format(supernet) == torch.channels_last
     for name, layers in supernet.plan(arch):
@@ -41,23 +43,34 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
             if layer is None or isinstance(op, Add):
                 continue
             prefix = f"{module_name(name)}.{position}"
-            for key, tensor in layer.sliced(op).items():
+            sliced = layer.sliced(op)
+            for key, tensor in sliced.items():
                 last = channels_last and tensor.dim() == 4
                 keep = torch.channels_last if last else torch.contiguous_format
                 state[f"{prefix}.{key}"] = tensor.detach().clone(memory_format=keep)
-            if isinstance(layer, ElasticConv2d) and layer.norm_weight is not None:
+            if isinstance(layer, ElasticConv2d) and layer.norm_weight is not None and "bn.weight" in sliced:
                 width = op.out_shape[0]
-                mean, variance = (
-                    (torch.zeros(width), torch.ones(width)) if statistics is None else statistics[layer.name]
-                )
+                mean, variance = torch.zeros(width), torch.ones(width)
+                if statistics is not None:
+                    mean, variance = statistics_of(statistics, layer.name, width)
                 like = layer.norm_weight
                 state[f"{prefix}.bn.running_mean"] = mean.to(like, copy=True)
                 state[f"{prefix}.bn.running_var"] = variance.to(like, copy=True)
                 state[f"{prefix}.bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
-    network.load_state_dict(state, assign=True)
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
+    _fill(network, state)
     return network.train(statistics is None)
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put every parameter and buffer in its place; `load_state_dict` would take longer than all else here."""
+    for prefix, module in network.named_modules():
+        for name in module._parameters:
+            if module._parameters[name] is not None:
+                module._parameters[name] = nn.Parameter(state.pop(f"{prefix}.{name}"))
+        for name in module._buffers:
+            module._buffers[name] = state.pop(f"{prefix}.{name}")
+    if state:
+        raise SpaceError(f"the static network has no place for {', '.join(state)}")
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
@@ -111,7 +124,7 @@ def only_active(
         if parameter.grad is None or mask is None or bool(mask.all()):
             continue
         state = {
-            key: cast(Tensor, value).clone()
+            key: value.clone()
             for key, value in optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor) and value.shape == parameter.shape
         }

@@ -78,6 +78,11 @@ def _prefix(tensor: Tensor, *sizes: int) -> Tensor:
     return tensor
 
 
+def _format(weight: Tensor) -> torch.memory_format:
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class ElasticConv2d(ElasticLayer):
     """Convolution, batch norm and activation with elastic kernel, width, depthwise and groups.
 
@@ -100,6 +105,8 @@ class ElasticConv2d(ElasticLayer):
         self.norm_weight = nn.Parameter(torch.ones(full.out_channels)) if full.norm else None
         self.norm_bias = nn.Parameter(torch.zeros(full.out_channels)) if full.norm else None
         self.kernels = tuple(sorted(set(kernels), reverse=True))
+        # The slice of the last operation that ran without gradients, and what it was cut from.
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
         self.transforms = nn.ParameterDict(
             {str(kernel): nn.Parameter(torch.eye(kernel**2)) for kernel in self.kernels[1:]}
             if kernel_transform
@@ -110,8 +117,8 @@ class ElasticConv2d(ElasticLayer):
         full, inputs = self.full, op.in_channels // op.groups
         if 1 < op.groups == full.groups and not full.depthwise:
             # Each group keeps its own filters: prefixes inside the groups.
-            weight = weight.unflatten(0, (full.groups, -1))
-            weight = weight[:, : op.out_channels // op.groups, :inputs].flatten(0, 1)
+            grouped = weight.view(full.groups, -1, *weight.shape[1:])
+            weight = grouped[:, : op.out_channels // op.groups, :inputs].flatten(0, 1)
         else:
             weight = _prefix(weight, op.out_channels, inputs)
         for kernel in self.kernels:
@@ -121,10 +128,26 @@ class ElasticConv2d(ElasticLayer):
             if margin:
                 weight = weight[..., margin : margin + kernel, margin : margin + kernel]
                 if str(kernel) in transforms:
-                    weight = F.linear(weight.flatten(2), transforms[str(kernel)]).unflatten(
-                        2, (kernel, kernel)
-                    )
+                    mixed = F.linear(weight.flatten(2), transforms[str(kernel)])
+                    weight = mixed.view(*mixed.shape[:2], kernel, kernel)
         return weight
+
+    def _current_weight(self, op: Conv2d) -> Tensor:
+        """Return the slice of the weights; without gradients it is kept until the weights or the slice change.
+
+        Evaluation runs one sub-network over many batches; cutting its slices anew for each costs a tenth of
+        a forward pass of one image.
+        """
+        transforms = cast(Mapping[str, Tensor], self.transforms)
+        if torch.is_grad_enabled():
+            return self._weight(op, self.weight, transforms)
+        stamp: tuple[object, ...] = (op, self.weight.data_ptr(), self.weight._version)
+        if op.kernel < self.full.kernel:
+            stamp += tuple((t.data_ptr(), t._version) for t in transforms.values())
+        if self._kept is None or self._kept[0] != stamp:
+            weight = self._weight(op, self.weight, transforms)
+            self._kept = (stamp, weight.clone(memory_format=_format(self.weight)))
+        return self._kept[1]
 
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
         """Map `(batch, in_channels, height, width)` to the operation's output shape."""
@@ -132,13 +155,13 @@ class ElasticConv2d(ElasticLayer):
         width = op.out_channels
         x = F.conv2d(
             x,
-            self._weight(op, self.weight, self.transforms),
-            None if self.bias is None else _prefix(self.bias, width),
+            self._current_weight(op),
+            _prefix(self.bias, width) if self.bias is not None and op.bias else None,
             stride=op.stride,
             padding=op.kernel // 2,
             groups=op.groups,
         )
-        if self.norm_weight is not None and self.norm_bias is not None:
+        if self.norm_weight is not None and self.norm_bias is not None and op.norm:
             x = normalise(self.name, x, _prefix(self.norm_weight, width), _prefix(self.norm_bias, width))
         return _ACTIVATE[op.activation](x)
 
@@ -148,11 +171,10 @@ class ElasticConv2d(ElasticLayer):
         own = dict(self.named_parameters()) if parameters is None else parameters
         transforms = {str(k): own[f"transforms.{k}"] for k in self.kernels if f"transforms.{k}" in own}
         tensors = {"conv.weight": self._weight(op, own["weight"], transforms)}
-        for target, source in {
-            "conv.bias": "bias",
-            "bn.weight": "norm_weight",
-            "bn.bias": "norm_bias",
-        }.items():
+        sources = {"conv.bias": "bias"} if op.bias else {}
+        if op.norm:
+            sources |= {"bn.weight": "norm_weight", "bn.bias": "norm_bias"}
+        for target, source in sources.items():
             if source in own:
                 tensors[target] = _prefix(own[source], op.out_channels)
         return tensors
@@ -170,7 +192,7 @@ class ElasticLinear(ElasticLayer):
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
         """Map `(batch, ...)` to `(batch, out_features)`."""
         op = cast(Linear, op)
-        bias = None if self.bias is None else _prefix(self.bias, op.out_features)
+        bias = _prefix(self.bias, op.out_features) if self.bias is not None and op.bias else None
         weight = _prefix(self.weight, op.out_features, op.in_features)
         return _ACTIVATE[op.activation](F.linear(x.flatten(1), weight, bias))
 
@@ -179,7 +201,7 @@ class ElasticLinear(ElasticLayer):
         op = cast(Linear, op)
         own = dict(self.named_parameters()) if parameters is None else parameters
         tensors = {"linear.weight": _prefix(own["weight"], op.out_features, op.in_features)}
-        if "bias" in own:
+        if "bias" in own and op.bias:
             tensors["linear.bias"] = _prefix(own["bias"], op.out_features)
         return tensors
 
@@ -240,7 +262,8 @@ class ElasticModule(ElasticLayer):
 
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
         """Run the module of the operation on the sliced parameters."""
-        result = torch.func.functional_call(self._static(op), self.sliced(op), (x,))
+        static = self._static(op).train(self.training)  # dropout and the like
+        result = torch.func.functional_call(static, self.sliced(op), (x,))
         return cast(Tensor, result)
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -269,17 +292,27 @@ def elastic_layer(name: str, ops: Sequence[OpSpec], *, kernel_transform: bool) -
     """
     full = max(ops, key=lambda op: op.params)
     for op in ops:
-        for mine, its in zip(_extents(full), _extents(op), strict=True):
-            if len(mine) != len(its) or any(a < b for a, b in zip(mine, its, strict=True)):
-                raise SpaceError(f"{name}: {full.key} is the largest operation but does not contain {op.key}")
+        if not _contains(_extents(full), _extents(op)):
+            raise SpaceError(f"{name}: {full.key} is the largest operation but does not contain {op.key}")
     if isinstance(full, Conv2d):
         kernels = [cast(Conv2d, op).kernel for op in ops]
+        if len({kernel % 2 for kernel in kernels}) > 1:
+            raise SpaceError(
+                f"{name}: odd and even kernels have no common centre, got {sorted(set(kernels))}"
+            )
         return ElasticConv2d(name, full, kernels, kernel_transform=kernel_transform)
     if isinstance(full, Linear):
         return ElasticLinear(name, full)
     if isinstance(full, SqueezeExcite):
         return ElasticSqueezeExcite(name, full)
     return ElasticModule(name, full)
+
+
+def _contains(mine: list[tuple[int, ...]], its: list[tuple[int, ...]]) -> bool:
+    return len(mine) == len(its) and all(
+        len(one) == len(other) and all(a >= b for a, b in zip(one, other, strict=True))
+        for one, other in zip(mine, its, strict=True)
+    )
 
 
 def _extents(op: OpSpec) -> list[tuple[int, ...]]:

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from autocompress.elastic.layers import NORM_EPS
 from autocompress.elastic.supernet import Statistics, Supernet
+from autocompress.errors import DataError
 from autocompress.space import Architecture
 
 
 class _Pooled:
     """Count, mean and sum of squared deviations of a channel over everything seen so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = torch.promote_types(dtype, torch.float32)
         self.count = 0
         self.mean: Tensor | None = None
         self.squares: Tensor | None = None
@@ -47,10 +49,10 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
         batches: Images `(batch, channels, height, width)` of the training set, normalised.
 
     Returns:
-        Mean and unbiased variance by name of the layer.
+        Mean and unbiased variance by name of the layer; empty for a network without batch norm.
 
     Raises:
-        ValueError: There is no batch.
+        DataError: There is no batch.
     """
     pooled: dict[str, _Pooled] = {}
 
@@ -58,17 +60,21 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
         # One pass gives the output and the batch's statistics together.
         output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, NORM_EPS)
         variance = inverse_std.double().pow(-2) - NORM_EPS
-        pooled.setdefault(name, _Pooled()).add(x.numel() // x.shape[1], mean, variance.clamp_min(0))
+        pooled.setdefault(name, _Pooled(weight.dtype)).add(
+            x.numel() // x.shape[1], mean, variance.clamp_min(0)
+        )
         return output
 
+    count = 0
     for batch in batches:
         supernet.run(batch, arch, record)
-    if not pooled:
-        raise ValueError("recalibration needs at least one batch of training images, got none")
+        count += len(batch)
+    if not count:
+        raise DataError("recalibration needs at least one batch of training images, got none")
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
     for name, pool in pooled.items():
         if pool.mean is None or pool.squares is None:
             raise ValueError(f"no batch reached layer {name}")
         variance = pool.squares / max(pool.count - 1, 1)
-        statistics[name] = (pool.mean.float(), variance.float())
+        statistics[name] = (pool.mean.to(pool.dtype), variance.to(pool.dtype))
     return statistics

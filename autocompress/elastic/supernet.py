@@ -1,6 +1,7 @@
 """The supernet: one set of weights from which every network of a space is a slice."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -114,7 +115,8 @@ class Supernet(nn.Module):
             The output of the last block.
 
         Raises:
-            SpaceError: The architecture is of another space, or a gate cannot be applied.
+            SpaceError: The architecture is of another space, the statistics are of another sub-network, or a
+                gate cannot be applied.
         """
         return self.run(x, arch, batch_statistics if statistics is None else fixed(statistics), gates)
 
@@ -158,12 +160,18 @@ class Supernet(nn.Module):
                     chosen[name] = self.space.choices[positions[name]].options[code]
                     weight = gates[name][code] if weight is None else weight * gates[name][code]
                 ops = block.operations(*(chosen[name] for name in block.choices))
+                # Layers run on images of any size, so only the shapes tell that a setting does not fit.
+                if ops and math.prod(ops[0].in_shape) != x[0].numel():
+                    raise SpaceError(
+                        f"block {block.name!r} takes {ops[0].in_shape} with {chosen}, got {tuple(x.shape[1:])}; "
+                        "a choice that changes shapes (resolution, stage width) cannot be gated"
+                    )
                 output = _run_block(x, self._bind(block.name, ops), normalise)
                 if weight is not None:
                     if total is not None and total.shape != output.shape:
                         raise SpaceError(
                             f"block {block.name!r} has outputs of different shapes under gates on {gated}; "
-                            "such a choice (resolution, stage width) cannot be gated"
+                            "a choice that changes shapes (resolution, stage width) cannot be gated"
                         )
                     output = weight * output
                 total = output if total is None else total + output
@@ -196,7 +204,23 @@ def fixed(statistics: Statistics) -> Normalise:
     """Return batch norm with given statistics."""
 
     def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        mean, variance = statistics[name]
+        mean, variance = statistics_of(statistics, name, x.shape[1])
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=NORM_EPS)
 
     return normalise
+
+
+def statistics_of(statistics: Statistics, name: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of a layer.
+
+    Raises:
+        SpaceError: There are none, or of another width: they are of another sub-network.
+    """
+    found = statistics.get(name)
+    if found is None or len(found[0]) != channels:
+        have = "none" if found is None else f"those of {len(found[0])} channels"
+        raise SpaceError(
+            f"layer {name!r} needs batch-norm statistics of {channels} channels, got {have}; recalibrate this "
+            "very sub-network"
+        )
+    return found

@@ -55,7 +55,10 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has version {payload.get('version')}; this release reads version {VERSION}"
         )
-    _compare(path, payload.get("identity", {}), identity, "")
+    found = payload.get("identity")
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"checkpoint {path} is damaged: it does not say what it belongs to")
+    _compare(path, found, identity, "")
     return payload
 
 

@@ -102,6 +102,10 @@ def _resolve(what: str, name: str, known: dict[str, Any]) -> Any:
     if not colon:
         raise PluginError(f"task.{what} must be one of {', '.join(known)} or module:function, got {name!r}")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        # ValueError and TypeError: an empty or a relative name of a module.
         raise PluginError(f"task.{what} {name!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise PluginError(f"task.{what} {name!r} must be something to call, got {type(found).__name__}")
+    return found
