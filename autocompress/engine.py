@@ -235,7 +235,7 @@ class _Memory:
         """Return what an evaluator that is not paid scored in this search; `None` for paid ones."""
         if self.evaluator.paid or not self._known:
             return None
-        codes = np.array([np.frombuffer(key, dtype=np.int64) for key in self._known])
+        codes = np.frombuffer(b"".join(self._known), dtype=np.int64).reshape(len(self._known), -1)
         scores = np.array([self._scores[key] for key in self._known])
         outcomes = np.where(np.isfinite(scores), Outcome.MEASURED, Outcome.FAILED).astype(np.int8)
         return Batch(codes, self.constraints.price(codes), {self.objective: scores}, outcomes)

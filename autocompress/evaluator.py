@@ -15,7 +15,9 @@ class Evaluator(Protocol):
             Paid evaluators get one row a call; others (predictors, tables) get all rows of a batch at once.
     """
 
-    paid: bool
+    @property
+    def paid(self) -> bool:
+        """Whether an evaluation is worth keeping as a trial."""
 
     def __call__(self, codes: Codes) -> Mapping[str, Values]:
         """Return each metric as `(n,)` for `codes (n, choices)`.

@@ -74,8 +74,8 @@ def guided_search(
         progress: Told paid evaluations.
 
     Returns:
-        All paid trials, first the random ones; `notes` has the predictor's Kendall tau. Where there is nothing
-        to fit (under ten scores, or all equal) the finalists are random too, which `notes` says.
+        All paid trials, first the random ones; `notes` has the predictor's Kendall tau. Where there is
+        nothing to fit (under ten scores, or all equal) the finalists are random too; `notes` says so.
 
     Raises:
         AutocompressError: `finalists` is not in 1..evaluations - 1, or no sampled network could be evaluated.

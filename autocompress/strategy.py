@@ -2,7 +2,7 @@
 
 A strategy is made as `strategy(constraints, seed=..., objective=..., **options)`. It is deterministic in
 its arguments and the order of calls, can be pickled between calls, and touches no file, device or clock.
-`autocompress.testing.StrategyContract` states these laws as tests.
+`autocompress.testing.strategy.StrategyContract` states these laws as tests.
 """
 
 from typing import Protocol, runtime_checkable

@@ -63,7 +63,7 @@ class Size:
     ranked: int
 
 
-FULL = Size(images=10_000, epochs=15, evaluations=100, finalists=25, random=10, ranked=14)
+FULL = Size(images=8_000, epochs=12, evaluations=80, finalists=20, random=10, ranked=12)
 QUICK = Size(images=1_500, epochs=2, evaluations=20, finalists=5, random=3, ranked=4)
 
 

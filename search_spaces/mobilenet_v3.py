@@ -105,9 +105,12 @@ def mobilenet_v3(
     # Shared choices first: bounds on prefixes then need small tables only.
     choices = [Choice("resolution", resolutions)]
     choices += [Choice(f"stage{s}.depth", tuple(depths)) for s in range(1, len(STAGE_CHANNELS) + 1)]
-    stem, first = make_divisible(STEM_CHANNELS * width), make_divisible(STEM_CHANNELS * width)
-    blocks = [Block("stem", ("resolution",), partial(_stem, in_channels, stem, first, layout.stem_stride))]
-    channels, strides = first, [layout.stem_stride]
+    stem = make_divisible(STEM_CHANNELS * width)
+    blocks = [
+        Block("stem", ("resolution",), partial(_stem, in_channels, stem, layout.stem_stride)),
+        Block("first", ("resolution",), partial(_first_block, stem, layout.stem_stride)),
+    ]
+    channels, strides = stem, [layout.stem_stride]
     for stage, base in enumerate(STAGE_CHANNELS, start=1):
         out = make_divisible(base * width)
         stride = layout.stage_strides[stage - 1]
@@ -156,16 +159,20 @@ def _size(resolution: int, strides: tuple[int, ...]) -> int:
     return resolution
 
 
-def _stem(in_channels: int, stem: int, first: int, stride: int, resolution: Option) -> Ops:
-    """Build the first convolution and the first block, which is fixed: kernel 3, no expansion."""
-    pixels = int(resolution)
-    size = _size(pixels, (stride,))
-    ops: Ops = (
-        Conv2d(in_channels, stem, pixels, pixels, kernel=3, stride=stride, activation="hard_swish"),
-        Conv2d(stem, stem, size, size, kernel=3, groups=stem, activation="relu"),
-        Conv2d(stem, first, size, size),
+def _stem(in_channels: int, channels: int, stride: int, resolution: Option) -> Ops:
+    """Build the first convolution."""
+    size = int(resolution)
+    return (Conv2d(in_channels, channels, size, size, kernel=3, stride=stride, activation="hard_swish"),)
+
+
+def _first_block(channels: int, stem_stride: int, resolution: Option) -> Ops:
+    """Build the first block, which is fixed: kernel 3, no expansion, residual."""
+    size = _size(int(resolution), (stem_stride,))
+    return (
+        Conv2d(channels, channels, size, size, kernel=3, groups=channels, activation="relu"),
+        Conv2d(channels, channels, size, size),
+        Add(channels, size, size),
     )
-    return ops
 
 
 def _inverted_residual(

@@ -17,7 +17,7 @@ from autocompress.training.evaluate import Scored, evaluate
 from autocompress.training.loop import Position, run_epochs, training_batches
 from autocompress.training.speed import autocast, choose_formats
 from autocompress.training.supernet import FORMATS
-from autocompress.training.task import Task
+from autocompress.training.task import Task, soft_cross_entropy
 
 
 def finetune(
@@ -77,7 +77,7 @@ def finetune(
         if teacher is not None:
             with torch.no_grad(), autocast(formats["precision"]):
                 target = teacher(placed(images, teacher_resolution or resolution)).float()
-            if task.smoothed:
+            if task.distillation is soft_cross_entropy:
                 distilled = hinton(outputs, target, settings.temperature)
             else:
                 distilled = task.distillation(outputs, target)

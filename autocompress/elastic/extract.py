@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from autocompress.elastic.layers import ElasticConv2d
+from autocompress.elastic.layers import ElasticConv2d, ElasticLayer
 from autocompress.elastic.supernet import Statistics, Supernet, statistics_of
 from autocompress.errors import SpaceError
 from autocompress.network import build_network, module_name
@@ -89,18 +89,19 @@ def active_masks(supernet: Supernet, archs: Iterable[Architecture]) -> dict[str,
     """
     masks: dict[str, Tensor] = {}
     names = {id(parameter): name for name, parameter in supernet.named_parameters()}
+    whole: set[ElasticLayer] = set()
     for arch in archs:
         for _, layers in supernet.plan(arch):
             for layer, op in layers:
-                if layer is None:
-                    continue
-                own = dict(layer.named_parameters())
-                if not own:
+                own = {} if layer is None else dict(layer.named_parameters())
+                if layer is None or layer in whole or not own:
                     continue
                 for key, mask in layer.active(op).items():
                     name = names[id(own[key])]
                     masks[name] = masks[name] | mask if name in masks else mask
-    return masks
+                if all(bool(masks[names[id(parameter)]].all()) for parameter in own.values()):
+                    whole.add(layer)
+    return {name: mask for name, mask in masks.items() if bool(mask.any())}
 
 
 @contextmanager

@@ -62,7 +62,10 @@ class ElasticLayer(nn.Module):
         # Slices of ones have a positive derivative exactly where they read.
         ones = {name: torch.ones_like(p, requires_grad=True) for name, p in self.named_parameters()}
         with torch.enable_grad():
-            total = torch.stack([tensor.sum() for tensor in self.sliced(op, ones).values()]).sum()
+            slices = list(self.sliced(op, ones).values())
+            if {id(one) for one in ones.values()} == {id(tensor) for tensor in slices}:
+                return {name: torch.ones_like(one, dtype=torch.bool) for name, one in ones.items()}
+            total = torch.stack([tensor.sum() for tensor in slices]).sum()
             gradients = torch.autograd.grad(total, list(ones.values()), allow_unused=True)
         return {
             name: torch.zeros_like(one, dtype=torch.bool) if gradient is None else gradient > 0

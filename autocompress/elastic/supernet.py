@@ -163,8 +163,8 @@ class Supernet(nn.Module):
                 # Layers run on images of any size, so only the shapes tell that a setting does not fit.
                 if ops and math.prod(ops[0].in_shape) != x[0].numel():
                     raise SpaceError(
-                        f"block {block.name!r} takes {ops[0].in_shape} with {chosen}, got {tuple(x.shape[1:])}; "
-                        "a choice that changes shapes (resolution, stage width) cannot be gated"
+                        f"block {block.name!r} takes {ops[0].in_shape} with {chosen}, got "
+                        f"{tuple(x.shape[1:])}; a choice that changes shapes (resolution, stage width) cannot be gated"
                     )
                 output = _run_block(x, self._bind(block.name, ops), normalise)
                 if weight is not None:
@@ -220,7 +220,7 @@ def statistics_of(statistics: Statistics, name: str, channels: int) -> tuple[Ten
     if found is None or len(found[0]) != channels:
         have = "none" if found is None else f"those of {len(found[0])} channels"
         raise SpaceError(
-            f"layer {name!r} needs batch-norm statistics of {channels} channels, got {have}; recalibrate this "
-            "very sub-network"
+            f"layer {name!r} needs batch-norm statistics of {channels} channels, got {have}; recalibrate "
+            "this very sub-network"
         )
     return found

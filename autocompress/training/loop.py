@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from autocompress.errors import TrainingError
+from autocompress.errors import CheckpointError, TrainingError
 from autocompress.progress import Progress, silent
 from autocompress.recipe import OptimizerSettings
 from autocompress.training.checkpoint import (
@@ -113,7 +113,7 @@ def run_epochs(
     validate: Callable[[int, Position], None] | None = None,
     guard: Callable[[int, torch.optim.Optimizer], AbstractContextManager[None]] | None = None,
     prepare: Callable[[Position], None] | None = None,
-    before_epoch: Callable[[int], None] | None = None,
+    before_epoch: Callable[[int, torch.optim.Optimizer], None] | None = None,
     progress: Progress = silent,
     clock: Callable[[], float] = time.monotonic,
 ) -> Position:
@@ -131,7 +131,8 @@ def run_epochs(
         validate: Called after each epoch with the epoch and the position, may add to its `scores`.
         guard: Called with step and optimizer; wraps the optimizer's step.
         prepare: Called once at the start of a new run, may fill `choices`; on resume called with those.
-        before_epoch: Called at the start of each epoch that is not resumed in its middle.
+        before_epoch: Called with epoch and optimizer at the start of each epoch that is not resumed in its
+            middle.
         progress: Told steps and the loss.
         clock: For the interval of checkpoints only.
 
@@ -167,7 +168,13 @@ def run_epochs(
         return copy.deepcopy(content())
 
     if checkpoint is not None and checkpoint.exists():
-        restore(load_checkpoint(checkpoint, identity))
+        saved = load_checkpoint(checkpoint, identity)
+        try:
+            restore(saved)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # Its identity is right, its content is not: a damaged or forged file, or another network.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"checkpoint {checkpoint} does not fit this network: {reason}") from None
     if prepare is not None:
         prepare(position)
     if checkpoint is not None and not checkpoint.exists():
@@ -178,7 +185,7 @@ def run_epochs(
     while position.step < total:
         epoch, inside = divmod(position.step, per_epoch)
         if inside == 0 and before_epoch is not None:
-            before_epoch(epoch)
+            before_epoch(epoch, optimizer)
             good = snapshot()
         collapse = ""
         # After a roll-back the same batches in the same order might lead to the same end.

@@ -5,7 +5,7 @@ Yu et al., BigNAS, ECCV 2020; Cai et al., Once-for-All, ICLR 2020 (progressive s
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,14 @@ def train_supernet(
 
     def forward(images: Tensor, arch: Architecture) -> Tensor:
         with autocast(formats["precision"]):
-            return supernet(images, arch).float()
+            outputs: Tensor = supernet(images, arch)
+        return outputs.float()
 
     def sampled(step: int) -> list[Architecture]:
         epoch = step // per_epoch
         phase = phase_of(epoch)
         rng = np.random.default_rng((settings.seed, 1, step))
-        if not phase.elastic:
+        if settings.schedule == "sandwich" and not phase.elastic:
             return []
         return space.decode(restricted_sample(supernet, phase.elastic, phase.networks, rng))
 
@@ -119,15 +120,18 @@ def train_supernet(
             total += float(loss.detach())
         return total / len(archs)
 
-    def before_epoch(epoch: int) -> None:
+    def before_epoch(epoch: int, optimizer: torch.optim.Optimizer) -> None:
         if settings.schedule == "progressive" and epoch == starts[1]:
-            if any(name == "expand" for phase in phases for name in phase.elastic):
-                sort_channels(supernet)
+            sort_channels(supernet)
+            # Its momentum belongs to channels that now stand elsewhere.
+            optimizer.state.clear()
             frozen.update({name: p.detach().clone() for name, p in supernet.named_parameters()})
 
     def guard(step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        if settings.schedule == "sandwich" or step < starts[1] * per_epoch:
-            return nullcontext()  # the largest network takes part: everything is active
+        if settings.schedule == "sandwich":
+            return only_active(supernet, optimizer, [largest, *sampled(step), smallest])
+        if step < starts[1] * per_epoch:
+            return only_active(supernet, optimizer, [largest])
         return only_active(supernet, optimizer, sampled(step))
 
     def validate(epoch: int, position: Position) -> None:
