@@ -266,9 +266,9 @@ class Constraints:
         while count < n and drawn < MAX_REJECTED_DRAWS:
             codes = self.space.sample(max(n, DRAWS_PER_ROUND) if self.limits else n, rng)
             drawn += len(codes)
-            violation = self.violation(codes)
-            near = (violation >= at_least - 1.0) | (at_least <= 0 or not self.limits)
-            fits = self.feasible(codes) & near
+            fits = self.feasible(codes)
+            if at_least > 0 and self.limits:
+                fits &= self.violation(codes) >= at_least - 1.0
             kept.append(codes[fits][: n - count])
             count += len(kept[-1])
         if count < n:

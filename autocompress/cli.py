@@ -32,6 +32,8 @@ PROCESS_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 RESTARTED = "AUTOCOMPRESS_RESTARTED"
+# How typer ends on Ctrl-C.
+INTERRUPTED = 130
 
 DEMO: dict[str, Any] = {
     "data": {"source": "digits"},
@@ -67,9 +69,10 @@ def main() -> None:
     except AutocompressError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("stopped; continue with `autocompress resume RUN`", fg="yellow", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.secho("stopped; continue with `autocompress resume RUN`", fg="yellow", err=True)
+        raise
 
 
 @contextmanager

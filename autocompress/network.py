@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from autocompress.ops import Add, Ops
 
-
 _FILLING = (
     nn.init.kaiming_uniform_,
     nn.init.kaiming_normal_,

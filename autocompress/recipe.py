@@ -1,5 +1,6 @@
 """Recipes: everything a run needs to know, read from YAML; the stages take its parts as their settings."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autocompress.budget import Budget
 from autocompress.errors import RecipeError
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+# Not strict: YAML reads 3e-5 as text, only 3.0e-5 as a number.
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -21,6 +24,13 @@ class _Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must not be true or false, which is also how YAML reads yes, no, on and off")
+        return value
+
 
 class DataSettings(_Settings):
     """Which data set, and how much of its training part is held out."""
@@ -32,7 +42,14 @@ class DataSettings(_Settings):
     """Share (below 1) or number of training images that are held out and drive every decision."""
     limit: Positive | None = None
     """Use only so many training images, the held-out ones included."""
-    seed: int = 0
+    seed: Count = 0
+
+    @field_validator("validation")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("a share must be below 1, a number of images whole")
+        return value
 
 
 class TaskSettings(_Settings):
@@ -63,13 +80,13 @@ class ProfileSettings(_Settings):
 
     table: Path | None = None
     """An existing table of this target, taken as it is, missing rows added."""
-    networks: Annotated[int, Field(ge=8)] = 40
+    networks: Annotated[int, Field(ge=8, strict=True)] = 40
     """Whole sub-networks that are measured to correct and to check the table."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
     min_rounds: Positive = 15
     max_rounds: Positive = 60
-    seed: int = 0
+    seed: Count = 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -92,14 +109,14 @@ class OptimizerSettings(_Settings):
     gradient_clip: Annotated[float, Field(gt=0)] = 5.0
     """Largest norm of the gradient."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    shift: Annotated[int, Field(ge=0)] = 2
+    shift: Count = 2
     """Random shift of the images, in pixels."""
-    cutout: Annotated[int, Field(ge=0)] = 0
+    cutout: Count = 0
     """Side of a square that is blanked, in pixels."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` times a few steps and takes the faster one, once for a run."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    seed: int = 0
+    seed: Count = 0
 
 
 class Phase(_Settings):
@@ -116,7 +133,7 @@ class TrainSettings(OptimizerSettings):
     """How the supernet is trained."""
 
     schedule: Literal["sandwich", "progressive"] = "sandwich"
-    random_networks: Annotated[int, Field(ge=0)] = 2
+    random_networks: Count = 2
     """Random sub-networks a step of the sandwich, besides the largest and the smallest."""
     phases: tuple[Phase, ...] = ()
     """Of progressive shrinking, after `epochs` epochs of the largest network, which is then the teacher."""
@@ -146,12 +163,14 @@ class SearchSettings(_Settings):
     """Paid evaluations of the candidates that the predictor likes best."""
     calibration_images: Positive = 512
     """Training images for the batch-norm statistics of a sub-network."""
-    seed: int = 0
+    seed: Count = 0
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _budget(cls, value: dict[str, float | str]) -> dict[str, float | str]:
-        Budget.of(value)
+    def _budget(cls, value: Any) -> Any:
+        # Before any conversion, which would take `yes` for 1.
+        if isinstance(value, Mapping):
+            Budget.of(value)
         return value
 
     @model_validator(mode="after")
@@ -244,12 +263,16 @@ def load_recipe(path: Path) -> Recipe:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
-    recipe = parse_recipe(payload, f"recipe {path}")
+    return with_absolute_paths(parse_recipe(payload, f"recipe {path}"), path.parent)
+
+
+def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with its paths made absolute; relative ones are taken to be relative to `folder`."""
     updates: dict[str, Any] = {}
     if recipe.data.folder is not None:
-        folder = (path.parent / recipe.data.folder.expanduser()).resolve()
-        updates["data"] = recipe.data.model_copy(update={"folder": folder})
+        data = (folder / recipe.data.folder.expanduser()).resolve()
+        updates["data"] = recipe.data.model_copy(update={"folder": data})
     if recipe.profile.table is not None:
-        table = (path.parent / recipe.profile.table.expanduser()).resolve()
+        table = (folder / recipe.profile.table.expanduser()).resolve()
         updates["profile"] = recipe.profile.model_copy(update={"table": table})
     return recipe.model_copy(update=updates)

@@ -21,7 +21,7 @@ from autocompress.atomic import read_json, write_json, write_text
 from autocompress.errors import RecipeError, StorageError
 from autocompress.plugins import load_space_factory
 from autocompress.progress import Progress, silent
-from autocompress.recipe import Recipe, load_recipe
+from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
 from autocompress.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
@@ -71,10 +71,12 @@ class Run:
                     f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
                 )
             recipe = load_recipe(path)
-        elif path.exists():
-            _refuse_other(path, load_recipe(path), recipe)
         else:
-            _write_recipe(path, recipe)
+            recipe = with_absolute_paths(recipe, Path.cwd())
+            if path.exists():
+                _refuse_other(path, load_recipe(path), recipe)
+            else:
+                _write_recipe(path, recipe)
         self.recipe = recipe
         write_json(folder / "environment.json", environment())
 
@@ -120,20 +122,21 @@ class Run:
         """Hold the run for this process.
 
         Raises:
-            StorageError: Another process is working on it.
+            StorageError: Another process is working on it, or the directory cannot be written.
         """
         import fcntl
 
         path = self.folder / ".lock"
         try:
-            with path.open("a") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise StorageError(f"another process is working on {self.folder}") from None
-                yield
-        except PermissionError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+            file = path.open("a")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(f"another process is working on {self.folder}") from None
+            yield
 
 
 def load_recipe_data(recipe: Recipe) -> "DataSet":
@@ -204,9 +207,10 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
 
 
 def _refuse_other(path: Path, there: Recipe, here: Recipe) -> None:
-    if there == here:
-        return
+    # As they stand in files: a tuple and a list of arguments are the same there.
     first, second = (_flat(recipe.model_dump(mode="json")) for recipe in (there, here))
+    if first == second:
+        return
     keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
     shown = "; ".join(f"{key} is {first.get(key)!r} there, {second.get(key)!r} here" for key in keys[:5])
     raise RecipeError(

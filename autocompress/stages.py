@@ -4,6 +4,7 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -20,8 +21,9 @@ from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
+from autocompress.engine import StrategyFactory
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError
+from autocompress.errors import CheckpointError, RecipeError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.profile import profile as profile_space
@@ -151,7 +153,9 @@ def calibration(run: Run) -> list[Tensor]:
 
 def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
-    limits = constraints(run, shown)  # an impossible budget is refused before hours of training
+    # An impossible budget or a wrong option is refused before hours of training.
+    limits = constraints(run, shown)
+    strategy = strategy_factory(run)
     supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():
@@ -159,7 +163,6 @@ def search(run: Run, shown: Shown) -> SearchResult:
     settings = run.recipe.search
     score = evaluator(run, supernet)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
-    strategy = load_strategy(settings.strategy)
     with shown.stage(f"search by {settings.strategy}") as progress:
         if settings.predictor == "none":
             result = run_search(
@@ -197,6 +200,25 @@ def search(run: Run, shown: Shown) -> SearchResult:
     )
     result.save(path)
     return result
+
+
+def strategy_factory(run: Run) -> StrategyFactory:
+    """Return what makes the strategy of the run.
+
+    Raises:
+        PluginError: There is no such strategy.
+        RecipeError: It does not take an option of the recipe.
+    """
+    settings = run.recipe.search
+    strategy = load_strategy(settings.strategy)
+    parameters = inspect.signature(strategy).parameters
+    allowed = [name for name in parameters if name not in ("constraints", "seed", "objective")]
+    for name in settings.options:
+        if name not in allowed:
+            raise RecipeError(
+                f"search.options.{name}: strategy {settings.strategy!r} takes {', '.join(allowed) or 'no options'}"
+            )
+    return strategy
 
 
 def describe_costs(found: Mapping[str, float]) -> str:

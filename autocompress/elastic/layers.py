@@ -136,7 +136,7 @@ class ElasticConv2d(ElasticLayer):
         return weight
 
     def _current_weight(self, op: Conv2d) -> Tensor:
-        """Return the slice of the weights; without gradients it is kept until the weights or the slice change.
+        """Return the slice of the weights; without gradients it is kept until weights or slice change.
 
         Evaluation runs one sub-network over many batches; cutting its slices anew for each costs a tenth of
         a forward pass of one image.
@@ -215,6 +215,7 @@ class ElasticSqueezeExcite(ElasticLayer):
     def __init__(self, name: str, full: SqueezeExcite) -> None:
         """Make the parameters with the initialisation of a 1x1 convolution."""
         super().__init__(name)
+        self.full = full
         reduce, expand = nn.Conv2d(full.channels, full.hidden, 1), nn.Conv2d(full.hidden, full.channels, 1)
         self.reduce_weight, self.reduce_bias = reduce.weight, reduce.bias
         self.expand_weight, self.expand_bias = expand.weight, expand.bias

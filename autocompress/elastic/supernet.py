@@ -164,7 +164,8 @@ class Supernet(nn.Module):
                 if ops and math.prod(ops[0].in_shape) != x[0].numel():
                     raise SpaceError(
                         f"block {block.name!r} takes {ops[0].in_shape} with {chosen}, got "
-                        f"{tuple(x.shape[1:])}; a choice that changes shapes (resolution, stage width) cannot be gated"
+                        f"{tuple(x.shape[1:])}; a choice that changes shapes (resolution, stage width) "
+                        "cannot be gated"
                     )
                 output = _run_block(x, self._bind(block.name, ops), normalise)
                 if weight is not None:

@@ -5,7 +5,7 @@ Yu et al., BigNAS, ECCV 2020; Cai et al., Once-for-All, ICLR 2020 (progressive s
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autocompress.elastic.extract import only_active
+from autocompress.elastic.extract import active_masks, only_active
 from autocompress.elastic.importance import sort_channels
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet
@@ -71,6 +71,9 @@ def train_supernet(
     epochs = sum(phase.epochs for phase in phases)
     starts = np.cumsum([0] + [phase.epochs for phase in phases])[:-1].tolist()
     per_epoch = steps_per_epoch(data, settings)
+    # Kernel transforms are not: they serve the smaller kernels only.
+    used = active_masks(supernet, [largest])
+    largest_is_all = all(name in used and bool(used[name].all()) for name, _ in supernet.named_parameters())
     calibration = calibration_batches(data, CALIBRATION_IMAGES, seed=settings.seed)
     loss_on_labels = task.training_loss(settings.label_smoothing)
     formats: dict[str, str] = {}
@@ -85,13 +88,14 @@ def train_supernet(
             outputs: Tensor = supernet(images, arch)
         return outputs.float()
 
-    def sampled(step: int) -> list[Architecture]:
-        epoch = step // per_epoch
-        phase = phase_of(epoch)
+    def networks(step: int) -> list[Architecture]:
+        """Return the architectures that take part in the gradient of a step."""
+        phase = phase_of(step // per_epoch)
         rng = np.random.default_rng((settings.seed, 1, step))
-        if settings.schedule == "sandwich" and not phase.elastic:
-            return []
-        return space.decode(restricted_sample(supernet, phase.elastic, phase.networks, rng))
+        sampled = space.decode(restricted_sample(supernet, phase.elastic, phase.networks, rng))
+        if settings.schedule == "sandwich":
+            return [largest, *(sampled if phase.elastic else []), smallest]
+        return [largest] if step < starts[1] * per_epoch else sampled
 
     def sandwich(images: Tensor, targets: Tensor, step: int) -> float:
         images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
@@ -99,24 +103,23 @@ def train_supernet(
         loss = loss_on_labels(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         teacher = outputs.detach()
-        for arch in [*sampled(step), smallest]:
+        for arch in networks(step)[1:]:
             task.distillation(forward(images, arch), teacher).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def progressive(images: Tensor, targets: Tensor, step: int) -> float:
         images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
-        if step < starts[1] * per_epoch:
-            loss = loss_on_labels(forward(images, largest), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
-        with torch.no_grad():
-            teacher = torch.func.functional_call(supernet, frozen, (images, largest)).float()
+        teacher: Tensor | None = None
+        if step >= starts[1] * per_epoch:
+            with torch.no_grad():
+                teacher = torch.func.functional_call(supernet, frozen, (images, largest)).float()
         total = 0.0
-        archs = sampled(step)
+        archs = networks(step)
         for arch in archs:
             outputs = forward(images, arch)
             loss = loss_on_labels(outputs, targets)
-            (loss + task.distillation(outputs, teacher)).backward()  # type: ignore[no-untyped-call]
+            taught = loss if teacher is None else loss + task.distillation(outputs, teacher)
+            taught.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total / len(archs)
 
@@ -128,16 +131,16 @@ def train_supernet(
             frozen.update({name: p.detach().clone() for name, p in supernet.named_parameters()})
 
     def guard(step: int, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-        if settings.schedule == "sandwich":
-            return only_active(supernet, optimizer, [largest, *sampled(step), smallest])
-        if step < starts[1] * per_epoch:
-            return only_active(supernet, optimizer, [largest])
-        return only_active(supernet, optimizer, sampled(step))
+        archs = networks(step)
+        if largest_is_all and largest in archs:
+            return nullcontext()
+        return only_active(supernet, optimizer, archs)
 
     def validate(epoch: int, position: Position) -> None:
         every = max(1, epochs // VALIDATIONS)
         if (epoch + 1) % every and epoch + 1 != epochs:
             return
+        supernet.eval()
         for name, arch in (("largest", largest), ("smallest", smallest)):
             statistics = recalibrate(supernet, arch, calibration)
             scored = evaluate(
