@@ -203,10 +203,11 @@ def train(
 ) -> None:
     """Train the supernet."""
     from autocompress import stages
+    from autocompress.recipe import load_recipe
 
     parsed = _recipe(recipe, set_)
     if dry_run:
-        _forecast(parsed or _open(run, None).recipe)
+        _forecast(parsed or load_recipe(run / "recipe.yaml"))
         return
     opened = _open(run, parsed)
     with opened.locked():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.atomic import replacing, write_json
+from autocompress.atomic import read_json, replacing, write_json
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
 from autocompress.elastic.extract import extract
@@ -31,6 +31,7 @@ from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
 from autocompress.plugins import load_strategy
+from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture
@@ -155,18 +156,19 @@ def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
     # An impossible budget or a wrong option is refused before hours of training.
     limits = constraints(run, shown)
+    settings = run.recipe.search
     strategy = strategy_factory(run)
+    proposer = strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
     supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():
         return load_result(path, run.space)
-    settings = run.recipe.search
     score = evaluator(run, supernet)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
     with shown.stage(f"search by {settings.strategy}") as progress:
         if settings.predictor == "none":
             result = run_search(
-                strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options),
+                proposer,
                 limits,
                 score,
                 evaluations=settings.evaluations,
@@ -216,7 +218,8 @@ def strategy_factory(run: Run) -> StrategyFactory:
     for name in settings.options:
         if name not in allowed:
             raise RecipeError(
-                f"search.options.{name}: strategy {settings.strategy!r} takes {', '.join(allowed) or 'no options'}"
+                f"search.options.{name}: strategy {settings.strategy!r} takes "
+                f"{', '.join(allowed) or 'no options'}"
             )
     return strategy
 
@@ -265,6 +268,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     Returns:
         The network in evaluation mode and its score on the validation part.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from autocompress.distill.finetune import finetune as finetune_network
@@ -277,11 +281,10 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         network: nn.Module = build_network(run.space.operations(run.space.encode([arch])), initialise=False)
         try:
             network.load_state_dict(load_file(weights), assign=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"finetuned weights {weights} are damaged: {error}; remove the folder"
-            ) from None
-        return network.eval(), Scored(**json.loads(report.read_text()))
+            scored = Scored(**read_json(report, CheckpointError, "report of finetuning"))
+        except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"what was finetuned in {folder} is damaged: {error}; remove it") from None
+        return network.eval(), scored
     network = extract_recalibrated(run, supernet, arch)
     largest = run.space.decode(run.space.largest())[0]
     teacher = extract_recalibrated(run, supernet, largest)
@@ -290,7 +293,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             network,
             run.data,
             run.task,
-            run.recipe.finetune,
+            _like_the_supernet(run),
             resolution=resolution(run, arch),
             teacher=teacher,
             teacher_resolution=resolution(run, largest),
@@ -305,6 +308,13 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     write_json(report, vars(scored))
     shown.say(f"finetuned: validation {run.task.metric} {scored.mean:.4f}")
     return network, scored
+
+
+def _like_the_supernet(run: Run) -> FinetuneSettings:
+    """Return the settings of finetuning, with the formats that were fastest for the supernet for `auto`."""
+    settings, chosen = run.recipe.finetune, run.read(TRAINING)["choices"]
+    automatic = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
+    return settings.model_copy(update=automatic)
 
 
 def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:

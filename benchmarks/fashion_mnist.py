@@ -88,7 +88,13 @@ class Benchmark:
         )
         self.run = Run(folder, recipe)
         self.alone_settings = FinetuneSettings(
-            **training, warmup_epochs=1.0, label_smoothing=0.1, weight_decay=recipe.train.weight_decay
+            **training,
+            warmup_epochs=1.0,
+            label_smoothing=0.1,
+            weight_decay=recipe.train.weight_decay,
+            # What `auto` chose for the supernet; choosing again for each network would take longer.
+            precision="fp32",
+            memory_format="channels_last",
         )
         self.say = partial(print, flush=True)
         self.shown = Shown(say=self.say)

@@ -14,7 +14,7 @@ from autocompress.progress import Progress, silent
 from autocompress.recipe import FinetuneSettings
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import Scored, evaluate
-from autocompress.training.loop import Position, run_epochs, training_batches
+from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
 from autocompress.training.speed import autocast, choose_formats
 from autocompress.training.supernet import FORMATS
 from autocompress.training.task import Task, soft_cross_entropy
@@ -118,7 +118,8 @@ def finetune(
                 network.zero_grad(set_to_none=True)
 
             network.train()
-            position.choices = dict(choose_formats(settings, timed))
+            steps = settings.epochs * steps_per_epoch(data, settings)
+            position.choices = dict(choose_formats(settings, timed, steps=steps))
             network.load_state_dict(before)
         formats.update(position.choices)
         for module in (network, teacher):

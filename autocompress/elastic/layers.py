@@ -109,7 +109,7 @@ class ElasticConv2d(ElasticLayer):
         self.norm_bias = nn.Parameter(torch.zeros(full.out_channels)) if full.norm else None
         self.kernels = tuple(sorted(set(kernels), reverse=True))
         # The slice of the last operation that ran without gradients, and what it was cut from.
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
         self.transforms = nn.ParameterDict(
             {str(kernel): nn.Parameter(torch.eye(kernel**2)) for kernel in self.kernels[1:]}
             if kernel_transform
@@ -144,13 +144,15 @@ class ElasticConv2d(ElasticLayer):
         transforms = cast(Mapping[str, Tensor], self.transforms)
         if torch.is_grad_enabled():
             return self._weight(op, self.weight, transforms)
-        stamp: tuple[object, ...] = (op, self.weight.data_ptr(), self.weight._version)
-        if op.kernel < self.full.kernel:
-            stamp += tuple((t.data_ptr(), t._version) for t in transforms.values())
-        if self._kept is None or self._kept[0] != stamp:
+        sources = (self.weight, *(transforms.values() if op.kernel < self.full.kernel else ()))
+        stamp = (op, *((source.data_ptr(), source._version) for source in sources))
+        kept = self._kept
+        if kept is None or kept[0] != stamp:
             weight = self._weight(op, self.weight, transforms)
-            self._kept = (stamp, weight.clone(memory_format=_format(self.weight)))
-        return self._kept[1]
+            # The sources are kept too, so that no other tensor comes to lie at their address.
+            kept = (stamp, sources, weight.clone(memory_format=_format(self.weight)))
+            self._kept = kept
+        return kept[2]
 
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
         """Map `(batch, in_channels, height, width)` to the operation's output shape."""

@@ -1,4 +1,4 @@
-"""A toy space with conditions and everything around it, small enough to check by enumeration."""
+"""Toy spaces with conditions and everything around them, small enough to check by enumeration."""
 
 import itertools
 from functools import partial
@@ -7,12 +7,13 @@ import numpy as np
 
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, Values, operation_cost
-from autocompress.ops import Conv2d, Ops
+from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
 from autocompress.space import Block, Choice, Codes, Option, SearchSpace
 from autocompress.trial import Batch, Outcome
 
 RESOLUTIONS = (8, 12)
 KERNELS = (1, 3, 5)
+CHANNELS, EXPANDS = 4, (2, 4)
 
 
 def _convolution(index: int, resolution: Option, depth: Option, kernel: Option) -> Ops:
@@ -36,6 +37,50 @@ def toy_space(blocks: int = 6) -> SearchSpace:
         names = ("resolution", "depth", f"block{index}.kernel")
         parts.append(Block(f"block{index}", names, partial(_convolution, index)))
     return SearchSpace("toy", tuple(choices), tuple(parts), settings={"blocks": blocks})
+
+
+def toy_classifier_space(blocks: int = 2, classes: int = 3) -> SearchSpace:
+    """Make a classifier of images `(3, 12, 12)` of up to `blocks` inverted residuals with squeeze-excite.
+
+    Resolution, depth, kernels and widths are elastic. There are `2 * sum over d = 1..blocks of 6^d` networks:
+    84 by default.
+    """
+    depths = tuple(range(1, blocks + 1))
+    choices = [Choice("resolution", RESOLUTIONS), Choice("depth", depths)]
+    parts = [Block("stem", ("resolution",), _stem)]
+    for index in depths:
+        condition = () if index == 1 else (("depth", depths[index - 1 :]),)
+        kernel, expand = f"block{index}.kernel", f"block{index}.expand"
+        choices.append(Choice(kernel, KERNELS, active_when=condition))
+        choices.append(Choice(expand, EXPANDS, active_when=condition))
+        names = ("resolution", "depth", kernel, expand)
+        parts.append(Block(f"block{index}", names, partial(_inverted_residual, index)))
+    parts.append(Block("head", ("resolution",), partial(_head, classes)))
+    settings = {"blocks": blocks, "classes": classes}
+    return SearchSpace("toy_classifier", tuple(choices), tuple(parts), settings=settings)
+
+
+def _stem(resolution: Option) -> Ops:
+    side = int(resolution)
+    return (Conv2d(3, CHANNELS, side, side, kernel=3, stride=2, activation="hard_swish"),)
+
+
+def _inverted_residual(index: int, resolution: Option, depth: Option, kernel: Option, expand: Option) -> Ops:
+    if index > int(depth):
+        return ()
+    side, middle = int(resolution) // 2, CHANNELS * int(expand)
+    return (
+        Conv2d(CHANNELS, middle, side, side, activation="relu"),
+        Conv2d(middle, middle, side, side, kernel=int(kernel), groups=middle, activation="relu"),
+        SqueezeExcite(middle, side, side, middle // 4),
+        Conv2d(middle, CHANNELS, side, side),
+        Add(CHANNELS, side, side),
+    )
+
+
+def _head(classes: int, resolution: Option) -> Ops:
+    side = int(resolution) // 2
+    return (GlobalAvgPool(CHANNELS, side, side), Linear(CHANNELS, classes))
 
 
 def toy_constraints(budget: str = "macs=50%", *, blocks: int = 6) -> Constraints:

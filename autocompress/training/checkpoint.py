@@ -1,6 +1,5 @@
 """Checkpoints: atomic, safe to load, and sure of what they belong to."""
 
-import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,10 +42,16 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             names the first difference.
     """
     try:
+        with path.open("rb") as file:
+            # PyTorch also reads its old format, an archive of pickles; ours is always a zip file.
+            if file.read(4) != b"PK\x03\x04":
+                raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: it is not a zip file")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint not found: {path}") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 damaged bytes lead the unpickler to nearly any error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from None
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:

@@ -8,9 +8,12 @@ import torch
 
 from autocompress.recipe import OptimizerSettings
 
-# A format has to win by this much, or the plain one stays.
+# A format has to win by this much, or the one tried before it stays.
 WORTHWHILE = 0.95
 TIMED_STEPS = 2
+# The first bf16 steps of a supernet compile kernels for every shape, which took over 40 s where this was
+# measured (and bf16 was slower in the end); only a training that takes much longer is worth the trial.
+BF16_TRIAL_FROM_S = 1800.0
 
 
 def autocast(precision: str) -> AbstractContextManager[None]:
@@ -21,6 +24,8 @@ def autocast(precision: str) -> AbstractContextManager[None]:
 def choose_formats(
     settings: OptimizerSettings,
     step: Callable[[str, str], None],
+    *,
+    steps: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, str]:
     """Decide precision and memory format, timing those that are `auto`.
@@ -29,25 +34,32 @@ def choose_formats(
         settings: Names them, or says `auto`.
         step: Runs one training step, forward and backward, without changing the weights, in a precision and
             a memory format.
+        steps: Steps of the whole training; bf16 is only tried where it could save minutes.
         clock: Seconds.
 
     Returns:
         `precision` and `memory_format`, neither of them `auto`.
     """
-    precisions = ["fp32", "bf16"] if settings.precision == "auto" else [settings.precision]
-    formats = (
-        ["contiguous", "channels_last"] if settings.memory_format == "auto" else [settings.memory_format]
-    )
-    best, best_s = (precisions[0], formats[0]), float("inf")
-    if len(precisions) * len(formats) > 1:
-        for memory in formats:
-            for precision in precisions:
-                step(precision, memory)  # the first step of a kind allocates and compiles
-                times_s = []
-                for _ in range(TIMED_STEPS):
-                    start = clock()
-                    step(precision, memory)
-                    times_s.append(clock() - start)
-                if min(times_s) < WORTHWHILE * best_s:
-                    best, best_s = (precision, memory), min(times_s)
-    return {"precision": best[0], "memory_format": best[1]}
+    memory = settings.memory_format
+    precision = "fp32" if settings.precision == "auto" else settings.precision
+    best_s = float("inf")
+
+    def timed(precision: str, memory: str) -> float:
+        step(precision, memory)  # the first step of a kind allocates and compiles
+        times_s = []
+        for _ in range(TIMED_STEPS):
+            start = clock()
+            step(precision, memory)
+            times_s.append(clock() - start)
+        return min(times_s)
+
+    if memory == "auto":
+        last_s, contiguous_s = timed(precision, "channels_last"), timed(precision, "contiguous")
+        memory = "contiguous" if contiguous_s < WORTHWHILE * last_s else "channels_last"
+        best_s = min(last_s, contiguous_s)
+    if settings.precision == "auto":
+        if best_s == float("inf"):
+            best_s = timed(precision, memory)
+        if steps * best_s >= BF16_TRIAL_FROM_S and timed("bf16", memory) < WORTHWHILE * best_s:
+            precision = "bf16"
+    return {"precision": precision, "memory_format": memory}

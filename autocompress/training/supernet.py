@@ -163,7 +163,7 @@ def train_supernet(
                 compute(images, targets, 0)
                 supernet.zero_grad(set_to_none=True)
 
-            position.choices = dict(choose_formats(settings, timed))
+            position.choices = dict(choose_formats(settings, timed, steps=epochs * per_epoch))
         formats.update(position.choices)
         supernet.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
 

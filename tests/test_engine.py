@@ -1,0 +1,614 @@
+"""The search loop on toy spaces, whose networks, costs and scores are known in closed form."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from autocompress.budget import Constraints
+from autocompress.cost import Values
+from autocompress.engine import MAX_IDLE_ASKS, search
+from autocompress.errors import AutocompressError, EvaluationError, StorageError
+from autocompress.result import SearchResult
+from autocompress.space import Codes, SearchSpace
+from autocompress.strategy import Strategy
+from autocompress.testing.toys import every_network, toy_constraints, toy_score
+from autocompress.trial import Batch, Outcome, Trial
+from strategies.evolution import AgingEvolution, ElitistEvolution
+from strategies.random_search import RandomSearch
+
+Strategies = Callable[..., Strategy]
+
+
+class Evaluated:
+    """Scores as `toy_score` does, and remembers every row it was asked for."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        paid: bool = True,
+        failing: Callable[[Codes], bool] = lambda row: False,
+        nan: Callable[[Codes], bool] = lambda row: False,
+        interrupted_after: int | None = None,
+    ) -> None:
+        self.space, self.paid, self.failing, self.nan = space, paid, failing, nan
+        self.interrupted_after = interrupted_after
+        self.rows: list[bytes] = []
+
+    def __call__(self, codes: Codes) -> dict[str, Values]:
+        if self.paid:
+            assert codes.shape[0] == 1, "paid evaluators get one row a call"
+        if self.interrupted_after is not None and len(self.rows) >= self.interrupted_after:
+            raise KeyboardInterrupt
+        self.rows += [row.tobytes() for row in codes]
+        if any(self.failing(row) for row in codes):
+            raise EvaluationError("out of luck")
+        scores = toy_score(self.space, codes)
+        scores[[self.nan(row) for row in codes]] = np.nan
+        return {"accuracy": scores, "other": scores / 2}
+
+
+class Scripted:
+    """Asks lists of rows that were given, whatever it is told; remembers what it was told."""
+
+    def __init__(self, *asks: Codes) -> None:
+        self.asks = list(asks)
+        self.told: list[Batch] = []
+
+    def ask(self, n: int) -> Codes:
+        return self.asks.pop(0)[:n] if self.asks else np.zeros((0, 1), dtype=np.int64)
+
+    def tell(self, batch: Batch) -> None:
+        self.told.append(batch)
+
+    @property
+    def outcomes(self) -> list[int]:
+        return [int(outcome) for batch in self.told for outcome in batch.outcomes]
+
+    @property
+    def scores(self) -> list[float]:
+        return [float(score) for batch in self.told for score in batch.metrics["accuracy"]]
+
+
+class Stuck:
+    """Asks the same rows for ever."""
+
+    def __init__(self, rows: Codes) -> None:
+        self.rows, self.asks = rows, 0
+
+    def ask(self, n: int) -> Codes:
+        self.asks += 1
+        return self.rows[:n]
+
+    def tell(self, batch: Batch) -> None:
+        pass
+
+
+def macs(space: SearchSpace, row: Codes) -> int:
+    """Multiply-accumulates of a toy network: 4x4 channels, k x k taps, at every pixel of every block."""
+    settings = dict(space.decode(row[None])[0].settings)
+    kernels = [int(str(settings[f"block{i}.kernel"])) for i in range(1, int(str(settings["depth"])) + 1)]
+    return sum(16 * kernel**2 for kernel in kernels) * int(str(settings["resolution"])) ** 2
+
+
+HALF_OF_TWO_BLOCKS = 0.5 * 2 * 16 * 25 * 144
+"""Half the MACs of the largest toy network of two blocks: kernels 5 at 12x12 pixels."""
+
+
+def plain(trials: Sequence[Trial]) -> list[Any]:
+    return [
+        (t.number, t.architecture.key, dict(t.costs), dict(t.metrics), t.outcome, t.error) for t in trials
+    ]
+
+
+# One search ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_infeasible_proposals_are_told_and_never_evaluated(paid: bool) -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    rows = every_network(constraints.space)
+    fits = [macs(constraints.space, row) <= HALF_OF_TWO_BLOCKS for row in rows]
+    assert 0 < sum(fits) < len(rows)
+    strategy, evaluator = Scripted(rows), Evaluated(constraints.space, paid=paid)
+    result = search(strategy, constraints, evaluator, evaluations=1000)
+    assert evaluator.rows == [row.tobytes() for row, fit in zip(rows, fits, strict=True) if fit]
+    assert np.array_equal(np.vstack([batch.codes for batch in strategy.told]), rows)
+    assert strategy.outcomes == [Outcome.MEASURED if fit else Outcome.INFEASIBLE for fit in fits]
+    wanted = np.where(fits, toy_score(constraints.space, rows), np.nan)
+    np.testing.assert_array_equal(strategy.scores, wanted)
+    assert result.asked == 24
+    assert (len(result.trials), result.scored) == ((sum(fits), 0) if paid else (0, sum(fits)))
+
+
+def test_what_is_told_carries_every_cost_also_of_infeasible_rows() -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    rows = every_network(constraints.space)
+    strategy = Scripted(rows)
+    search(strategy, constraints, Evaluated(constraints.space), evaluations=1000)
+    told = np.concatenate([batch.costs["macs"] for batch in strategy.told])
+    np.testing.assert_array_equal(told, [macs(constraints.space, row) for row in rows])
+    assert {frozenset(batch.costs) for batch in strategy.told} == {frozenset(constraints.costs)}
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_a_network_asked_again_is_told_again_from_memory(paid: bool) -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    strategy = Scripted(rows[[3, 3, 4]], rows[[4, 3]], rows[[5]])
+    evaluator = Evaluated(constraints.space, paid=paid)
+    result = search(strategy, constraints, evaluator, evaluations=1000)
+    assert evaluator.rows == [rows[i].tobytes() for i in (3, 4, 5)]
+    np.testing.assert_array_equal(strategy.scores, toy_score(constraints.space, rows[[3, 3, 4, 4, 3, 5]]))
+    assert (result.asked, len(result.trials) + result.scored) == (6, 3)
+
+
+def test_a_failed_evaluation_is_a_trial_told_as_failed_and_not_tried_again() -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    bad, worse = rows[1].tobytes(), rows[2].tobytes()
+    evaluator = Evaluated(
+        constraints.space, failing=lambda row: row.tobytes() == bad, nan=lambda row: row.tobytes() == worse
+    )
+    strategy = Scripted(rows[:4], rows[:4])
+    result = search(strategy, constraints, evaluator, evaluations=8)
+    assert evaluator.rows == [row.tobytes() for row in rows[:4]]
+    assert strategy.outcomes == [0, Outcome.FAILED, Outcome.FAILED, 0] * 2
+    assert np.isnan(strategy.scores).tolist() == [False, True, True, False] * 2
+    assert [trial.outcome for trial in result.trials] == [0, Outcome.FAILED, Outcome.FAILED, 0]
+    assert [trial.error for trial in result.trials] == ["", "out of luck", "accuracy is nan", ""]
+    assert [dict(trial.metrics) for trial in result.trials[1:3]] == [{}, {}]
+    assert [trial.number for trial in result.trials] == [0, 1, 2, 3]
+
+
+def test_scores_that_are_not_finite_are_told_as_failed_where_evaluation_is_not_paid_for() -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    strategy = Scripted(rows[:3], rows[3:6])
+    bad = rows[1].tobytes()
+    evaluator = Evaluated(constraints.space, paid=False, nan=lambda row: row.tobytes() == bad)
+    told: list[str] = []
+    result = search(
+        strategy, constraints, evaluator, evaluations=6, progress=lambda d, t, note="": told.append(note)
+    )
+    assert strategy.outcomes == [0, Outcome.FAILED, 0, 0, 0, 0]
+    assert result.candidates is not None
+    assert result.candidates.outcomes.tolist() == [0, Outcome.FAILED, 0, 0, 0, 0]
+    assert not any("nan" in note for note in told)
+
+
+def test_a_predictor_that_fails_tells_its_rows_as_failed_and_the_search_goes_on() -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    strategy, bad = Scripted(rows[:2], rows[2:4]), rows[0].tobytes()
+    evaluator = Evaluated(constraints.space, paid=False, failing=lambda row: row.tobytes() == bad)
+    search(strategy, constraints, evaluator, evaluations=4)
+    assert strategy.outcomes == [Outcome.FAILED, Outcome.FAILED, 0, 0]
+
+
+def test_an_error_that_is_no_evaluation_error_ends_the_search() -> None:
+    def broken(codes: Codes) -> Mapping[str, Values]:
+        raise ZeroDivisionError
+
+    broken.paid = True  # type: ignore[attr-defined]
+    constraints = toy_constraints("macs=100%", blocks=2)
+    with pytest.raises(ZeroDivisionError):
+        search(RandomSearch(constraints, seed=0), constraints, broken, evaluations=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_an_evaluator_without_the_objective_is_refused(paid: bool) -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    evaluator = Evaluated(constraints.space, paid=paid)
+    with pytest.raises(AutocompressError, match="maximises 'top5', but the evaluator gives accuracy, other"):
+        search(RandomSearch(constraints, seed=0), constraints, evaluator, evaluations=3, objective="top5")
+
+
+@pytest.mark.parametrize("evaluations", [0, -1])
+def test_less_than_one_evaluation_is_refused(evaluations: int) -> None:
+    constraints = toy_constraints(blocks=2)
+    with pytest.raises(AutocompressError, match=f"evaluations must be 1 or more, got {evaluations}"):
+        search(
+            RandomSearch(constraints, seed=0),
+            constraints,
+            Evaluated(constraints.space),
+            evaluations=evaluations,
+        )
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_no_more_is_evaluated_than_was_asked_for(paid: bool) -> None:
+    constraints = toy_constraints("macs=100%")
+    for evaluations in (1, 7, 150):
+        evaluator = Evaluated(constraints.space, paid=paid)
+        strategy = AgingEvolution(constraints, seed=1, population=8)
+        result = search(strategy, constraints, evaluator, evaluations=evaluations)
+        assert len(set(evaluator.rows)) == len(evaluator.rows) == evaluations
+        assert len(result.trials) + result.scored == evaluations
+
+
+@pytest.mark.parametrize("paid", [True, False])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_search_ends_when_its_strategy_repeats_itself(paid: bool, fits: bool) -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    rows = every_network(constraints.space)
+    row = rows[:1] if fits else rows[-1:]
+    strategy = Stuck(row)
+    result = search(strategy, constraints, Evaluated(constraints.space, paid=paid), evaluations=10)
+    assert len(result.trials) + result.scored == int(fits)
+    assert strategy.asks == MAX_IDLE_ASKS + int(fits)
+
+
+@pytest.mark.parametrize("strategy", [RandomSearch, AgingEvolution, ElitistEvolution])
+def test_a_search_ends_with_the_feasible_networks_of_its_space(strategy: Strategies) -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    rows = every_network(constraints.space)
+    fitting = {row.tobytes() for row in rows if macs(constraints.space, row) <= HALF_OF_TWO_BLOCKS}
+    evaluator = Evaluated(constraints.space)
+    search(strategy(constraints, seed=0), constraints, evaluator, evaluations=1000)
+    assert set(evaluator.rows) == fitting
+    assert len(evaluator.rows) == len(fitting)
+
+
+def test_the_size_of_a_batch_changes_nothing_for_a_strategy_that_does_not_learn() -> None:
+    constraints = toy_constraints()
+    found = []
+    for batch in (1, 7, 100):
+        evaluator = Evaluated(constraints.space, paid=False)
+        search(RandomSearch(constraints, seed=5), constraints, evaluator, evaluations=60, batch=batch)
+        found.append(evaluator.rows)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_progress_counts_evaluations_and_shows_the_best_score_so_far(paid: bool) -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    told: list[tuple[int, int, str]] = []
+    search(
+        Scripted(*[rows[i : i + 1] for i in (5, 3, 20)]),
+        constraints,
+        Evaluated(constraints.space, paid=paid),
+        evaluations=9,
+        progress=lambda done, total, note="": told.append((done, total, note)),
+    )
+    scores = toy_score(constraints.space, rows[[5, 3, 20]])
+    best = np.maximum.accumulate(scores)
+    assert told == [(i + 1, 9, f"best accuracy {best[i]:.4f}") for i in range(3)]
+
+
+def test_the_result_says_what_was_searched() -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    result = search(
+        RandomSearch(constraints, seed=0),
+        constraints,
+        Evaluated(constraints.space),
+        evaluations=4,
+        identity={"seed": 0},
+    )
+    assert result.space == constraints.space.describe()
+    assert result.limits["macs"] == pytest.approx(HALF_OF_TWO_BLOCKS)
+    assert (result.objective, result.notes, result.candidates) == ("accuracy", {"seed": 0}, None)
+
+
+# Stored and resumed ----------------------------------------------------------------------------------------
+
+
+def stored_search(
+    evaluator: Evaluated, constraints: Constraints, strategy: Strategies, storage: Path | str, **more: Any
+) -> SearchResult:
+    return search(
+        strategy(constraints, seed=3),
+        constraints,
+        evaluator,
+        **{"evaluations": 20, "storage": storage, "identity": {"weights": "abc"}, **more},
+    )
+
+
+def small_population(constraints: Constraints, *, seed: int) -> Strategy:
+    return AgingEvolution(constraints, seed=seed, population=5)
+
+
+def small_generations(constraints: Constraints, *, seed: int) -> Strategy:
+    return ElitistEvolution(constraints, seed=seed, population=6)
+
+
+ALL = [RandomSearch, small_population, small_generations]
+
+
+def is_odd(row: Codes) -> bool:
+    """Some networks fail, in every run alike."""
+    return bool(row.sum() % 5 == 0)
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("stops", [(0,), (1,), (5, 0, 3), (11, 8)])
+def test_a_search_stopped_anywhere_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, strategy: Strategies, stops: tuple[int, ...]
+) -> None:
+    constraints = toy_constraints()
+    whole = Evaluated(constraints.space, failing=is_odd)
+    expected = search(
+        strategy(constraints, seed=3), constraints, whole, evaluations=20, identity={"weights": "abc"}
+    )
+    assert 0 < len(expected.measured) < 20
+    paid_for: list[bytes] = []
+    for stop in stops:
+        part = Evaluated(constraints.space, failing=is_odd, interrupted_after=stop)
+        with pytest.raises(KeyboardInterrupt):
+            stored_search(part, constraints, strategy, tmp_path / "trials.log")
+        paid_for += part.rows
+    last = Evaluated(constraints.space, failing=is_odd)
+    result = stored_search(last, constraints, strategy, tmp_path / "trials.log")
+    assert plain(result.trials) == plain(expected.trials)
+    assert paid_for + last.rows == whole.rows  # nothing twice, nothing left out
+    assert (result.asked, result.notes) == (expected.asked, expected.notes)
+
+
+def test_a_finished_search_is_read_from_its_storage_without_one_evaluation(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "new" / "folder" / "trials.log"
+    first = stored_search(Evaluated(constraints.space), constraints, RandomSearch, path)
+    again = Evaluated(constraints.space)
+    second = stored_search(again, constraints, RandomSearch, path)
+    assert again.rows == []
+    assert plain(second.trials) == plain(first.trials)
+
+
+def test_a_longer_search_goes_on_where_a_shorter_one_ended(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "trials.log"
+    stored_search(Evaluated(constraints.space), constraints, RandomSearch, path, evaluations=8)
+    more = Evaluated(constraints.space)
+    result = stored_search(more, constraints, RandomSearch, path, evaluations=20)
+    assert (len(more.rows), len(result.trials)) == (12, 20)
+
+
+def test_a_database_stores_and_resumes_as_a_journal_does(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    part = Evaluated(constraints.space, failing=is_odd, interrupted_after=6)
+    with pytest.raises(KeyboardInterrupt):
+        stored_search(part, constraints, small_population, url, evaluations=12)
+    last = Evaluated(constraints.space, failing=is_odd)
+    result = stored_search(last, constraints, small_population, url, evaluations=12)
+    whole = Evaluated(constraints.space, failing=is_odd)
+    expected = search(small_population(constraints, seed=3), constraints, whole, evaluations=12)
+    assert plain(result.trials) == plain(expected.trials)
+    assert part.rows + last.rows == whole.rows
+
+
+def test_optuna_opens_the_trials_of_a_search(tmp_path: Path) -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    path = tmp_path / "trials.log"
+    rows = every_network(constraints.space)
+    evaluator = Evaluated(constraints.space, failing=is_odd)
+    result = search(Scripted(rows), constraints, evaluator, evaluations=1000, storage=path, study="mine")
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    study = optuna.load_study(study_name="mine", storage=optuna.storages.JournalStorage(backend))
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    states = {
+        Outcome.MEASURED: optuna.trial.TrialState.COMPLETE,
+        Outcome.FAILED: optuna.trial.TrialState.FAIL,
+    }
+    assert {trial.state for trial in study.trials} == set(states.values())
+    assert len(study.trials) == len(result.trials)
+    for stored, trial in zip(study.trials, result.trials, strict=True):
+        assert stored.state == states[trial.outcome]
+        assert stored.params == dict(trial.architecture.settings)
+        assert stored.value == (trial.metrics["accuracy"] if trial.metrics else None)
+        assert stored.user_attrs["costs"] == trial.costs
+        assert stored.user_attrs["error"] == trial.error
+    assert study.best_value == result.best().metrics["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"identity": {"weights": "other"}}, "weights differ"),
+        ({"identity": {}}, "weights differ"),
+        ({"identity": {"weights": "abc", "seed": 1}}, "seed differ"),
+        ({"objective": "other"}, "objective differ"),
+    ],
+)
+def test_trials_of_another_search_are_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "trials.log"
+    stored_search(Evaluated(constraints.space), constraints, RandomSearch, path)
+    again = Evaluated(constraints.space)
+    with pytest.raises(StorageError, match=f"belong to another search: {named}"):
+        stored_search(again, constraints, RandomSearch, path, **change)
+    assert again.rows == []
+    stored_search(again, constraints, RandomSearch, path, study="another", **change)
+
+
+def test_trials_of_another_budget_or_space_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trials.log"
+    constraints = toy_constraints("macs=50%")
+    stored_search(Evaluated(constraints.space), constraints, RandomSearch, path)
+    for budget, blocks, named in (("macs=60%", 6, "limits"), ("macs=50%", 2, "limits, space")):
+        other = toy_constraints(budget, blocks=blocks)
+        with pytest.raises(StorageError, match=f"another search: {named} differ"):
+            stored_search(Evaluated(other.space), other, RandomSearch, path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from autocompress.engine import search
+from autocompress.testing.toys import toy_constraints, toy_score
+from strategies.evolution import AgingEvolution
+
+class Killed:
+    paid = True
+    calls = 0
+    def __call__(self, codes):
+        if self.calls == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls += 1
+        with open(sys.argv[1] + ".evaluated", "a") as file:
+            file.write(codes.tobytes().hex() + "\\n")
+        score = toy_score(constraints.space, codes)
+        return {"accuracy": score, "other": score / 2}
+
+constraints = toy_constraints()
+search(AgingEvolution(constraints, seed=3, population=5), constraints, Killed(), evaluations=20,
+       storage=Path(sys.argv[1]), identity={"weights": "abc"})
+"""
+
+
+def test_a_search_whose_process_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "trials.log"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), "7"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    paid_for = [bytes.fromhex(line) for line in (tmp_path / "trials.log.evaluated").read_text().split()]
+    assert len(paid_for) == 7
+    with path.open("ab") as file:  # what a kill inside a write leaves
+        file.write(b'{"op_code":4,"study_id":0,"work')
+    last = Evaluated(constraints.space)
+    result = stored_search(last, constraints, small_population, path)
+    whole = Evaluated(constraints.space)
+    expected = search(small_population(constraints, seed=3), constraints, whole, evaluations=20)
+    assert plain(result.trials) == plain(expected.trials)
+    assert paid_for + last.rows == whole.rows
+
+
+# Faults of the disk ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """Let every write beyond `size` bytes of a file fail in its middle, as on a full disk."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000, 9000])
+def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(tmp_path: Path, room: int) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "trials.log"
+    part = Evaluated(constraints.space)
+    with files_no_longer_than(room), pytest.raises(StorageError, match=r"trials.log: File too large"):
+        stored_search(part, constraints, small_population, path)
+    assert path.stat().st_size == room  # the write failed in its middle
+    last = Evaluated(constraints.space)
+    result = stored_search(last, constraints, small_population, path)
+    whole = Evaluated(constraints.space)
+    expected = search(small_population(constraints, seed=3), constraints, whole, evaluations=20)
+    assert plain(result.trials) == plain(expected.trials)
+    # Only the evaluation whose outcome could not be written is paid for again.
+    assert set(part.rows) & set(last.rows) == set(part.rows[-1:])
+
+
+def test_a_full_disk_stops_the_stream_of_candidates_and_no_record_is_lost(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "history.bin"
+    part = Evaluated(constraints.space, paid=False)
+    with files_no_longer_than(2000), pytest.raises(StorageError, match=r"history.bin: File too large"):
+        search(RandomSearch(constraints, seed=1), constraints, part, evaluations=200, batch=10, history=path)
+    last = Evaluated(constraints.space, paid=False)
+    result = search(
+        RandomSearch(constraints, seed=1), constraints, last, evaluations=200, batch=10, history=path
+    )
+    assert result.scored == 200
+    # Of the batch whose write failed some records were whole.
+    assert set(part.rows[:-10]) & set(last.rows) == set()
+    assert set(part.rows) | set(last.rows) == {row.tobytes() for row in result_codes(result)}
+
+
+def result_codes(result: SearchResult) -> Codes:
+    assert result.candidates is not None
+    return result.candidates.codes
+
+
+@pytest.mark.parametrize("place", ["a_file/trials.log", "a_folder"])
+def test_a_storage_that_cannot_be_written_is_refused_before_any_evaluation(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "a_file").write_text("in the way")
+    (tmp_path / "a_folder").mkdir()
+    constraints = toy_constraints()
+    evaluator = Evaluated(constraints.space)
+    with pytest.raises(StorageError, match=f"cannot open .*{place}: "):
+        stored_search(evaluator, constraints, RandomSearch, tmp_path / place)
+    assert evaluator.rows == []
+
+
+# Candidates that are not paid for --------------------------------------------------------------------------
+
+
+def test_scored_candidates_are_streamed_and_never_scored_again(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "history.bin"
+
+    def run(evaluations: int) -> tuple[Evaluated, SearchResult]:
+        evaluator = Evaluated(constraints.space, paid=False)
+        strategy = RandomSearch(constraints, seed=2)
+        result = search(strategy, constraints, evaluator, evaluations=evaluations, batch=25, history=path)
+        return evaluator, result
+
+    first, _ = run(100)
+    second, _ = run(100)
+    third, result = run(160)
+    assert len(first.rows) == 100
+    assert second.rows == []
+    assert len(third.rows) == 60
+    assert [row.tobytes() for row in result_codes(result)] == first.rows + third.rows
+    assert result.candidates is not None
+    np.testing.assert_array_equal(
+        result.candidates.metrics["accuracy"], toy_score(constraints.space, result.candidates.codes)
+    )
+    assert (result.trials, result.scored, result.asked) == ([], 160, 160)
+
+
+@pytest.mark.parametrize("lost", [1, 39, 100])
+def test_a_stream_cut_by_a_kill_costs_only_the_lost_candidates(tmp_path: Path, lost: int) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "history.bin"
+
+    def run() -> tuple[list[bytes], SearchResult]:
+        evaluator = Evaluated(constraints.space, paid=False)
+        strategy = small_population(constraints, seed=2)
+        found = search(strategy, constraints, evaluator, evaluations=50, batch=10, history=path)
+        return evaluator.rows, found
+
+    first, expected = run()
+    content = path.read_bytes()
+    record = (len(content) - len(content.splitlines(keepends=True)[0])) // 50
+    os.truncate(path, len(content) - lost)
+    again, result = run()
+    assert again == first[50 - -(-lost // record) :]
+    assert path.read_bytes() == content
+    np.testing.assert_array_equal(result_codes(result), result_codes(expected))
+
+
+def test_a_stream_of_another_search_is_started_again(tmp_path: Path) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "history.bin"
+    for weights in ("abc", "other"):
+        evaluator = Evaluated(constraints.space, paid=False)
+        search(
+            RandomSearch(constraints, seed=2),
+            constraints,
+            evaluator,
+            evaluations=30,
+            history=path,
+            identity={"weights": weights},
+        )
+        assert len(evaluator.rows) == 30

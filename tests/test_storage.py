@@ -1,0 +1,324 @@
+"""Trials in an Optuna journal, and candidates in a stream, after kills, damage and on full disks."""
+
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.errors import StorageError
+from autocompress.space import Choice, SearchSpace
+from autocompress.storage import History, TrialStorage, cut_incomplete_line
+from autocompress.testing.toys import every_network, toy_space
+from autocompress.trial import Outcome, Trial
+
+SPACE = toy_space(2)
+NETWORKS = SPACE.decode(every_network(SPACE))
+IDENTITY: Mapping[str, Any] = {"seed": 1, "limits": {"macs": 0.1}, "names": ("a", "b")}
+
+
+def measured(number: int) -> Trial:
+    metrics = {"accuracy": number / 7, "accuracy_error": 0.01}
+    return Trial(number, NETWORKS[number], {"macs": 100.0 + number}, metrics, Outcome.MEASURED)
+
+
+def failed(number: int) -> Trial:
+    return Trial(number, NETWORKS[number], {"macs": 1.5}, {}, Outcome.FAILED, "the loss is nan\nfor all")
+
+
+def opened(path: Path | str, identity: Mapping[str, Any] = IDENTITY) -> TrialStorage:
+    return TrialStorage(path, study="search", identity=identity)
+
+
+def stored(path: Path, trials: int) -> list[Trial]:
+    storage = opened(path)
+    added = [failed(number) if number % 3 == 1 else measured(number) for number in range(trials)]
+    for trial in added:
+        storage.add(trial, SPACE, "accuracy")
+    return added
+
+
+# Trials ----------------------------------------------------------------------------------------------------
+
+
+def test_trials_come_back_as_they_were_added(tmp_path: Path) -> None:
+    added = stored(tmp_path / "trials.log", 20)
+    assert opened(tmp_path / "trials.log").load(SPACE) == added
+
+
+def test_studies_in_one_storage_are_apart(tmp_path: Path) -> None:
+    added = stored(tmp_path / "trials.log", 3)
+    other = TrialStorage(tmp_path / "trials.log", study="other", identity={"seed": 2})
+    other.add(measured(9), SPACE, "accuracy")
+    assert opened(tmp_path / "trials.log").load(SPACE) == added
+    assert [trial.architecture for trial in other.load(SPACE)] == [NETWORKS[9]]
+
+
+def test_trials_that_others_added_to_the_study_by_hand_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "trials.log"
+    added = stored(path, 2)
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+    study.enqueue_trial({"resolution": 8})
+    assert opened(path).load(SPACE) == added
+
+
+@pytest.mark.parametrize(
+    ("identity", "named"),
+    [
+        ({**IDENTITY, "seed": 2}, "seed"),
+        ({**IDENTITY, "limits": {"macs": 0.2}}, "limits"),
+        ({"seed": 1, "limits": {"macs": 0.1}}, "names"),
+        ({**IDENTITY, "more": 1, "seed": 0}, "more, seed"),
+    ],
+)
+def test_another_identity_is_refused_and_what_differs_is_named(
+    tmp_path: Path, identity: Mapping[str, Any], named: str
+) -> None:
+    stored(tmp_path / "trials.log", 1)
+    with pytest.raises(StorageError, match=f"belong to another search: {named} differ; use another run"):
+        opened(tmp_path / "trials.log", identity)
+
+
+def test_trials_of_another_space_cannot_be_loaded(tmp_path: Path) -> None:
+    stored(tmp_path / "trials.log", 1)
+    other = SearchSpace("other", SPACE.choices, SPACE.blocks)
+    with pytest.raises(StorageError, match=r"trial 0 at .* is damaged: the architecture is of space 'toy'"):
+        opened(tmp_path / "trials.log").load(other)
+
+
+# Journals after a kill -------------------------------------------------------------------------------------
+
+LINES = st.lists(st.binary(max_size=30).map(lambda line: line * 300), max_size=4)
+
+
+@given(LINES, st.booleans())
+def test_exactly_what_follows_the_last_end_of_line_is_cut(parts: list[bytes], ended: bool) -> None:
+    content = b"\n".join(parts) + (b"\n" if ended else b"")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trials.log"
+        path.write_bytes(content)
+        cut_incomplete_line(path)
+        assert path.read_bytes() == content[: content.rfind(b"\n") + 1]
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 8192, 20000])
+def test_an_incomplete_line_of_any_length_is_cut(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "trials.log"
+    path.write_bytes(b"whole\n" + b"x" * size)
+    cut_incomplete_line(path)
+    assert path.read_bytes() == b"whole\n"
+
+
+def test_a_journal_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot open .*absent: No such file"):
+        cut_incomplete_line(tmp_path / "absent")
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Four trials as Optuna writes them."""
+    path = tmp_path_factory.mktemp("journal") / "trials.log"
+    stored(path, 4)
+    return path.read_bytes()
+
+
+@settings(max_examples=40)
+@given(share=st.floats(0, 1))
+def test_a_journal_cut_at_any_byte_has_its_whole_trials_and_takes_more(journal: bytes, share: float) -> None:
+    kept = journal[: round(share * len(journal))]
+    # The first lines make the study and write its identity.
+    whole = sum(b'"op_code":4' in line for line in kept.splitlines(keepends=True) if line.endswith(b"\n"))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trials.log"
+        path.write_bytes(kept)
+        storage = opened(path)
+        assert storage.load(SPACE) == [failed(i) if i == 1 else measured(i) for i in range(whole)]
+        storage.add(measured(9), SPACE, "accuracy")
+        storage.add(measured(10), SPACE, "accuracy")
+        found = [trial.architecture for trial in opened(path).load(SPACE)]
+        assert found == [*NETWORKS[:whole], NETWORKS[9], NETWORKS[10]]
+
+
+def test_without_the_cut_optuna_makes_the_journal_unreadable(tmp_path: Path, journal: bytes) -> None:
+    """The reason for the cut; when Optuna does it itself, this test says that ours can go."""
+    path = tmp_path / "trials.log"
+    path.write_bytes(journal[:-20])
+
+    def study() -> optuna.Study:
+        backend = optuna.storages.journal.JournalFileBackend(str(path))
+        return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+
+    study().set_user_attr("next", 1)
+    with pytest.raises(ValueError, match=r"Expecting|Extra data|Invalid|delimiter|Unterminated"):
+        study().set_user_attr("next", 2)
+    assert not path.read_bytes().startswith(journal)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"garbage\n", b"{}\n", b"[1]\n", b"null\n", b'{"op_code":99}\n', b'{"op_code":4}\n', b"\xff\x00\n"],
+)
+def test_a_journal_damaged_in_its_middle_is_refused(tmp_path: Path, journal: bytes, line: bytes) -> None:
+    path = tmp_path / "trials.log"
+    lines = journal.splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], line, *lines[3:]]))
+    with pytest.raises(StorageError, match=r"the trials at .*trials.log are damaged: "):
+        opened(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": "SURELY"},
+        {"architecture": "{"},
+        {"architecture": '{"space":"toy","choices":{"resolution":9}}'},
+        {"architecture": 3},
+    ],
+)
+def test_a_trial_with_damaged_attributes_is_refused(
+    tmp_path: Path, journal: bytes, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "trials.log"
+    lines = [json.loads(line) for line in journal.splitlines()]
+    trial = next(line for line in lines if line["op_code"] == 4)
+    trial["user_attrs"] |= changes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(StorageError, match=r"trial 0 at .*trials.log is damaged"):
+        opened(path).load(SPACE)
+
+
+def test_the_lock_that_optuna_leaves_when_it_is_killed_holds_nobody(tmp_path: Path) -> None:
+    (tmp_path / "trials.log.lock").touch()
+    start = time.monotonic()
+    stored(tmp_path / "trials.log", 1)
+    assert time.monotonic() - start < 15  # Optuna's own lock takes over after 30 s
+
+
+def test_a_journal_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "trials.log"
+    storage = opened(path)
+    before = path.read_bytes()
+    writer = threading.Thread(target=storage.add, args=(measured(0), SPACE, "accuracy"))
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the cut does
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        assert path.read_bytes() == before
+    writer.join(10)
+    assert opened(path).load(SPACE) == [measured(0)]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("trials.log", "Could not parse"),
+        ("sqlite:////no/such/folder/trials.db", "unable to open database file"),
+        ("nothing://host/name", "Can't load plugin"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_says_why(url: str, reason: str) -> None:
+    with pytest.raises(StorageError, match=f"cannot open the trials at {url}: .*{reason}"):
+        opened(url)
+
+
+def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trials.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match="file is not a database"):
+        opened(f"sqlite:///{tmp_path / 'trials.db'}")
+
+
+# Streams of candidates -------------------------------------------------------------------------------------
+
+
+def wide_space(options: int) -> SearchSpace:
+    return SearchSpace("wide", (Choice("a", tuple(range(options))), Choice("b", (1, 2))), ())
+
+
+@given(
+    options=st.sampled_from([2, 255, 256, 257, 70_000]),
+    sizes=st.lists(st.integers(0, 5), max_size=4),
+    costs=st.integers(1, 3),
+)
+def test_candidates_come_back_as_they_were_appended(options: int, sizes: list[int], costs: int) -> None:
+    space, rng = wide_space(options), np.random.default_rng(0)
+    names = tuple(f"cost{i}" for i in range(costs))
+    rows = [space.sample(size, rng) for size in sizes]
+    rows += [np.array([[options - 1, 1]])]
+    scores = [rng.normal(size=len(part)) for part in rows]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "history.bin"
+        for part, score in zip(rows, scores, strict=True):
+            History(path, space, names, {"seed": 1}).append(part, score, rng.random((len(part), costs)))
+        codes, found = History(path, space, names, {"seed": 1}).load()
+    np.testing.assert_array_equal(codes, np.vstack(rows))
+    np.testing.assert_array_equal(found, np.concatenate(scores))
+    assert codes.dtype == np.int64
+
+
+@pytest.mark.parametrize("lost", range(1, 30, 7))
+def test_an_incomplete_record_is_cut_and_the_next_one_is_whole(tmp_path: Path, lost: int) -> None:
+    path, space = tmp_path / "history.bin", toy_space(2)
+    codes = every_network(space)
+    history = History(path, space, ("macs",), {})
+    history.append(codes[:5], np.arange(5.0), np.ones((5, 1)))
+    record = len(space.choices) + 8 + 8
+    path.write_bytes(path.read_bytes()[:-lost])
+    again = History(path, space, ("macs",), {})
+    whole = 5 - -(-lost // record)
+    np.testing.assert_array_equal(again.load()[0], codes[:whole])
+    again.append(codes[7:8], np.array([7.0]), np.ones((1, 1)))
+    np.testing.assert_array_equal(again.load()[1], [*range(whole), 7.0])
+
+
+@pytest.mark.parametrize(
+    ("costs", "identity"), [(("macs",), {"seed": 2}), (("macs", "params"), {"seed": 1}), (("macs",), {})]
+)
+def test_a_stream_that_belongs_to_something_else_is_started_again(
+    tmp_path: Path, costs: tuple[str, ...], identity: Mapping[str, Any]
+) -> None:
+    path, space = tmp_path / "history.bin", toy_space(2)
+    History(path, space, ("macs",), {"seed": 1}).append(every_network(space)[:4], np.ones(4), np.ones((4, 1)))
+    assert len(History(path, space, ("macs",), {"seed": 1}).load()[0]) == 4
+    assert len(History(path, space, costs, identity).load()[0]) == 0
+    assert len(History(path, space, ("macs",), {"seed": 1}).load()[0]) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}\n", b"\x00" * 500])
+def test_a_stream_whose_head_is_damaged_is_started_again(tmp_path: Path, content: bytes) -> None:
+    path, space = tmp_path / "history.bin", toy_space(2)
+    path.write_bytes(content)
+    history = History(path, space, ("macs",), {})
+    history.append(every_network(space)[:4], np.ones(4), np.ones((4, 1)))
+    assert len(History(path, space, ("macs",), {}).load()[0]) == 4
+
+
+def test_a_stream_says_what_it_belongs_to_in_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "history.bin"
+    History(path, toy_space(2), ("macs",), {"seed": 1})
+    assert json.loads(path.read_bytes()) == {
+        "schema": "autocompress.history",
+        "version": 1,
+        "costs": ["macs"],
+        "seed": 1,
+    }
+
+
+def test_a_stream_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot open .*file/history.bin: Not a directory|File exists"):
+        History(tmp_path / "file" / "history.bin", toy_space(2), ("macs",), {})
+    history = History(tmp_path / "history.bin", toy_space(2), ("macs",), {})
+    (tmp_path / "history.bin").unlink()
+    with pytest.raises(StorageError, match=r"cannot read .*history.bin: No such file"):
+        history.load()
