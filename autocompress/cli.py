@@ -38,14 +38,14 @@ INTERRUPTED = 130
 DEMO: dict[str, Any] = {
     "data": {"source": "digits"},
     "space": {"name": "mobilenet_v3", "arguments": {"preset": "tiny"}},
-    "train": {"epochs": 25, "learning_rate": 0.2, "batch_size": 128},
+    "train": {"epochs": 15, "learning_rate": 0.2, "batch_size": 128},
     "search": {
         "budget": {"latency_ms": "60%"},
-        "evaluations": 80,
-        "finalists": 20,
+        "evaluations": 60,
+        "finalists": 15,
         "options": {"population": 100},
     },
-    "finetune": {"epochs": 15, "learning_rate": 0.03},
+    "finetune": {"epochs": 12, "learning_rate": 0.03},
 }
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]

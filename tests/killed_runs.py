@@ -1,21 +1,25 @@
 """Run a recipe in processes that kill themselves at given moments, with SIGKILL; a program of its own.
 
-Usage: `python killed_runs.py FOLDER RECIPE LAST [MOMENT ...]`. The stages up to LAST (`profile` or `export`)
-are run in FOLDER once for each MOMENT, killed there, and once more to the end. A moment is the number of an
-event, counted from 0 in each process, or the beginning of an event's name. Events are `TITLE:DONE` for each
-progress that stage TITLE tells, and `FILE<` and `FILE>` before and after a file takes its name. Everything is
-imported once; each run is a fork. Prints the events of the last run, one a line.
+Usage: `python killed_runs.py RECIPE JOBS`, where JOBS is a JSON list of `[folder, stage, moments]`. For each
+job the stages up to the named one (`profile` or `export`) are run in the folder once for each moment, killed
+there, and once more to the end. A moment is the number of an event, counted from 0 in each process, or the
+beginning of an event's name. Events are `TITLE:DONE` for each progress that a stage tells, and `FILE<` and
+`FILE>` before and after a file takes its name. Everything is imported once; each run is a fork.
 
-After kill number N the samples of the profile are kept as `samples.N` beside FOLDER.
+What the profile had measured when it was killed is kept as `killed.jsonl` beside its samples; the names of
+the events of the last run of each job are written to its `events.txt`.
 """
 
+import json
 import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import onnxruntime  # noqa: F401
 import optuna  # noqa: F401
@@ -32,29 +36,34 @@ from autocompress.run import Run, Shown
 LAST = {"profile": stages.profile, "export": stages.export}
 
 
-def main(folder: Path, recipe: Path, last: str, moments: list[str]) -> None:
+def main(recipe: Path, jobs: list[tuple[str, str, list[str]]]) -> None:
     sklearn.datasets.load_digits()
-    for number, moment in enumerate([*moments, ""]):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(reader)
-            events = _watch(moment)
-            run = Run(folder, load_recipe(recipe))
-            with run.locked():
-                LAST[last](run, Shown(stage=_stage))
-            os.write(writer, "".join(event + "\n" for event in events).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as pipe:
-            text = pipe.read()
-        _, status = os.waitpid(child, 0)
-        ended = os.waitstatus_to_exitcode(status)
-        if ended != (-signal.SIGKILL if moment else 0):
-            sys.exit(f"the run to be killed at {moment!r} ended with {ended}")
-        if moment and (folder / SAMPLES_FILE).exists():
-            shutil.copy(folder / SAMPLES_FILE, folder.parent / f"samples.{number}")
-        sys.stdout.write(text)
+    for name, last, moments in jobs:
+        for moment in [*moments, ""]:
+            child = os.fork()
+            if not child:
+                _run(Path(name), recipe, last, moment)
+            _, status = os.waitpid(child, 0)
+            ended = os.waitstatus_to_exitcode(status)
+            if ended != (-signal.SIGKILL if moment else 0):
+                sys.exit(f"{name}: the run to be killed at {moment!r} ended with {ended}")
+            if moment.startswith("profile"):
+                shutil.copy(Path(name) / SAMPLES_FILE, Path(name) / "killed.jsonl")
+
+
+def _run(folder: Path, recipe: Path, last: str, moment: str) -> NoReturn:
+    """Run, and end this process without what libraries do at its exit: their threads did not come along."""
+    try:
+        events = _watch(moment)
+        run = Run(folder, load_recipe(recipe))
+        with run.locked():
+            LAST[last](run, Shown(stage=_stage))
+        (folder / "events.txt").write_text("".join(event + "\n" for event in events))
+        os._exit(0)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 _happens: Callable[[str], None]
@@ -69,23 +78,18 @@ def _watch(moment: str) -> list[str]:
             os.kill(os.getpid(), signal.SIGKILL)
         events.append(event)
 
+    def noted(function: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def both(self: Path, target: Path) -> Path:
+            happens(f"{target.name}<")
+            result = function(self, target)
+            happens(f"{target.name}>")
+            return result
+
+        return both
+
     global _happens
     _happens = happens
-    replace, rename = Path.replace, Path.rename
-
-    def replacing(self: Path, target: Path) -> Path:
-        happens(f"{target.name}<")
-        result = replace(self, target)
-        happens(f"{target.name}>")
-        return result
-
-    def renaming(self: Path, target: Path) -> Path:
-        happens(f"{target.name}<")
-        result = rename(self, target)
-        happens(f"{target.name}>")
-        return result
-
-    Path.replace, Path.rename = replacing, renaming  # type: ignore[method-assign, assignment]
+    Path.replace, Path.rename = noted(Path.replace), noted(Path.rename)  # type: ignore[method-assign, assignment]
     return events
 
 
@@ -98,4 +102,4 @@ def _stage(title: str) -> Iterator[Progress]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

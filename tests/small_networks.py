@@ -62,9 +62,7 @@ def small_data(
     bytes_ = pixels.to(torch.uint8)
     train = Images(bytes_[:count], marks[:count], mean, std, flip=True)
     validation = Images(bytes_[count:], marks[count:], mean, std, flip=True)
-    return DataSet(
-        "small", train, validation, Unread(), 3, (3, side, side), mean, std, True, "0123456789abcdef"
-    )
+    return DataSet("small", train, validation, Unread(), 3, (3, side, side), mean, std, True, f"{total:016x}")
 
 
 def small_network(classes: int = 3, *, width: int = 6, seed: int = 0) -> nn.Sequential:

@@ -39,7 +39,7 @@ RECIPE: dict[str, Any] = {
         "random_networks": 1,
     },
     "search": {
-        "budget": {"latency_ms": "90%"},
+        "budget": {"macs": "90%"},
         "evaluations": 6,
         "finalists": 2,
         "predictor": "none",

@@ -92,7 +92,7 @@ def finetune(
         return scored
 
     def remember(scored: Scored) -> None:
-        if not best or scored.mean > best["mean"] or not keep_best:
+        if not best or scored.mean >= best["mean"] or not keep_best:
             best.update(
                 mean=scored.mean,
                 standard_error=scored.standard_error,

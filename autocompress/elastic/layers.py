@@ -150,7 +150,7 @@ class ElasticConv2d(ElasticLayer):
         if kept is None or kept[0] != stamp:
             weight = self._weight(op, self.weight, transforms)
             # The sources are kept too, so that no other tensor comes to lie at their address.
-            kept = (stamp, sources, weight.clone(memory_format=_format(self.weight)))
+            kept = (stamp, sources, weight.contiguous(memory_format=_format(self.weight)))
             self._kept = kept
         return kept[2]
 

@@ -1,0 +1,580 @@
+"""The stages of a run on 200 digits: what each leaves, bad input, damage, and kills at every moment."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from small_runs import RECIPE, small_recipe, small_space, table_by_hand, with_table
+
+from autocompress import stages
+from autocompress.atomic import write_json
+from autocompress.errors import (
+    AutocompressError,
+    BudgetError,
+    CheckpointError,
+    ExportError,
+    InfeasibleBudgetError,
+    MissingRowError,
+    PluginError,
+    RecipeError,
+    SpaceError,
+    StorageError,
+    TableError,
+)
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import load_target
+from autocompress.progress import Progress
+from autocompress.run import Run, Shown
+from autocompress.trial import Outcome
+
+SILENT = Shown()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all stages but the comparison; tests copy it before they change it."""
+    folder = with_table(tmp_path_factory.mktemp("stages") / "run")
+    run = Run(folder, small_recipe())
+    stages.export(run, SILENT)
+    return folder
+
+
+@pytest.fixture
+def run(exported: Path, tmp_path: Path) -> Run:
+    """A copy of that run, opened."""
+    shutil.copytree(exported, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def nothing_after(title: str) -> Shown:
+    """Fail the test when a stage of this title, or any with an empty one, starts."""
+
+    @contextmanager
+    def stage(found: str) -> Iterator[Progress]:
+        raise AssertionError(f"stage {found!r} started")
+        yield
+
+    return Shown(stage=stage)
+
+
+def ages(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+# What stages leave -----------------------------------------------------------------------------------------
+
+
+def test_a_search_pays_for_its_evaluations_within_the_budget(run: Run) -> None:
+    result = stages.search(run, SILENT)
+    macs = [trial.costs["macs"] for trial in result.trials]
+    largest = float(stages.costs(run, SILENT)[0].of(run.space.largest())[0])
+    assert len(result.trials) == run.recipe.search.evaluations == 6
+    assert max(macs) <= 0.9 * largest * (1 + 1e-9)
+    assert {frozenset(trial.costs) for trial in result.trials} == {
+        frozenset({"macs", "params", "size_bytes", "latency_ms"})
+    }
+    assert result.notes is not None
+    assert result.notes["data"] == run.data.fingerprint
+
+
+def test_predicted_latencies_are_those_of_the_table(run: Run) -> None:
+    """By hand: 0.05 ms a block and a microsecond for a thousand MACs."""
+    for trial in stages.search(run, SILENT).trials:
+        blocks = run.space.operations(run.space.encode([trial.architecture]))
+        macs = sum(op.macs for _, ops in blocks for op in ops)
+        assert trial.costs["latency_ms"] == pytest.approx(0.05 * len(blocks) + macs / 1e6)
+        assert trial.costs["macs"] == macs
+
+
+def test_stages_that_are_done_start_nothing_and_write_nothing(run: Run) -> None:
+    before = ages(run.folder)
+    shown = nothing_after("")
+    stages.profile(run, shown)
+    stages.train(run, shown)
+    stages.search(run, shown)
+    stages.finetune(run, shown)
+    stages.export(run, shown)
+    assert ages(run.folder) == before
+
+
+def test_what_was_finetuned_reads_back_as_it_was(run: Run) -> None:
+    network, scored = stages.finetune(run, SILENT)
+    arch = stages.selected(run, SILENT)
+    stored = load_file(run.network_folder(arch) / "finetuned.safetensors")
+    state = network.state_dict()
+    assert set(stored) == set(state)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
+    assert not network.training
+    assert scored.count == len(run.data.validation) == 40  # type: ignore[arg-type]
+    assert scored.mean == pytest.approx(accuracy(run, network))
+
+
+def accuracy(run: Run, network: torch.nn.Module) -> float:
+    """Second implementation, image by image; all networks of this space take 24 pixels."""
+    right = 0
+    with torch.no_grad():
+        for image, label in run.data.validation:  # type: ignore[attr-defined]
+            smaller = torch.nn.functional.interpolate(
+                image[None], (24, 24), mode="bilinear", antialias=True, align_corners=False
+            )
+            right += int(network(smaller).argmax() == label)
+    return right / 40
+
+
+def test_the_exported_network_says_what_it_is_and_what_it_costs(run: Run) -> None:
+    folder = stages.export(run, SILENT)
+    arch = stages.selected(run, SILENT)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert folder.parent.name == arch.key == manifest["architecture_key"]
+    assert manifest["preprocessing"]["resize"] == [24, 24]
+    assert manifest["preprocessing"]["mean"] == list(run.data.mean)
+    trial = stages.search(run, SILENT).best()
+    assert manifest["extra"]["predicted_costs"] == pytest.approx(trial.costs)
+    assert manifest["extra"]["validation"]["mean"] == stages.finetune(run, SILENT)[1].mean
+
+
+class Unread:
+    """Stands for the test part; nothing may be read of it."""
+
+    def __len__(self) -> int:
+        raise AssertionError("the test part was read")
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("the test part was read")
+
+
+def test_no_stage_reads_the_test_part(tmp_path: Path) -> None:
+    run = Run(with_table(tmp_path / "run"), small_recipe())
+    run.__dict__["data"] = replace(run.data, test=Unread())  # type: ignore[arg-type]
+    stages.export(run, SILENT)
+    with pytest.raises(AssertionError, match="the test part was read"):
+        run.data.test[0]
+
+
+def test_a_predictor_and_its_candidates_are_kept_in_the_run(tmp_path: Path, exported: Path) -> None:
+    folder = copy_of(exported, tmp_path, without=("result.json", "trials.log"))
+    recipe = small_recipe(search={"predictor": "ridge", "evaluations": 14, "finalists": 3, "candidates": 60})
+    rewrite_recipe(folder, recipe.model_dump(mode="json"))
+    said: list[str] = []
+    run = Run(folder)
+    result = stages.search(run, Shown(say=said.append))
+    assert len(result.trials) == 14
+    assert result.scored == 60
+    assert (folder / "history.bin").stat().st_size > 60 * len(run.space.choices)
+    assert result.notes is not None
+    assert result.notes["predictor"]["rows"] == 11
+    assert any("Kendall tau" in line for line in said)
+
+
+def copy_of(run: Path, tmp_path: Path, without: tuple[str, ...] = ()) -> Path:
+    shutil.copytree(run, tmp_path / "copy")
+    for name in without:
+        (tmp_path / "copy" / name).unlink()
+    return tmp_path / "copy"
+
+
+def rewrite_recipe(folder: Path, payload: dict[str, Any]) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(payload))
+
+
+# Selecting -------------------------------------------------------------------------------------------------
+
+
+def test_a_selected_network_is_what_later_stages_work_on(run: Run) -> None:
+    result = stages.search(run, SILENT)
+    limit = sorted(trial.costs["latency_ms"] for trial in result.trials)[2]
+    trial = stages.select(run, SILENT, limits={"latency_ms": limit}, cheapest="", within=0.0)
+    fitting = [t for t in result.trials if t.costs["latency_ms"] <= limit * (1 + 1e-9)]
+    assert len(fitting) == 3
+    assert trial.metrics["accuracy"] == max(t.metrics["accuracy"] for t in fitting)
+    assert stages.selected(Run(run.folder), SILENT) == trial.architecture
+
+
+def test_the_cheapest_within_a_tolerance_can_be_selected(run: Run) -> None:
+    result = stages.search(run, SILENT)
+    trial = stages.select(run, SILENT, limits={}, cheapest="macs", within=1.0)
+    assert trial.costs["macs"] == min(t.costs["macs"] for t in result.trials)
+    assert stages.selected(run, SILENT) == trial.architecture
+    again = stages.select(run, SILENT, limits={}, cheapest="", within=0.0)
+    assert stages.selected(run, SILENT) == again.architecture == result.best().architecture
+
+
+def test_a_network_that_was_never_searched_can_be_finetuned_by_its_architecture(run: Run) -> None:
+    arch = run.space.decode(run.space.smallest())[0]
+    _, scored = stages.finetune(run, SILENT, arch)
+    assert (run.network_folder(arch) / "finetuned.safetensors").exists()
+    assert 0 <= scored.mean <= 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "message"),
+    [
+        ({"macs": 10}, InfeasibleBudgetError, "nearest feasible budget is macs <="),
+        ({"macs": "80%"}, BudgetError, "no evaluated network fits macs <= .* the smallest seen are macs"),
+        ({"energy": 3}, BudgetError, "a budget limits latency_ms, macs, params, size_bytes or flops"),
+    ],
+)
+def test_a_selection_that_is_not_there_is_refused(
+    run: Run, limits: dict[str, float | str], error: type[Exception], message: str
+) -> None:
+    before = ages(run.folder)
+    with pytest.raises(error, match=message):
+        stages.select(run, SILENT, limits=limits, cheapest="", within=0.0)
+    assert ages(run.folder) == before
+
+
+# Refused before the hours of training ----------------------------------------------------------------------
+
+
+def refused(folder: Path, error: type[AutocompressError], message: str, **changes: Any) -> None:
+    run = Run(with_table(folder), small_recipe(**changes))
+    with pytest.raises(error, match=message):
+        stages.search(run, nothing_after("train"))
+    assert not run.path("supernet.pt").exists()
+
+
+def test_an_impossible_budget_is_refused_with_the_nearest_feasible_one(tmp_path: Path) -> None:
+    space = small_space()
+    least = table_by_hand(space).cost(space).minimum
+    message = rf"no network .* fits latency_ms <= 0.1; .*nearest feasible budget is latency_ms <= {least:.4g}"
+    refused(tmp_path, InfeasibleBudgetError, message, search={"budget": {"latency_ms": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"search": {"options": {"populaton": 3}}},
+            RecipeError,
+            "search.options.populaton: strategy 'evolution' takes population, sample_size, mutation_",
+        ),
+        (
+            {"search": {"options": {"constraints": 3}}},
+            RecipeError,
+            "search.options.constraints: strategy 'evolution' takes population",
+        ),
+        (
+            {"search": {"options": {"population": 0}}},
+            RecipeError,
+            "population must be an integer >= 1, got 0",
+        ),
+        ({"search": {"strategy": "evolutoin"}}, PluginError, "did you mean 'evolution'"),
+        ({"space": {"name": "mobilnet_v3"}}, PluginError, "did you mean 'mobilenet_v3'"),
+        (
+            {"space": {"arguments": {"depth": [2]}}},
+            RecipeError,
+            "space.arguments.depth: mobilenet_v3 takes preset",
+        ),
+        ({"space": {"arguments": {"depths": [3, 2]}}}, SpaceError, "depths must be ascending"),
+        ({"target": {"name": "gpu"}}, PluginError, "no target 'gpu'; there are onnxruntime-cpu, pytorch-cpu"),
+    ],
+)
+def test_names_and_options_that_are_not_there_are_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[AutocompressError], message: str
+) -> None:
+    refused(tmp_path, error, message, **changes)
+
+
+def test_a_table_of_another_target_is_refused(tmp_path: Path) -> None:
+    message = "the latency table of 'onnxruntime-cpu' is not for 'pytorch-cpu' on this machine: runtime is"
+    refused(tmp_path, TableError, message, target={"name": "pytorch-cpu"})
+    with pytest.raises(TableError, match="threads is 1, not 2"):
+        stages.profile(Run(with_table(tmp_path / "b"), small_recipe(target={"threads": 2})), SILENT)
+
+
+def test_a_given_table_of_another_target_is_refused(tmp_path: Path) -> None:
+    table_by_hand(small_space(), load_target(batch=8)).save(tmp_path / "table.json")
+    recipe = small_recipe(profile={"table": str(tmp_path / "table.json")})
+    with pytest.raises(TableError, match="batch is 8, not 1"):
+        stages.profile(Run(tmp_path / "run", recipe), SILENT)
+
+
+def test_a_table_without_a_block_of_the_space_is_refused(tmp_path: Path) -> None:
+    table = table_by_hand(small_space())
+    rows = dict(list(table.rows.items())[1:])
+    run = Run(tmp_path, small_recipe())
+    LatencyTable(table.target, rows, table.correction, None, table.provenance).save(tmp_path / stages.TABLE)
+    with pytest.raises(MissingRowError, match="has no row for 1 block; the first is"):
+        stages.search(run, nothing_after("train"))
+
+
+# Damaged files ---------------------------------------------------------------------------------------------
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\x00garbage" * 50)
+
+
+def one_byte(path: Path) -> None:
+    """Change one byte in the second half, where the content of files is."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 0xFF
+    path.write_bytes(content)
+
+
+Damage = Callable[[Path], None]
+
+
+@pytest.mark.parametrize("damage", [halve, empty, garble, Path.unlink])
+@pytest.mark.parametrize(
+    ("name", "error", "stage"),
+    [
+        ("supernet.pt", CheckpointError, stages.train),
+        ("result.json", StorageError, stages.search),
+        ("latency_table.json", TableError, stages.profile),
+        ("finetuned.safetensors", CheckpointError, stages.finetune),
+        ("finetune.json", CheckpointError, stages.finetune),
+        ("network.safetensors", ExportError, stages.export),
+        ("manifest.json", ExportError, stages.export),
+        ("recipe.yaml", RecipeError, None),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(
+    run: Run, name: str, error: type[AutocompressError], stage: Any, damage: Damage
+) -> None:
+    (path,) = run.folder.rglob(name)
+    damage(path)
+    starts_again = {"result.json", "latency_table.json", "finetune.json", "manifest.json"}
+    if damage is Path.unlink and name in starts_again:
+        return  # an absent result is a stage that was not done
+    if damage is empty and name == "recipe.yaml":
+        return  # an empty recipe is one of defaults
+    with pytest.raises(error, match=f"{name}|{path.parent.name}"):
+        Run(run.folder) if stage is None else stage(run, SILENT)
+
+
+def test_one_changed_byte_of_an_exported_network_is_found(run: Run) -> None:
+    (path,) = run.folder.rglob("network.safetensors")
+    one_byte(path)
+    with pytest.raises(ExportError, match=r"network.safetensors"):
+        stages.export(run, SILENT)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(run: Run) -> None:
+    payload = run.recipe.model_dump(mode="json")
+    payload["train"]["learning_rate"] = 0.3
+    rewrite_recipe(run.folder, payload)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: its settings.learning_rate is 0.1"):
+        stages.train(Run(run.folder), SILENT)
+
+
+def test_a_checkpoint_of_another_space_is_refused(run: Run) -> None:
+    payload = run.recipe.model_dump(mode="json")
+    payload["space"]["arguments"]["expands"] = [3, 5]
+    rewrite_recipe(run.folder, payload)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: its space.fingerprint is"):
+        stages.train(Run(run.folder), SILENT)
+
+
+def test_trials_of_other_weights_are_refused(run: Run) -> None:
+    run.path("result.json").unlink()
+    checkpoint = torch.load(run.path("supernet.pt"), weights_only=True)
+    next(iter(checkpoint["model"].values())).add_(1.0)
+    torch.save(checkpoint, run.path("supernet.pt"))
+    with pytest.raises(StorageError, match="belong to another search: weights differ"):
+        stages.search(run, SILENT)
+
+
+@pytest.mark.parametrize("content", ["{", '{"space": "toy", "choices": {}}', '{"choices": 3}', "3"])
+def test_a_damaged_selection_is_refused(run: Run, content: str) -> None:
+    run.path("selected.json").write_text(content)
+    with pytest.raises(AutocompressError, match=r"selected.json|architecture"):
+        stages.finetune(run, SILENT)
+
+
+# Kills -----------------------------------------------------------------------------------------------------
+
+
+def killed_runs(folder: Path, *jobs: tuple[str, str, list[str]]) -> None:
+    """Run `killed_runs.py` on the small recipe; folders are relative."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed_runs.py"), "recipe.yaml", json.dumps(jobs)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        check=True,
+        timeout=1200,
+    )
+
+
+# Times, random names and what differs with them; checkpoints are compared as tensors.
+DIFFERS = {"trials.log", "environment.json", "events.txt", ".lock", "supernet.pt", "finetune.pt"}
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Every file is equal to the last byte, and there are no others but hidden ones that a kill left."""
+    names, others = (
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (first, second)
+    )
+    assert names == {name for name in others if not Path(name).name.endswith(".tmp")}
+    for name in names:
+        if Path(name).name not in DIFFERS:
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+        elif name.endswith(".pt"):
+            states = [torch.load(folder / name, weights_only=True) for folder in (first, second)]
+            assert_equal(*states)
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    else:
+        assert first == second
+
+
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    with_table(tmp_path / "whole")
+    with_table(tmp_path / "killed")
+    moments = ["train the supernet:3", "search by evolution:4", "finetune with distillation:3", "exported<"]
+    killed_runs(
+        tmp_path,
+        ("whole", "export", []),
+        ("killed", "export", moments),
+        ("profiled", "profile", ["profile onnxruntime-cpu"]),
+    )
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    trials = (tmp_path / "killed" / "trials.log").read_text().splitlines()
+    assert sum('"op_code":4' in line for line in trials) == 6  # none was evaluated twice
+    # No sample that was taken before the kill is taken again.
+    before = (tmp_path / "profiled" / "killed.jsonl").read_bytes()
+    after = (tmp_path / "profiled" / "latency_samples.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert rounds(before) == 1
+    assert rounds(after) == RECIPE["profile"]["max_rounds"] == 2
+
+
+def rounds(samples: bytes) -> int:
+    return sum(b'"ms": {' in line for line in samples.splitlines())
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    """Before and after each file takes its name, and at each step, evaluation and round that is told."""
+    with_table(tmp_path / "whole")
+    killed_runs(tmp_path, ("whole", "export", []), ("profiled", "profile", []))
+    events = (tmp_path / "whole" / "events.txt").read_text().splitlines()
+    assert len(events) > 40
+    profiled = len((tmp_path / "profiled" / "events.txt").read_text().splitlines())
+    jobs = [(f"killed{i}", "export", [str(i)]) for i in range(len(events))]
+    for name, _, _ in jobs:
+        with_table(tmp_path / name)
+    # Once for every event, all in one folder: some kills come after the last event that was left.
+    chain = [f"profiled{i}" for i in range(profiled)]
+    killed_runs(tmp_path, *jobs, *((name, "profile", [str(i)]) for i, name in enumerate(chain)))
+    for name, _, _ in jobs:
+        assert_equal_runs(tmp_path / "whole", tmp_path / name)
+    for name in chain:
+        samples = (tmp_path / name / "latency_samples.jsonl").read_bytes()
+        assert rounds(samples) == RECIPE["profile"]["max_rounds"]
+
+
+def test_two_runs_in_one_process_are_equal(exported: Path, tmp_path: Path) -> None:
+    """What the comparison of killed runs stands on."""
+    run = Run(with_table(tmp_path / "again"), small_recipe())
+    stages.finetune(run, SILENT)
+    for name in ("result.json", "training.json"):
+        assert run.path(name).read_bytes() == (exported / name).read_bytes()
+    arch = stages.selected(run, SILENT)
+    ours, theirs = (
+        Run(folder).network_folder(arch) / "finetuned.safetensors" for folder in (run.folder, exported)
+    )
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+# Disks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_folder_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot write .*recipe.yaml: (Not a directory|File exists)"):
+        Run(tmp_path / "file" / "run", small_recipe())
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [(stages.train, "supernet.pt"), (stages.search, "result.json"), (stages.finetune, "networks")],
+)
+def test_a_disk_that_is_full_stops_a_stage_which_goes_on_when_there_is_room(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, name: str
+) -> None:
+    """Every file of the stage fails to be flushed; nothing is left of it."""
+    folder = copy_of(exported, tmp_path)
+    for path in (folder / name, folder / "training.json" if stage is stages.train else folder / name):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    run = Run(folder)
+    before = set(ages(folder))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"cannot write .*: No space left on device"):
+            stage(run, SILENT)
+    assert set(ages(folder)) == before
+    stage(run, SILENT)
+    assert_equal_runs_of(stage, exported, folder)
+
+
+def assert_equal_runs_of(stage: Any, first: Path, second: Path) -> None:
+    names = {stages.train: ["training.json"], stages.search: ["result.json"], stages.finetune: []}[stage]
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+# Numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_a_clear_error(tmp_path: Path) -> None:
+    run = Run(with_table(tmp_path), small_recipe(train={"learning_rate": 1e30, "optimizer": "sgd"}))
+    with pytest.raises(
+        AutocompressError, match=r"training collapsed: the (loss|gradient) is (nan|inf) at step"
+    ):
+        stages.train(run, SILENT)
+    assert not run.path("training.json").exists()
+
+
+def test_a_failed_evaluation_is_no_end_of_a_search(exported: Path, tmp_path: Path) -> None:
+    folder = copy_of(exported, tmp_path, without=("result.json", "trials.log"))
+    run = Run(folder)
+    score = run.task.score
+    calls = iter(range(100))
+
+    def sometimes(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return score(outputs, targets) * (np.nan if next(calls) == 2 else 1.0)
+
+    run.__dict__["task"] = replace(run.task, score=sometimes)
+    result = stages.search(run, SILENT)
+    outcomes = [trial.outcome for trial in result.trials]
+    assert outcomes == [0, 0, Outcome.FAILED, 0, 0, 0]
+    assert "is nan" in result.trials[2].error
+    write_json(tmp_path / "check.json", result.to_json())
