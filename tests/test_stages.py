@@ -346,7 +346,6 @@ Damage = Callable[[Path], None]
         ("finetune.json", CheckpointError, stages.finetune),
         ("network.safetensors", ExportError, stages.export),
         ("manifest.json", ExportError, stages.export),
-        ("recipe.yaml", RecipeError, None),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(
@@ -357,10 +356,8 @@ def test_a_damaged_file_is_refused_by_name(
     starts_again = {"result.json", "latency_table.json", "finetune.json", "manifest.json"}
     if damage is Path.unlink and name in starts_again:
         return  # an absent result is a stage that was not done
-    if damage is empty and name == "recipe.yaml":
-        return  # an empty recipe is one of defaults
     with pytest.raises(error, match=f"{name}|{path.parent.name}"):
-        Run(run.folder) if stage is None else stage(run, SILENT)
+        stage(run, SILENT)
 
 
 def test_one_changed_byte_of_an_exported_network_is_found(run: Run) -> None:
@@ -433,6 +430,8 @@ def assert_equal_runs(first: Path, second: Path) -> None:
             assert (first / name).read_bytes() == (second / name).read_bytes(), name
         elif name.endswith(".pt"):
             states = [torch.load(folder / name, weights_only=True) for folder in (first, second)]
+            for state in states:
+                del state["random"]  # of the process; nothing in this run draws from it
             assert_equal(*states)
 
 
@@ -538,7 +537,7 @@ def test_a_disk_that_is_full_stops_a_stage_which_goes_on_when_there_is_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"cannot write .*: No space left on device"):
+        with pytest.raises(StorageError, match=r"cannot (write|open) .*: No space left on device"):
             stage(run, SILENT)
     assert set(ages(folder)) == before
     stage(run, SILENT)

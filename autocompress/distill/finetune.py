@@ -49,8 +49,8 @@ def finetune(
         teacher_resolution: Height and width of the teacher's input.
         identity: What a checkpoint must belong to, besides data and settings.
         checkpoint: Path of the checkpoint; none is written without.
-        keep_best: Whether the weights of the best epoch on the validation part are kept (the weights before
-            the first epoch compete too); otherwise those of the last.
+        keep_best: Whether the weights of the best epoch on the validation part are kept, the latest of equal
+            ones (the weights before the first epoch compete too); otherwise those of the last.
         progress: Told steps and losses.
 
     Returns:

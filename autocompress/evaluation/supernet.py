@@ -35,6 +35,10 @@ class SupernetEvaluator:
     calibration: list[Tensor]
     paid: bool = True
 
+    def __post_init__(self) -> None:
+        """Put the supernet into evaluation mode: operations of a space's own may have dropout."""
+        self.supernet.eval()
+
     @torch.no_grad()
     def __call__(self, codes: Codes) -> Mapping[str, Values]:
         """Return the mean score and its standard error, each `(n,)`.

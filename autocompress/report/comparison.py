@@ -17,7 +17,6 @@ from autocompress.atomic import write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.elastic.supernet import resize
-from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
@@ -42,10 +41,17 @@ from autocompress.training.evaluate import evaluate
 REPORT = "report.json"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
+UNIFORM_RULE = (
+    "uniform-scaled: the better, on validation, of the same relative setting for every choice and of "
+    "compound scaling of depth, width and resolution, each as large as fits"
+)
 RANDOM_RULE = (
     "random: uniform over genes, given that the network fits the budget and uses at least "
     f"{RANDOM_AT_LEAST:.0%} of it"
 )
+
+Compared = tuple[str, Architecture, nn.Module]
+"""What a network is, which, and its weights."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Row:
         test: Mean of the metric on the test part, its 95 % interval, and the number of images.
         validation: Mean of the metric on the held-out part.
         costs: Metric to cost; latency is predicted by the table.
-        latency_ms: Measured median, `None` where another row's network is the same.
+        latency_ms: Measured median; rows of the same network share it.
         latency_p95_ms: Measured 95th percentile.
         peak_memory_bytes: Of the network as ONNX; `None` on other runtimes.
     """
@@ -94,28 +100,30 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     supernet = train(run, shown)
     limits = constraints(run, shown)
     score = evaluator(run, supernet)
-    largest, uniform = run.space.decode(np.vstack([run.space.largest(), _best_uniform(run, limits, score)]))
+    largest = run.space.decode(run.space.largest())[0]
+    uniform = run.space.decode(_best_uniform(run, limits, score))
     drawn = limits.sample(
         run.recipe.random_networks,
         np.random.default_rng((run.recipe.search.seed, 3)),
         at_least=RANDOM_AT_LEAST,
     )
-    slices = [("largest", largest), ("uniform-scaled", uniform)]
+    slices = [("largest", largest), *(("uniform-scaled", a) for a in uniform)]
     slices += [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
     slices.append(("searched", arch))
-    networks: list[tuple[str, Architecture, nn.Module]] = [
-        (name, a, extract_recalibrated(run, supernet, a)) for name, a in slices
-    ]
-    networks.append(("uniform-scaled, finetuned", uniform, finetune(run, shown, uniform)[0]))
+    networks: list[Compared] = [(name, a, extract_recalibrated(run, supernet, a)) for name, a in slices]
+    networks += [("uniform-scaled, finetuned", a, finetune(run, shown, a)[0]) for a in uniform]
     networks.append(("searched, finetuned", arch, finetune(run, shown, arch)[0]))
     with shown.stage("measure and compare") as progress:
         progress(0, len(networks), "latency")
         exported = folder / "network.onnx"
-        measured, exported_latency = _measure(run, [a for _, a, _ in networks], exported)
+        distinct = list({a.key: a for _, a, _ in networks}.values())
+        measured, exported_latency = _measure(run, distinct, exported)
+        peaks = {a.key: _peak_memory(run, a) for a in distinct}
         rows = []
-        for done, (name, a, network) in enumerate(networks):
+        for done, compared in enumerate(networks):
+            name, a, _ = compared
             progress(done, len(networks), name)
-            rows.append(_row(run, limits, name, a, network, measured[a.key]))
+            rows.append(_row(run, limits, compared, measured[a.key], peaks[a.key]))
         progress(len(networks), len(networks), "")
     content = {
         "schema": "autocompress.report",
@@ -127,53 +135,58 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "rows": [asdict(row) for row in rows],
         "exported": None if exported_latency is None else asdict(exported_latency),
         "exported_folder": str(folder),
-        "uniform": "uniform-scaled: the better, on validation, of the same relative setting for every choice "
-        "and of compound scaling of depth, width and resolution, each as large as fits",
-        "random": RANDOM_RULE,
+        "uniform": UNIFORM_RULE if uniform else "uniform-scaled: no such network fits the budget",
+        "random": RANDOM_RULE
+        if _uses_enough(limits, drawn)
+        else f"{RANDOM_RULE}, where there are enough such",
     }
     write_json(path, content)
     return content
 
 
 def _best_uniform(run: Run, limits: Constraints, score: SupernetEvaluator) -> Codes:
+    """Return the best of the uniform-scaled networks, or no row if none fits, though others do."""
     candidates = uniform_candidates(limits)
     if not len(candidates):
-        raise StorageError("not even the smallest network of the space fits the budget")
+        return candidates
     scores = score(candidates)[run.task.metric]
     return candidates[[int(scores.argmax())]]
+
+
+def _uses_enough(limits: Constraints, codes: Codes) -> bool:
+    return bool((limits.violation(codes) >= RANDOM_AT_LEAST - 1).all())
 
 
 def _measure(
     run: Run, archs: Sequence[Architecture], exported: Path
 ) -> tuple[dict[str, Measurement], Measurement | None]:
-    """Measure every architecture, and the exported file, interleaved on the target."""
+    """Measure different architectures, by key, and the exported file, interleaved on the target."""
     where = target(run)
-    distinct = {arch.key: arch for arch in archs}
     with pinned(where):
-        runs = {
-            key: prepare(run.space.operations(codes_of(run, arch)), where) for key, arch in distinct.items()
-        }
+        runs = {arch.key: prepare(run.space.operations(codes_of(run, arch)), where) for arch in archs}
         if where.runtime == "onnxruntime" and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
         measured = measure_networks(runs, target=where)
     return measured, measured.pop("exported", None)
 
 
-def _row(
-    run: Run, limits: Constraints, name: str, arch: Architecture, network: nn.Module, measured: Measurement
-) -> Row:
+def _peak_memory(run: Run, arch: Architecture) -> int | None:
+    if target(run).runtime != "onnxruntime":
+        return None
+    blocks = run.space.operations(codes_of(run, arch))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        file.write_bytes(onnx_model(blocks, batch=target(run).batch))
+        return peak_memory_bytes(file, target(run))
+
+
+def _row(run: Run, limits: Constraints, compared: Compared, measured: Measurement, peak: int | None) -> Row:
+    name, arch, network = compared
     size = resolution(run, arch)
     test, validation = (
         evaluate(partial(_forward, network, size), part, run.task.score)
         for part in (run.data.test, run.data.validation)
     )
-    blocks = run.space.operations(codes_of(run, arch))
-    peak = None
-    if target(run).runtime == "onnxruntime":
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "network.onnx"
-            file.write_bytes(onnx_model(blocks, batch=target(run).batch))
-            peak = peak_memory_bytes(file, target(run))
     return Row(
         name=name,
         key=arch.key,

@@ -175,9 +175,15 @@ def test_it_learns_and_returns_the_score_of_what_it_leaves() -> None:
 
 @pytest.mark.parametrize(
     ("means", "best"),
-    [([0.1, 0.5, 0.4, 0.3], 1), ([0.9, 0.5, 0.4, 0.3], 0), ([0.1, 0.2, 0.3, 0.4], 3), ([0.4] * 4, 0)],
+    [
+        ([0.1, 0.5, 0.4, 0.3], 1),
+        ([0.9, 0.5, 0.4, 0.3], 0),
+        ([0.1, 0.2, 0.3, 0.4], 3),
+        ([0.4] * 4, 3),
+        ([0.3, 0.4, 0.4, 0.1], 2),
+    ],
 )
-def test_the_weights_of_the_best_epoch_are_kept_those_before_the_first_included(
+def test_the_weights_of_the_best_epoch_are_kept_the_latest_of_equals_the_start_included(
     monkeypatch: pytest.MonkeyPatch, means: list[float], best: int
 ) -> None:
     network = small_network()

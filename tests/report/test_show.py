@@ -1,0 +1,92 @@
+"""The comparison as a table, by hand."""
+
+from typing import Any
+
+from autocompress.report.show import markdown, notes, table
+
+
+def row(name: str, test: float, ms: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "key": "k",
+        "test": test,
+        "test_interval": (test - 0.05, test + 0.05),
+        "test_images": 359,
+        "validation": 0.5,
+        "costs": {"macs": 1.5e6, "params": 2000.0, "size_bytes": 8000.0, "latency_ms": 1.1 * ms},
+        "latency_ms": ms,
+        "latency_p95_ms": 2 * ms,
+        "peak_memory_bytes": 20_500_000,
+        **more,
+    }
+
+
+CONTENT: dict[str, Any] = {
+    "budget": {"latency_ms": "60%"},
+    "limits": {"latency_ms": 1.23456},
+    "metric": "accuracy",
+    "rows": [
+        row("largest", 0.9, 2.0),
+        row("random 1", 0.5, 1.0),
+        row("random 2", 0.7, 3.0),
+        row("searched", 0.8, 1.0, peak_memory_bytes=None),
+        row("searched, finetuned", 0.85, 1.0),
+    ],
+    "exported": {"median_ms": 1.25, "p95_ms": 1.5},
+    "exported_folder": "runs/demo/networks/k/exported",
+    "uniform": "uniform-scaled: so",
+    "random": "random: thus",
+}
+
+
+def test_a_row_has_every_promised_number_in_its_unit() -> None:
+    headers, rows = table(CONTENT)
+    assert dict(zip(headers, rows[0], strict=True)) == {
+        "network": "largest",
+        "test accuracy (95 % interval)": "0.9000 (0.8500-0.9500)",
+        "MACs (M)": "1.50",
+        "parameters (k)": "2",
+        "size (kB)": "8",
+        "predicted (ms)": "2.200",
+        "measured (ms)": "2.000",
+        "p95 (ms)": "4.000",
+        "peak memory (MB)": "20.5",
+    }
+
+
+def test_random_networks_are_summed_up_below_themselves() -> None:
+    _, rows = table(CONTENT)
+    names = [cells[0] for cells in rows]
+    assert names[1:4] == ["random 1", "random 2", "random, mean of 2 (standard deviation)"]
+    assert rows[3][1] == "0.6000 (0.1414)"
+    assert rows[3][6] == "2.000"
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    _, rows = table(CONTENT)
+    assert rows[4][0] == "searched"
+    assert rows[4][-1] == "-"
+
+
+def test_the_notes_say_what_a_reader_must_know() -> None:
+    text = "\n".join(notes(CONTENT))
+    assert "Budget: latency_ms 60%, which is latency_ms <= 1.235; percent are of the predicted cost" in text
+    assert "MACs count a multiply-accumulate once" in text
+    assert "Test: 359 images, read once" in text
+    assert "Uniform-scaled: so." in text
+    assert "Random: thus." in text
+    assert "takes 50% of the largest one's measured latency; its prediction is +10.0% off" in text
+    assert "median 1.250 ms, p95 1.500 ms (predicted 1.100 ms)" in text
+    assert text.endswith("Exported files: runs/demo/networks/k/exported")
+
+
+def test_without_an_exported_onnx_file_nothing_is_said_of_it() -> None:
+    assert "network.onnx" not in "\n".join(notes({**CONTENT, "exported": None}))
+
+
+def test_markdown_is_a_table_of_as_many_cells_in_every_line_and_the_notes() -> None:
+    lines = markdown(CONTENT).splitlines()
+    cells = [line for line in lines if line.startswith("|")]
+    assert len(cells) == 2 + 6
+    assert {line.count("|") for line in cells} == {10}
+    assert [line[2:] for line in lines if line.startswith("- ")] == notes(CONTENT)

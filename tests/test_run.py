@@ -1,0 +1,275 @@
+"""Run directories: which recipe they hold, who may work on them, and what stands in them."""
+
+import json
+import multiprocessing
+import os
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import no_data, small_payload, small_recipe
+
+from autocompress.errors import AutocompressError, PluginError, RecipeError, StorageError
+from autocompress.recipe import load_recipe, parse_recipe
+from autocompress.run import Run, environment, make_space
+from autocompress.space import SearchSpace
+from autocompress.testing.toys import toy_space
+
+# Recipes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_writes_its_whole_recipe_and_its_environment(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    run = Run(tmp_path / "runs" / "a", recipe)
+    assert run.recipe == recipe
+    written = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert written == recipe.model_dump(mode="json")
+    assert written["finetune"]["temperature"] == 4.0  # also what the recipe left to its default
+    assert set(json.loads((run.folder / "environment.json").read_text())) == set(environment())
+
+
+def test_a_run_is_continued_with_its_own_recipe_or_with_none(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    Run(tmp_path, recipe)
+    before = (tmp_path / "recipe.yaml").stat().st_mtime_ns
+    assert Run(tmp_path).recipe == recipe
+    assert Run(tmp_path, small_recipe()).recipe == recipe
+    assert (tmp_path / "recipe.yaml").stat().st_mtime_ns == before
+
+
+def test_a_folder_without_a_run_cannot_be_continued(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent holds no run \(no recipe.yaml\); start one"):
+        Run(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"epochs": 9}}, "train.epochs is 2 there, 9 here"),
+        ({"search": {"budget": {"params": 3}}}, "search.budget.macs is '\"90%\"' there, None here"),
+        ({"space": {"arguments": {"preset": "tiny"}}}, r"space.arguments.classes is '?10'? there, None here"),
+        ({"data": {"folder": "/elsewhere"}}, "data.folder is '?null'? there, .*/elsewhere.* here"),
+        ({"threads": 2}, "threads is 1 there, 2 here"),
+    ],
+)
+def test_another_recipe_is_refused_and_what_differs_is_named(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    Run(tmp_path, small_recipe())
+    before = (tmp_path / "recipe.yaml").read_bytes()
+    with pytest.raises(RecipeError) as caught:
+        Run(tmp_path, small_recipe(**changes))
+    message = str(caught.value).replace("'1'", "1").replace("'2'", "2").replace("'9'", "9")
+    assert "holds a run of another recipe: " in message
+    assert f"autocompress resume {tmp_path}" in message
+    pytest.raises(AssertionError, _search, "never there", message)
+    _search(named, message)
+    assert (tmp_path / "recipe.yaml").read_bytes() == before
+
+
+def _search(pattern: str, text: str) -> None:
+    import re
+
+    assert re.search(pattern, text), text
+
+
+def test_arguments_in_tuples_and_in_lists_are_one_recipe(tmp_path: Path) -> None:
+    def recipe(depths: Any) -> Any:
+        return parse_recipe({"space": {"arguments": {"depths": depths}}})
+
+    Run(tmp_path, recipe((2, 3)))
+    assert Run(tmp_path, recipe((2, 3))).recipe == recipe((2, 3))
+    assert Run(tmp_path, recipe([2, 3])).recipe == recipe([2, 3])
+    assert Run(tmp_path).recipe == recipe([2, 3])
+
+
+def test_relative_paths_stay_what_they_were_wherever_the_run_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = parse_recipe({"data": {"source": "folder", "folder": "flowers"}, "profile": {"table": "t.json"}})
+    run = Run(Path("runs/a"), recipe)
+    assert run.recipe.data.folder == tmp_path / "flowers"
+    Run(Path("runs/a"), recipe)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = Run(tmp_path / "runs" / "a").recipe
+    assert again == run.recipe
+    assert again.profile.table == tmp_path / "t.json"
+
+
+def test_a_recipe_that_somebody_broke_is_refused(tmp_path: Path) -> None:
+    Run(tmp_path, small_recipe())
+    (tmp_path / "recipe.yaml").write_text("train: {epoch: 3}")
+    with pytest.raises(RecipeError, match=r"train.epoch: unknown key"):
+        Run(tmp_path)
+
+
+# Spaces ----------------------------------------------------------------------------------------------------
+
+
+def test_a_space_is_made_for_the_channels_and_classes_of_the_data() -> None:
+    payload = small_payload()
+    for name in ("in_channels", "classes"):
+        del payload["space"]["arguments"][name]
+    recipe = parse_recipe(payload)
+
+    class Data:
+        in_shape = (5, 32, 32)
+        classes = 7
+
+    space = make_space(recipe, lambda: Data())  # type: ignore[arg-type, return-value]
+    blocks = space.operations(space.largest())
+    assert blocks[0][1][0].in_shape[0] == 5
+    assert blocks[-1][1][-1].out_shape[0] == 7
+
+
+def test_a_recipe_that_says_channels_and_classes_needs_no_data_for_its_space() -> None:
+    space = make_space(small_recipe(), no_data)
+    assert space.size == 2**10
+
+
+def broken_space(size: int) -> SearchSpace:
+    raise TypeError("size must be a number")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "mobilenet_v3",
+            {"widht": 1.0},
+            "space.arguments.widht: mobilenet_v3 takes preset, width, .*, not 'widht'",
+        ),
+        ("autocompress.testing.toys:toy_space", {"block": 3}, "space.arguments.block: .* takes blocks"),
+        (
+            "test_run_spaces:broken_space",
+            {"size": "x"},
+            "space.arguments: .* refuses .*: size must be a number",
+        ),
+    ],
+)
+def test_arguments_that_a_space_does_not_take_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: dict[str, Any], message: str
+) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("test_run_spaces")
+    module.broken_space = broken_space  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "test_run_spaces", module)
+    recipe = parse_recipe({"space": {"name": name, "arguments": arguments}})
+    with pytest.raises(RecipeError, match=message):
+        make_space(recipe, no_data)
+
+
+def test_any_function_can_be_the_space() -> None:
+    recipe = parse_recipe(
+        {"space": {"name": "autocompress.testing.toys:toy_space", "arguments": {"blocks": 3}}}
+    )
+    assert make_space(recipe, no_data).fingerprint == toy_space(3).fingerprint
+
+
+def test_a_space_that_is_not_there_is_refused() -> None:
+    with pytest.raises(PluginError, match="no search space 'mobilenet'"):
+        make_space(parse_recipe({"space": {"name": "mobilenet"}}), no_data)
+
+
+# Locks -----------------------------------------------------------------------------------------------------
+
+
+def _hold(folder: Path, pipe: Connection) -> None:
+    with Run(folder).locked():
+        pipe.send("locked")
+        pipe.recv()
+
+
+def test_only_one_process_works_on_a_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path, there))
+    other.start()
+    try:
+        assert here.recv() == "locked"
+        with pytest.raises(StorageError, match=f"another process is working on {tmp_path}"), run.locked():
+            pass
+        other.kill()  # as a run that dies does
+        other.join()
+        with run.locked():
+            pass
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    with pytest.raises(PermissionError, match="of the stage"), run.locked():
+        raise PermissionError("of the stage")
+    with run.locked():
+        pass
+
+
+def test_a_lock_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*\.lock: Is a directory"), run.locked():
+        pass
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not found: .*x.json"), ("{", r"x.json cannot be read"), ("\x00", "cannot be")],
+)
+def test_a_file_of_the_run_that_cannot_be_read_is_refused(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    run = Run(tmp_path, small_recipe())
+    if content is not None:
+        run.path("x.json").write_text(content)
+    with pytest.raises(StorageError, match=message):
+        run.read("x.json")
+
+
+def test_the_environment_says_what_a_reader_must_know() -> None:
+    found = environment()
+    assert found["cores"] == os.cpu_count()
+    assert {"torch", "onnxruntime", "optuna", "numpy"} <= set(found["versions"])
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [({"metric": "acuracy"}, "acuracy"), ({"loss": "no_such_module:loss"}, "no_such_module")],
+)
+def test_a_task_that_is_not_there_is_refused(tmp_path: Path, task: dict[str, str], named: str) -> None:
+    with pytest.raises(AutocompressError, match=named):
+        _ = Run(tmp_path, small_recipe(task=task)).task
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"source": "digit"}, "data must be one of"),
+        ({"source": "fashion_mnist"}, "give the folder"),
+        ({"limit": 9999}, "limit must be in"),
+        ({"limit": 20, "validation": 19}, "left to train on"),
+        ({"source": "no_such_module:data"}, "no_such_module"),
+    ],
+)
+def test_data_that_are_not_there_are_refused(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(AutocompressError, match=message):
+        _ = Run(tmp_path, small_recipe(data=data)).data
+
+
+def test_the_recipe_of_a_run_is_a_recipe(tmp_path: Path) -> None:
+    """What a run writes can be given to another run, also from another folder."""
+    run = Run(tmp_path / "a", small_recipe())
+    other = Run(tmp_path / "b", load_recipe(run.folder / "recipe.yaml"))
+    assert (tmp_path / "b" / "recipe.yaml").read_bytes() == (tmp_path / "a" / "recipe.yaml").read_bytes()
+    assert other.recipe == run.recipe
