@@ -212,7 +212,9 @@ def _refuse_other(path: Path, there: Recipe, here: Recipe) -> None:
     if first == second:
         return
     keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
-    shown = "; ".join(f"{key} is {first.get(key)!r} there, {second.get(key)!r} here" for key in keys[:5])
+    shown = "; ".join(
+        f"{key} is {first.get(key, 'not set')} there, {second.get(key, 'not set')} here" for key in keys[:5]
+    )
     raise RecipeError(
         f"{path.parent} holds a run of another recipe: {shown}; take another directory, or continue that run "
         f"with `autocompress resume {path.parent}`"

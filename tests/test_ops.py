@@ -266,7 +266,8 @@ def test_thop_counts_the_same_macs_and_parameters(name: str) -> None:
         import thop
 
     ops = NETWORKS[name]()
-    network = build_network([(f"op{index}", (op,)) for index, op in enumerate(ops)], device="meta").eval()
+    with torch.device("meta"):
+        network = build_network([(f"op{index}", (op,)) for index, op in enumerate(ops)]).eval()
     layers = {type(module) for module in network.modules() if not list(module.children())}
     # thop counts batch norm and pooling as well, by rules of its own; ours is convolution and linear only.
     free = dict.fromkeys(layers - {nn.Conv2d, nn.Linear}, _count_nothing)

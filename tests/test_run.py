@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import os
+import re
+import sys
+import types
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,9 +52,12 @@ def test_a_folder_without_a_run_cannot_be_continued(tmp_path: Path) -> None:
     ("changes", "named"),
     [
         ({"train": {"epochs": 9}}, "train.epochs is 2 there, 9 here"),
-        ({"search": {"budget": {"params": 3}}}, "search.budget.macs is '\"90%\"' there, None here"),
-        ({"space": {"arguments": {"preset": "tiny"}}}, r"space.arguments.classes is '?10'? there, None here"),
-        ({"data": {"folder": "/elsewhere"}}, "data.folder is '?null'? there, .*/elsewhere.* here"),
+        (
+            {"search": {"budget": {"params": 3}}},
+            'search.budget.macs is "90%" there, not set here; search.budget.params is not set there, 3.0 '
+            "here",
+        ),
+        ({"data": {"folder": "/elsewhere"}}, 'data.folder is null there, "/elsewhere" here'),
         ({"threads": 2}, "threads is 1 there, 2 here"),
     ],
 )
@@ -60,20 +66,13 @@ def test_another_recipe_is_refused_and_what_differs_is_named(
 ) -> None:
     Run(tmp_path, small_recipe())
     before = (tmp_path / "recipe.yaml").read_bytes()
-    with pytest.raises(RecipeError) as caught:
+    message = (
+        f"{tmp_path} holds a run of another recipe: {named}; take another directory, or continue that run "
+        f"with `autocompress resume {tmp_path}`"
+    )
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         Run(tmp_path, small_recipe(**changes))
-    message = str(caught.value).replace("'1'", "1").replace("'2'", "2").replace("'9'", "9")
-    assert "holds a run of another recipe: " in message
-    assert f"autocompress resume {tmp_path}" in message
-    pytest.raises(AssertionError, _search, "never there", message)
-    _search(named, message)
     assert (tmp_path / "recipe.yaml").read_bytes() == before
-
-
-def _search(pattern: str, text: str) -> None:
-    import re
-
-    assert re.search(pattern, text), text
 
 
 def test_arguments_in_tuples_and_in_lists_are_one_recipe(tmp_path: Path) -> None:
@@ -155,9 +154,6 @@ def broken_space(size: int) -> SearchSpace:
 def test_arguments_that_a_space_does_not_take_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, arguments: dict[str, Any], message: str
 ) -> None:
-    import sys
-    import types
-
     module = types.ModuleType("test_run_spaces")
     module.broken_space = broken_space  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "test_run_spaces", module)

@@ -486,12 +486,11 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path: Path) -> 
     jobs = [(f"killed{i}", "export", [str(i)]) for i in range(len(events))]
     for name, _, _ in jobs:
         with_table(tmp_path / name)
-    # Once for every event, all in one folder: some kills come after the last event that was left.
-    chain = [f"profiled{i}" for i in range(profiled)]
-    killed_runs(tmp_path, *jobs, *((name, "profile", [str(i)]) for i, name in enumerate(chain)))
+    profiles = [(f"profiled{i}", "profile", [str(i)]) for i in range(profiled)]
+    killed_runs(tmp_path, *jobs, *profiles)
     for name, _, _ in jobs:
         assert_equal_runs(tmp_path / "whole", tmp_path / name)
-    for name in chain:
+    for name, _, _ in profiles:
         samples = (tmp_path / name / "latency_samples.jsonl").read_bytes()
         assert rounds(samples) == RECIPE["profile"]["max_rounds"]
 
@@ -519,16 +518,22 @@ def test_a_run_whose_folder_cannot_be_written_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("stage", "name"),
-    [(stages.train, "supernet.pt"), (stages.search, "result.json"), (stages.finetune, "networks")],
+    ("stage", "names"),
+    [
+        (stages.train, ["training.json", "supernet.pt"]),
+        (stages.search, ["result.json"]),
+        (stages.finetune, ["finetuned.safetensors", "finetune.json", "finetune.pt"]),
+    ],
 )
 def test_a_disk_that_is_full_stops_a_stage_which_goes_on_when_there_is_room(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, name: str
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, names: list[str]
 ) -> None:
-    """Every file of the stage fails to be flushed; nothing is left of it."""
+    """No file of the stage can be flushed, and nothing is left of it."""
     folder = copy_of(exported, tmp_path)
-    for path in (folder / name, folder / "training.json" if stage is stages.train else folder / name):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    paths = [path for name in names for path in folder.rglob(name)]
+    assert len(paths) == len(names)
+    for path in paths:
+        path.unlink()
     run = Run(folder)
     before = set(ages(folder))
 
@@ -541,13 +546,8 @@ def test_a_disk_that_is_full_stops_a_stage_which_goes_on_when_there_is_room(
             stage(run, SILENT)
     assert set(ages(folder)) == before
     stage(run, SILENT)
-    assert_equal_runs_of(stage, exported, folder)
-
-
-def assert_equal_runs_of(stage: Any, first: Path, second: Path) -> None:
-    names = {stages.train: ["training.json"], stages.search: ["result.json"], stages.finetune: []}[stage]
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+    first = paths[0].relative_to(folder)
+    assert (folder / first).read_bytes() == (exported / first).read_bytes()
 
 
 # Numbers ---------------------------------------------------------------------------------------------------

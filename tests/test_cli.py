@@ -1,0 +1,509 @@
+"""The command line on a small run: what it prints, writes and refuses, and how it ends."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from small_runs import RECIPE, small_payload, small_recipe, with_table
+from typer.testing import CliRunner
+
+from autocompress import cli, stages
+from autocompress.errors import AutocompressError, InfeasibleBudgetError, RecipeError
+from autocompress.run import Run
+
+# What opening a run or printing a report writes again, always alike.
+REWRITTEN = {".lock", "environment.json", "report.md"}
+
+
+def call(*arguments: str | Path) -> Result:
+    """Run a command, which must succeed."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def written(path: Path, payload: dict[str, Any] = RECIPE) -> Path:
+    path.write_text(yaml.safe_dump(payload))
+    return path
+
+
+def ages(folder: Path) -> dict[str, int]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in REWRITTEN)
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A whole run, really measured, by `autocompress run`; and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = written(folder / "small.yaml", small_payload(export={"formats": ["onnx", "safetensors"]}))
+    return folder / "run", call("run", recipe, "--run", folder / "run")
+
+
+@pytest.fixture
+def searched(tmp_path: Path, finished: tuple[Path, Result]) -> Path:
+    """A copy of that run."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+# A whole run -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_the_comparison_and_says_where_the_files_are(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    lines = result.stdout.splitlines()
+    names = ["largest", "uniform-scaled", "random 1", "random 2", "random, mean of 2 (standard deviation)"]
+    names += ["searched", "uniform-scaled, finetuned", "searched, finetuned"]
+    table = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert [cells[0] for cells in rows] == names
+    for cells in rows:
+        assert len(cells) == 9
+        if "mean" not in cells[0]:
+            assert all(float(cell) > 0 for cell in cells[2:])
+            assert f"\u2502 {cells[0]} " in result.stdout
+            assert cells[1] in result.stdout
+    (exported,) = (line for line in lines if line.startswith("Exported files: "))
+    files = {path.name for path in Path(exported.removeprefix("Exported files: ")).iterdir()}
+    assert {"network.onnx", "network.safetensors", "loader.py", "manifest.json"} <= files
+    for said in ("latency table: ", "supernet: validation", "search: best", "finetuned: ", "exported to "):
+        assert any(line.startswith(said) for line in lines), said
+    assert any("The exported network.onnx, measured in the same run: median" in line for line in lines)
+    assert table[0].startswith("| network | test accuracy (95 % interval) | MACs (M) | parameters (k) | size")
+
+
+def test_progress_is_silent_when_nobody_watches(finished: tuple[Path, Result]) -> None:
+    assert finished[1].stderr == ""
+
+
+def test_the_run_directory_holds_everything(finished: tuple[Path, Result]) -> None:
+    assert {
+        "recipe.yaml",
+        "environment.json",
+        "latency_table.json",
+        "supernet.pt",
+        "training.json",
+        "trials.log",
+        "result.json",
+        "report.md",
+    } <= {path.name for path in finished[0].iterdir()}
+
+
+def test_the_latency_table_was_measured_and_checked(finished: tuple[Path, Result]) -> None:
+    table = json.loads((finished[0] / "latency_table.json").read_text())
+    assert all(row["count"] == 2 and row["median_ms"] > 0 for row in table["rows"].values())
+    assert len(table["error_report"]["networks"]) == 8
+
+
+def test_a_finished_run_is_shown_again_and_nothing_is_done_again(finished: tuple[Path, Result]) -> None:
+    folder, first = finished
+    before = ages(folder)
+    again = call("resume", folder)
+    assert ages(folder) == before
+    assert again.stdout.splitlines() == first.stdout.splitlines()[-len(again.stdout.splitlines()) :]
+    same = call("run", folder.parent / "small.yaml", "--run", folder)
+    assert same.stdout == again.stdout
+    assert ages(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["profile"], "latency table: 2"),
+        (["train"], "written to "),
+        (["search"], "Pareto front over predicted latency, "),
+        (["finetune"], "validation accuracy "),
+        (["export"], "exported to "),
+    ],
+)
+def test_every_stage_has_a_command_that_does_nothing_where_its_result_is_there(
+    finished: tuple[Path, Result], command: list[str], said: str
+) -> None:
+    folder = finished[0]
+    before = ages(folder)
+    assert said in call(*command, "--run", folder).stdout
+    assert ages(folder) == before
+
+
+def test_the_front_is_shown_by_cost_with_keys_that_can_be_found(finished: tuple[Path, Result]) -> None:
+    folder = finished[0]
+    lines = call("search", "--run", folder).stdout.splitlines()
+    shown = [line.split() for line in lines if line.startswith("  ")]
+    assert lines[0].endswith(f"{len(shown)} networks:")
+    scores = [float(words[0]) for words in shown]
+    assert scores == sorted(scores)
+    keys = {trial.architecture.key for trial in stages.search(Run(folder), cli._shown()).trials}
+    assert {words[-1] for words in shown} <= keys
+
+
+def test_a_stage_can_be_begun_with_its_own_command(tmp_path: Path) -> None:
+    folder = with_table(tmp_path / "run")
+    recipe = written(tmp_path / "small.yaml")
+    result = call("train", recipe, "--run", folder, "--set", "train.epochs=1", "--set", "search.seed=5")
+    assert result.stdout.splitlines()[-1] == f"written to {folder / 'supernet.pt'}"
+    run = Run(folder)
+    assert (run.recipe.train.epochs, run.recipe.search.seed) == (1, 5)
+    assert not (folder / "result.json").exists()
+
+
+# Selecting -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_network_within_a_budget_is_selected(searched: Path) -> None:
+    trials = json.loads((searched / "result.json").read_text())["trials"]
+    limit = sorted(trial["costs"]["params"] for trial in trials)[3]
+    said = call("select", "--run", searched, "--budget", f"params={limit},macs=100%").stdout
+    best = max(t["metrics"]["accuracy"] for t in trials if t["costs"]["params"] <= limit)
+    chosen = json.loads((searched / "selected.json").read_text())
+    (trial,) = (t for t in trials if t["architecture"] == chosen)
+    assert trial["costs"]["params"] <= limit
+    assert trial["metrics"]["accuracy"] == best
+    assert said.startswith("selected ")
+    assert f": {best:.4f}, {trial['costs']['latency_ms']:.3f} ms (predicted)" in said
+
+
+def test_the_cheapest_network_near_the_best_is_selected_and_then_finetuned(searched: Path) -> None:
+    trials = json.loads((searched / "result.json").read_text())["trials"]
+    said = call("select", "--run", searched, "--cheapest", "macs", "--within", "1").stdout
+    chosen = json.loads((searched / "selected.json").read_text())
+    (trial,) = (t for t in trials if t["architecture"] == chosen)
+    assert trial["costs"]["macs"] == min(t["costs"]["macs"] for t in trials)
+    key = said.split()[1].rstrip(":")
+    assert (
+        call("finetune", "--run", searched).stdout.splitlines()[-1].startswith(f"{key}: validation accuracy")
+    )
+    exported = call("export", "--run", searched).stdout.splitlines()[-1]
+    assert exported == f"exported to {searched / 'networks' / key / 'exported'}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "macs=1M", "--cheapest", "macs"], "select takes --budget or --cheapest, not both"),
+        (["--budget", "energy=3"], "a budget limits latency_ms, macs"),
+        (["--budget", "macs"], "macs must be a number"),
+        (["--budget", "macs=3ms"], "macs takes no unit"),
+        (["--budget", "macs=10"], "nearest feasible budget is macs <="),
+        (["--cheapest", "energy"], "the search did not price energy; it priced "),
+        (["--cheapest", "macs", "--within", "-1"], "tolerance must be 0 or more"),
+    ],
+)
+def test_a_wrong_selection_is_refused(searched: Path, options: list[str], message: str) -> None:
+    with pytest.raises(AutocompressError, match=message):
+        call("select", "--run", searched, *options)
+    assert not (searched / "selected.json").exists()
+
+
+# Recipes and --set -----------------------------------------------------------------------------------------
+
+
+def test_another_recipe_in_the_same_directory_is_refused(
+    tmp_path: Path, finished: tuple[Path, Result]
+) -> None:
+    folder, _ = finished
+    before = ages(folder)
+    recipe = folder.parent / "small.yaml"
+    with pytest.raises(
+        RecipeError, match=r"another recipe: search.seed is 0 there, 3 here; train.epochs is 2 "
+    ):
+        call("run", recipe, "--run", folder, "--set", "search.seed=3", "--set", "train.epochs=5")
+    assert ages(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
+        (["trian.epochs=3"], "trian: unknown key"),
+        (["train.epochs"], "--set takes key.path=value, got 'train.epochs'"),
+        (["train.epochs=many"], "train.epochs: .* got 'many'"),
+        (["train.epochs={"], "--set train.epochs: '{' is no YAML"),
+        (["threads.a=3"], "--set threads.a: threads holds a value, not keys"),
+        (["search.budget={macs: 3ms}"], "search.budget: .*macs takes no unit"),
+        (
+            ["search.evaluations=2", "search.predictor=ridge"],
+            r"finalists \(2\) must be below evaluations \(2\)",
+        ),
+    ],
+)
+def test_a_wrong_change_is_refused_with_its_path(tmp_path: Path, changes: list[str], message: str) -> None:
+    options = [word for change in changes for word in ("--set", change)]
+    with pytest.raises(RecipeError, match=message):
+        call("run", written(tmp_path / "small.yaml"), "--run", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_changes_without_a_recipe_are_refused(finished: tuple[Path, Result]) -> None:
+    with pytest.raises(RecipeError, match="--set changes a recipe: name the recipe too"):
+        call("train", "--run", finished[0], "--set", "train.epochs=3")
+
+
+def test_a_change_reaches_keys_that_the_recipe_does_not_have() -> None:
+    payload = {"train": {"epochs": 3}}
+    changed = cli._changed(
+        payload, ["search.options.population=7", "train.phases=[]", "export.formats=[onnx]"]
+    )
+    assert changed == {
+        "train": {"epochs": 3, "phases": []},
+        "search": {"options": {"population": 7}},
+        "export": {"formats": ["onnx"]},
+    }
+
+
+def test_the_demo_takes_changes_too_and_its_own_recipe_stays(tmp_path: Path) -> None:
+    before = json.dumps(cli.DEMO)
+    with pytest.raises(RecipeError, match=r"the demo's recipe is not valid:\n  train.epoch: unknown key"):
+        call("demo", "--run", tmp_path / "demo", "--set", "train.epoch=1")
+    assert json.dumps(cli.DEMO) == before
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_impossible_budget_is_refused_before_training(tmp_path: Path) -> None:
+    folder = with_table(tmp_path / "run")
+    recipe = written(tmp_path / "small.yaml")
+    with pytest.raises(InfeasibleBudgetError, match="nearest feasible budget is latency_ms <= "):
+        call("run", recipe, "--run", folder, "--set", "search.budget={latency_ms: 10%}")
+    assert not (folder / "supernet.pt").exists()
+
+
+def test_a_run_that_another_process_holds_is_refused(searched: Path) -> None:
+    commands = [["resume", searched], *([name, "--run", searched] for name in ("profile", "train", "search"))]
+    commands += [[name, "--run", searched] for name in ("select", "finetune", "export")]
+    with Run(searched).locked():
+        for command in commands:
+            with pytest.raises(AutocompressError, match=f"another process is working on {searched}"):
+                call(*command)
+
+
+# Forecasts and lists ---------------------------------------------------------------------------------------
+
+
+def test_a_forecast_tells_every_stage_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Path, Result]
+) -> None:
+    recipe = written(tmp_path / "small.yaml")
+    monkeypatch.chdir(tmp_path)
+    ran = call("run", recipe, "--dry-run").stdout
+    trained = call("train", recipe, "--dry-run", "--run", tmp_path / "run").stdout
+    for stage in ("profile", "train", "search", "finetune", "export", "in all", "memory"):
+        assert stage in ran
+        assert stage in trained
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+    folder = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "in all" in call("train", "--dry-run", "--run", folder).stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:
+    recipe = written(tmp_path / "small.yaml", small_payload(search={"budget": {"macs": 10}}))
+    with pytest.raises(InfeasibleBudgetError, match="nearest feasible budget is macs <="):
+        call("run", recipe, "--dry-run")
+    with pytest.raises(RecipeError, match=r"recipe .*recipe.yaml cannot be read"):
+        call("train", "--dry-run", "--run", tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("what", "lines"),
+    [
+        ("spaces", ["mobilenet_v3  search_spaces.mobilenet_v3:mobilenet_v3"]),
+        (
+            "strategies",
+            [
+                "elitist  strategies.evolution:ElitistEvolution",
+                "evolution  strategies.evolution:AgingEvolution",
+                "random  strategies.random_search:RandomSearch",
+            ],
+        ),
+        ("targets", ["onnxruntime-cpu  onnxruntime", "pytorch-cpu  pytorch"]),
+    ],
+)
+def test_what_a_recipe_can_name_is_listed(what: str, lines: list[str]) -> None:
+    assert set(lines) <= set(call("list", what).stdout.splitlines())
+
+
+def test_other_lists_are_refused() -> None:
+    with pytest.raises(RecipeError, match="list takes spaces, strategies or targets, got 'space'"):
+        call("list", "space")
+
+
+def test_every_command_is_described() -> None:
+    text = call("--help").stdout
+    for command in (
+        "demo", "run", "resume", "profile", "train", "search", "select", "finetune", "export", "list",
+    ):  # fmt: skip
+        assert f" {command} " in text
+        assert len(call(command, "--help").stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["run"], ["list"], ["select", "--budgets", "x"]])
+def test_a_wrong_command_line_is_refused_with_the_usage(arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+# How a process ends ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `main` as a process would: exit status, what it printed, and what it printed of errors."""
+
+    def run(*arguments: str | Path) -> tuple[Any, str, str]:
+        monkeypatch.setenv(cli.RESTARTED, "1")
+        monkeypatch.setattr(sys, "argv", ["autocompress", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "absent.yaml"], "recipe absent.yaml cannot be read"),
+        (["resume", "absent"], "absent holds no run (no recipe.yaml)"),
+        (["finetune", "--run", "absent"], "absent holds no run"),
+        (["list", "everything"], "list takes spaces, strategies or targets, got 'everything'"),
+    ],
+)
+def test_an_error_is_one_message_and_status_1(ended: Any, arguments: list[str], message: str) -> None:
+    status, out, error = ended(*arguments)
+    assert status == 1
+    assert out == ""
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(
+    ended: Any, monkeypatch: pytest.MonkeyPatch, searched: Path
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(stages, "export", broken)
+    with pytest.raises(ZeroDivisionError):
+        ended("export", "--run", searched)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    ended: Any, monkeypatch: pytest.MonkeyPatch, searched: Path
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "export", interrupted)
+    status, _, error = ended("export", "--run", searched)
+    assert status == 130
+    assert "stopped; continue with `autocompress resume RUN`" in error
+    assert "Traceback" not in error
+    with Run(searched).locked():
+        pass
+
+
+def test_a_command_that_succeeds_ends_with_status_0(ended: Any) -> None:
+    status, out, error = ended("list", "targets")
+    assert (status, error) == (0, "")
+    assert "onnxruntime-cpu" in out
+
+
+def test_modules_of_the_working_directory_can_be_named(ended: Any) -> None:
+    ended("list", "targets")
+    assert sys.path[0] == os.getcwd()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the process starts again on Linux only")
+def test_the_process_starts_again_with_settings_that_make_training_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(cli.RESTARTED, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(sys, "argv", ["autocompress", "list", "targets"])
+    started: list[Any] = []
+
+    def started_again(*arguments: Any) -> None:
+        started.extend(arguments)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", started_again)
+    with pytest.raises(SystemExit):
+        cli.main()
+    program, command, environment = started
+    assert command == [program, "-m", "autocompress.cli", "list", "targets"]
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE"  # what somebody set stays
+    for name, value in cli.PROCESS_ENVIRONMENT.items():
+        assert environment[name] == ("ACTIVE" if name == "OMP_WAIT_POLICY" else value)
+    assert environment[cli.RESTARTED] == "1"
+
+
+def test_the_program_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "autocompress.cli"]
+    good = subprocess.run([*command, "list", "targets"], capture_output=True, text=True, check=True)
+    assert "pytorch-cpu" in good.stdout
+    (tmp_path / "r.yaml").write_text("train: {epoch: 3}")
+    bad = subprocess.run(
+        [*command, "run", "r.yaml"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert bad.returncode == 1
+    assert bad.stderr.startswith(
+        "error: recipe r.yaml is not valid:\n  train.epoch: unknown key; allowed here: "
+    )
+    assert "Traceback" not in bad.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+# Progress --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[int]:
+    """A terminal in place of the standard error stream; gives the end that reads it."""
+    leader, follower = pty.openpty()
+    kept = sys.stderr
+    sys.stderr = io.TextIOWrapper(io.FileIO(follower, "w"), write_through=True)
+    try:
+        yield leader
+    finally:
+        sys.stderr.close()
+        sys.stderr = kept
+
+
+def test_a_terminal_shows_title_count_and_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal() as leader:
+        with cli._stage("train the supernet") as progress:
+            progress(3, 12, "loss 0.123")
+        shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    for part in ("train the supernet", "3/12", "loss 0.123"):
+        assert part in shown
+
+
+def test_without_a_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli._stage("train the supernet") as progress:
+        progress(3, 12, "loss 0.123")
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_the_small_recipe_of_these_tests_is_the_one_that_was_run(finished: tuple[Path, Result]) -> None:
+    expected = small_recipe(export={"formats": ["onnx", "safetensors"]})
+    assert Run(finished[0]).recipe == expected
