@@ -20,14 +20,18 @@ def _kind(name: str) -> str:
 def relative_networks(space: SearchSpace) -> Codes:
     """Return the networks with the same relative setting for every choice, largest first.
 
-    At setting r in 0..1 every choice takes option `round(r * (options - 1))`.
+    At setting r in 0..1 every choice takes option `round(r * (options - 1))`; all of 0..1 is covered.
 
     Returns:
         Distinct canonical codes `(n, choices)`.
     """
-    steps = sorted({code / (count - 1) for count in space.counts if count > 1 for code in range(count)})
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
-    settings = np.array(sorted({0.0, 1.0, *steps, *middles}, reverse=True))
+    # Where some choice takes its next option; between two of these nothing changes.
+    changes = {
+        (2 * code + 1) / (2 * (count - 1)) for count in space.counts.tolist() for code in range(count - 1)
+    }
+    settings = np.array(
+        [(a + b) / 2 for a, b in itertools.pairwise(sorted({0.0, 1.0, *changes}, reverse=True))]
+    )
     codes = np.floor(settings[:, None] * (space.counts - 1) + 0.5).astype(np.int64)
     return _distinct(space.canonical(codes))
 

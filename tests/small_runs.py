@@ -21,7 +21,7 @@ RECIPE: dict[str, Any] = {
         "arguments": {
             "preset": "tiny",
             "depths": [2],
-            "expands": [3, 4],
+            "expands": [2, 6],
             "kernels": [3],
             "resolutions": [24],
             "in_channels": 1,

@@ -30,6 +30,13 @@ def test_a_relative_setting_rounds_to_options_of_every_choice() -> None:
     assert settings_of(space, relative_networks(space)) == [(3, 20), (2, 20), (2, 10), (1, 10)]
 
 
+def test_options_at_the_same_share_change_together() -> None:
+    """Four options change at 1/6, 1/2, 5/6, two options at 1/2 too, three options at 1/4 and 3/4."""
+    space = choices(a=(1, 2, 3, 4), b=(10, 20), c=(5, 6, 7))
+    expected = [(4, 20, 7), (3, 20, 7), (3, 20, 6), (2, 10, 6), (2, 10, 5), (1, 10, 5)]
+    assert settings_of(space, relative_networks(space)) == expected
+
+
 def test_a_choice_of_one_option_stays_at_it() -> None:
     space = choices(a=(7,), b=(1, 2))
     assert settings_of(space, relative_networks(space)) == [(7, 2), (7, 1)]
@@ -65,6 +72,13 @@ def test_compound_scaling_passes_the_networks_of_its_closed_form() -> None:
     passes 30 and 26 at p = 0.46 and 1.49."""
     space = choices(stage1__depth=(2, 3, 4), resolution=(24, 28, 32))
     assert settings_of(space, compound_networks(space)) == [(4, 32), (4, 28), (3, 28), (3, 24), (2, 24)]
+
+
+def test_depth_shrinks_before_resolution_and_that_before_width() -> None:
+    """11 * 1.2^-p passes 9 at p = 1.10, 32 * 1.15^-p passes 27 at 1.22, and 1.1^-p passes 0.88 at 1.34."""
+    space = choices(depth=(7, 11), resolution=(22, 32), width=(0.76, 1.0))
+    expected = [(11, 32, 1.0), (7, 32, 1.0), (7, 22, 1.0), (7, 22, 0.76)]
+    assert settings_of(space, compound_networks(space)) == expected
 
 
 def test_width_and_expansion_shrink_by_a_tenth_a_step() -> None:

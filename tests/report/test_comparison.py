@@ -14,11 +14,13 @@ from small_runs import small_recipe, table_by_hand, with_table
 from torch import nn
 
 from autocompress import stages
+from autocompress.budget import Constraints
 from autocompress.errors import StorageError
 from autocompress.latency.measure import Measurement
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
 from autocompress.run import Run, Shown
+from autocompress.space import Codes
 
 SILENT = Shown()
 
@@ -27,11 +29,17 @@ def measured_by_hand(runs: Mapping[str, Any], **more: Any) -> dict[str, Measurem
     return {name: Measurement(1.0 + i, 0.1, 2.0 + i, 7) for i, name in enumerate(runs)}
 
 
+def some_candidates(limits: Constraints) -> Codes:
+    """Uniform scaling has one network in this space; five make a choice."""
+    return np.unique(limits.sample(5, np.random.default_rng(0)), axis=0)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def no_clock() -> Any:
+def made_up() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "measure_networks", measured_by_hand)
         patch.setattr(comparison, "peak_memory_bytes", lambda path, target: path.stat().st_size)
+        patch.setattr(comparison, "uniform_candidates", some_candidates)
         yield
 
 
@@ -54,7 +62,7 @@ class Noted:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any], Noted]:
     folder = with_table(tmp_path_factory.mktemp("compared") / "run")
-    recipe = small_recipe(search={"budget": {"latency_ms": "95%"}}, random_networks=3)
+    recipe = small_recipe(search={"budget": {"latency_ms": "90%"}}, random_networks=3)
     run = Run(folder, recipe)
     test = Noted(run.data.test, folder)
     part = run.data.test
@@ -90,7 +98,7 @@ def test_every_network_but_the_largest_is_within_the_budget(compared: Compared) 
     found = rows(content)
     largest = found.pop("largest")
     limit = content["limits"]["latency_ms"]
-    assert limit == pytest.approx(0.95 * largest["costs"]["latency_ms"])
+    assert limit == pytest.approx(0.9 * largest["costs"]["latency_ms"])
     assert largest["key"] == run.space.decode(run.space.largest())[0].key
     assert all(row["costs"]["latency_ms"] <= limit for row in found.values())
     assert all(found[f"random {i}"]["costs"]["latency_ms"] >= 0.9 * limit for i in (1, 2, 3))
@@ -130,10 +138,8 @@ def test_the_uniform_network_is_the_best_on_validation_of_those_that_fit(compare
     run, content, _ = compared
     limits = stages.constraints(run, SILENT)
     score = stages.evaluator(run, stages.train(run, SILENT))
-    candidates = comparison.uniform_candidates(limits)
-    assert limits.feasible(candidates).all()
-    values = score(candidates)["accuracy"]
-    assert rows(content)["uniform-scaled"]["validation"] == values.max()
+    values = score(some_candidates(limits))["accuracy"]
+    assert rows(content)["uniform-scaled"]["validation"] == values.max() > values.min()
 
 
 def accuracy_on(part: Any, network: nn.Module) -> float:
