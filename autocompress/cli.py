@@ -233,7 +233,9 @@ def search(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), set
 @app.command()
 def select(
     run: RunOption = Path("runs/run"),
-    budget: Annotated[str, typer.Option(help="Best network within, as latency_ms=2.5,macs=60%.")] = "",
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Best network within, as latency_ms=2.5,macs=60%.")
+    ] = None,
     cheapest: Annotated[str, typer.Option(help="Network of least cost in this metric...")] = "",
     within: Annotated[float, typer.Option(help="...that loses at most this much of the best score.")] = 0.01,
 ) -> None:
@@ -243,15 +245,10 @@ def select(
 
     if budget and cheapest:
         raise RecipeError("select takes --budget or --cheapest, not both")
-    limits: dict[str, float | str] = {}
-    for part in filter(None, budget.split(",")):
-        metric, _, value = part.partition("=")
-        limits[metric.strip()] = value
-    if limits:
-        Budget.of(limits)
+    asked = Budget.parse(",".join(budget)) if budget else None
     opened = _open(run, None)
     with opened.locked():
-        trial = stages.select(opened, _shown(), limits=limits, cheapest=cheapest, within=within)
+        trial = stages.select(opened, _shown(), budget=asked, cheapest=cheapest, within=within)
     score = trial.metrics[opened.task.metric]
     typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {stages.describe_costs(trial.costs)}")
 

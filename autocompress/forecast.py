@@ -17,7 +17,7 @@ from autocompress.latency.profile import distinct_blocks
 from autocompress.latency.runtimes import pinned, prepare
 from autocompress.latency.target import load_target
 from autocompress.recipe import Recipe
-from autocompress.run import load_recipe_data, make_space
+from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
@@ -53,6 +53,7 @@ def forecast(recipe: Recipe) -> list[str]:
         AutocompressError: What the run itself would refuse at its start: data, space, budget.
     """
     torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    strategy_factory(recipe)
     data = load_recipe_data(recipe)
     space = make_space(recipe, lambda: data)
     limits = {metric: value for metric, value in recipe.search.budget.items() if metric != "latency_ms"}

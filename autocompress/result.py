@@ -103,7 +103,7 @@ class SearchResult:
         Raises:
             BudgetError: The cost is unknown, or the tolerance negative.
         """
-        if tolerance < 0:
+        if not tolerance >= 0:
             raise BudgetError(f"tolerance must be 0 or more, got {tolerance}")
         best = self.best({})
         self._check_priced([metric])

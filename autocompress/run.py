@@ -5,6 +5,7 @@ journal), `history.bin`, `result.json`, `networks/KEY/` for each network that wa
 `report.json` and `report.md`.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from autocompress import __version__
 from autocompress.atomic import read_json, write_json, write_text
 from autocompress.errors import RecipeError, StorageError
-from autocompress.plugins import load_space_factory
+from autocompress.plugins import load_space_factory, load_strategy
 from autocompress.progress import Progress, silent
 from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
 from autocompress.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
+    from autocompress.strategy import Strategy
     from autocompress.training.data import DataSet
     from autocompress.training.task import Task
 
@@ -76,6 +78,7 @@ class Run:
             if path.exists():
                 _refuse_other(path, load_recipe(path), recipe)
             else:
+                strategy_factory(recipe)  # a directory is not started with a recipe that cannot run
                 _write_recipe(path, recipe)
         self.recipe = recipe
         write_json(folder / "environment.json", environment())
@@ -139,6 +142,34 @@ class Run:
             yield
 
 
+def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:
+    """Return what makes the strategy of a recipe; also a check that can be made before any work.
+
+    Raises:
+        PluginError: There is no such strategy.
+        RecipeError: It is no strategy, or does not take an option of the recipe.
+    """
+    settings = recipe.search
+    strategy = load_strategy(settings.strategy)
+    try:
+        parameters = list(inspect.signature(strategy).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    if not {"constraints", "seed", "objective"} <= set(parameters):
+        raise RecipeError(
+            f"search.strategy: {settings.strategy!r} is no strategy: it must take constraints, seed and "
+            f"objective, but takes {', '.join(parameters) or 'nothing'}"
+        )
+    allowed = [name for name in parameters if name not in ("constraints", "seed", "objective")]
+    for name in settings.options:
+        if name not in allowed:
+            raise RecipeError(
+                f"search.options.{name}: strategy {settings.strategy!r} takes "
+                f"{', '.join(allowed) or 'no options'}"
+            )
+    return strategy
+
+
 def load_recipe_data(recipe: Recipe) -> "DataSet":
     """Load the data set of a recipe.
 
@@ -169,8 +200,6 @@ def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
         RecipeError: The constructor does not take an argument of the recipe.
         PluginError: There is no such space.
     """
-    import inspect
-
     factory = load_space_factory(recipe.space.name)
     parameters = inspect.signature(factory).parameters
     arguments = dict(recipe.space.arguments)
@@ -180,12 +209,27 @@ def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
             raise RecipeError(f"space.arguments.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
     if "in_channels" in parameters and "in_channels" not in arguments:
         arguments["in_channels"] = data().in_shape[0]
-    if "classes" in parameters and "classes" not in arguments and data().classes:
-        arguments["classes"] = data().classes
+    if "classes" in parameters and "classes" not in arguments:
+        arguments["classes"] = data().classes or _outputs(data())
     try:
         return factory(**arguments)
     except TypeError as error:
         raise RecipeError(f"space.arguments: {recipe.space.name} refuses {arguments}: {error}") from None
+
+
+def _outputs(data: "DataSet") -> int:
+    """Return how many numbers a target has, for data whose targets are no classes.
+
+    Raises:
+        RecipeError: Targets are not vectors: what the network must give is for the recipe to say.
+    """
+    _, target = data.train[0]
+    shape = tuple(getattr(target, "shape", ()))
+    if len(shape) > 1:
+        raise RecipeError(
+            f"space.arguments.classes must say how many outputs the network has: targets have shape {shape}"
+        )
+    return int(shape[0]) if shape else 1
 
 
 def environment() -> dict[str, Any]:

@@ -4,7 +4,6 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 """
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -21,27 +20,28 @@ from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
-from autocompress.engine import StrategyFactory
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError, RecipeError
+from autocompress.errors import CheckpointError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
-from autocompress.plugins import load_strategy
 from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
-from autocompress.run import Run, Shown
+from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import Architecture
 from autocompress.training.checkpoint import load_checkpoint
-from autocompress.training.data import batches
+from autocompress.training.data import Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches
 from autocompress.training.supernet import supernet_identity, train_supernet
 
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
+
+# Beyond these, a latency table says little about which of two networks is faster.
+DOUBTFUL_MAPE_PERCENT, DOUBTFUL_SPEARMAN = 10.0, 0.8
 
 
 def set_threads(run: Run) -> None:
@@ -87,11 +87,14 @@ def describe_table(table: LatencyTable) -> str:
     if report is None:
         return f"latency table: {len(table.rows)} rows, not checked against whole networks"
     figures = report.forms[report.chosen]
+    doubtful = figures.mape_percent > DOUBTFUL_MAPE_PERCENT or (figures.spearman or 0.0) < DOUBTFUL_SPEARMAN
+    warning = "; WARNING: too uncertain to rank networks by, measure more rounds on a quieter machine"
     return (
         f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-"
         f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
         f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
-        f"{figures.spearman:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
+        f"{figures.spearman or 0.0:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
+        f"{warning if doubtful else ''}"
     )
 
 
@@ -157,7 +160,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
     # An impossible budget or a wrong option is refused before hours of training.
     limits = constraints(run, shown)
     settings = run.recipe.search
-    strategy = strategy_factory(run)
+    strategy = strategy_factory(run.recipe)
     proposer = strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
     supernet = train(run, shown)
     path = run.path(RESULT)
@@ -202,26 +205,6 @@ def search(run: Run, shown: Shown) -> SearchResult:
     )
     result.save(path)
     return result
-
-
-def strategy_factory(run: Run) -> StrategyFactory:
-    """Return what makes the strategy of the run.
-
-    Raises:
-        PluginError: There is no such strategy.
-        RecipeError: It does not take an option of the recipe.
-    """
-    settings = run.recipe.search
-    strategy = load_strategy(settings.strategy)
-    parameters = inspect.signature(strategy).parameters
-    allowed = [name for name in parameters if name not in ("constraints", "seed", "objective")]
-    for name in settings.options:
-        if name not in allowed:
-            raise RecipeError(
-                f"search.options.{name}: strategy {settings.strategy!r} takes "
-                f"{', '.join(allowed) or 'no options'}"
-            )
-    return strategy
 
 
 def describe_costs(found: Mapping[str, float]) -> str:
@@ -346,7 +329,8 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
             preprocessing={
                 "resize": list(size),
                 "resize_mode": "bilinear, antialiased",
-                "divide_by": 255,
+                # Data sets of the user with float inputs come normalised and are taken as they are.
+                "divide_by": 255 if isinstance(run.data.train, Images) else 1,
                 "mean": list(run.data.mean),
                 "std": list(run.data.std),
                 "classes": list(run.data.class_names) or run.data.classes,
@@ -360,13 +344,13 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     return folder
 
 
-def select(run: Run, shown: Shown, *, limits: Mapping[str, float | str], cheapest: str, within: float) -> Any:
+def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, within: float) -> Any:
     """Choose a network from a finished search and make later stages use it.
 
     Args:
         run: The run.
         shown: Told progress of missing stages.
-        limits: The best network within these; empty for the search's own.
+        budget: The best network within it; `None` for the search's own.
         cheapest: Instead, the network of least cost in this metric...
         within: ...whose score is at most this much below the best.
 
@@ -376,8 +360,8 @@ def select(run: Run, shown: Shown, *, limits: Mapping[str, float | str], cheapes
     result = search(run, shown)
     if cheapest:
         trial = result.cheapest(cheapest, within)
-    elif limits:
-        resolved = Budget.of(limits).resolve(run.space, costs(run, shown))
+    elif budget is not None:
+        resolved = budget.resolve(run.space, costs(run, shown))
         trial = result.best(resolved.limits)
     else:
         trial = result.best()

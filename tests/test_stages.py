@@ -20,6 +20,7 @@ from small_runs import RECIPE, small_recipe, small_space, table_by_hand, with_ta
 
 from autocompress import stages
 from autocompress.atomic import write_json
+from autocompress.budget import Budget
 from autocompress.cost import operation_cost
 from autocompress.errors import (
     AutocompressError,
@@ -37,6 +38,7 @@ from autocompress.errors import (
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
 from autocompress.progress import Progress
+from autocompress.result import load_result
 from autocompress.run import Run, Shown
 from autocompress.trial import Outcome
 
@@ -197,19 +199,29 @@ def rewrite_recipe(folder: Path, payload: dict[str, Any]) -> None:
 def test_a_selected_network_is_what_later_stages_work_on(run: Run) -> None:
     result = stages.search(run, SILENT)
     limit = sorted(trial.costs["latency_ms"] for trial in result.trials)[2]
-    trial = stages.select(run, SILENT, limits={"latency_ms": limit}, cheapest="", within=0.0)
+    trial = stages.select(run, SILENT, budget=Budget.of({"latency_ms": limit}), cheapest="", within=0.0)
     fitting = [t for t in result.trials if t.costs["latency_ms"] <= limit * (1 + 1e-9)]
     assert len(fitting) == 3
     assert trial.metrics["accuracy"] == max(t.metrics["accuracy"] for t in fitting)
     assert stages.selected(Run(run.folder), SILENT) == trial.architecture
 
 
+def test_a_selection_goes_before_the_best_network_of_the_search(run: Run) -> None:
+    result = stages.search(run, SILENT)
+    best = result.best().architecture
+    other = next(trial.architecture for trial in result.trials if trial.architecture != best)
+    assert stages.selected(run, SILENT) == best
+    write_json(run.path("selected.json"), json.loads(other.to_json()))
+    assert stages.selected(run, SILENT) == other
+    assert stages.selected(run, SILENT, best) == best
+
+
 def test_the_cheapest_within_a_tolerance_can_be_selected(run: Run) -> None:
     result = stages.search(run, SILENT)
-    trial = stages.select(run, SILENT, limits={}, cheapest="macs", within=1.0)
+    trial = stages.select(run, SILENT, budget=None, cheapest="macs", within=1.0)
     assert trial.costs["macs"] == min(t.costs["macs"] for t in result.trials)
     assert stages.selected(run, SILENT) == trial.architecture
-    again = stages.select(run, SILENT, limits={}, cheapest="", within=0.0)
+    again = stages.select(run, SILENT, budget=None, cheapest="", within=0.0)
     assert stages.selected(run, SILENT) == again.architecture == result.best().architecture
 
 
@@ -237,7 +249,7 @@ def test_a_selection_that_is_not_there_is_refused(
 ) -> None:
     before = ages(run.folder)
     with pytest.raises(error, match=message):
-        stages.select(run, SILENT, limits=limits, cheapest="", within=0.0)
+        stages.select(run, SILENT, budget=Budget.of(limits), cheapest="", within=0.0)
     assert ages(run.folder) == before
 
 
@@ -245,10 +257,10 @@ def test_a_selection_that_is_not_there_is_refused(
 
 
 def refused(folder: Path, error: type[AutocompressError], message: str, **changes: Any) -> str:
-    run = Run(with_table(folder), small_recipe(**changes))
+    with_table(folder)
     with pytest.raises(error, match=message) as caught:
-        stages.search(run, no_stage())
-    assert not run.path("supernet.pt").exists()
+        stages.search(Run(folder, small_recipe(**changes)), no_stage())
+    assert not (folder / "supernet.pt").exists()
     return str(caught.value)
 
 
@@ -585,4 +597,4 @@ def test_a_failed_evaluation_is_no_end_of_a_search(exported: Path, tmp_path: Pat
     outcomes = [trial.outcome for trial in result.trials]
     assert outcomes == [0, 0, Outcome.FAILED, 0, 0, 0]
     assert "is nan" in result.trials[2].error
-    write_json(tmp_path / "check.json", result.to_json())
+    assert load_result(run.path("result.json"), run.space).trials == result.trials

@@ -166,6 +166,9 @@ def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[s
         ]
     }
     weights: Mapping[str, torch.Tensor] = network.state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "network.safetensors")
+    path = folder / "network.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    # safetensors makes files that only their owner can read.
+    path.chmod(0o644)
     (folder / "network.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(loader.__file__, folder / "loader.py")

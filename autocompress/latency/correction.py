@@ -244,8 +244,10 @@ def assess(
     forms: list[Form] = [form for form in get_args(Form) if count >= PARAMETERS[form] + 2]
     predicted = {form: leave_one_out(form, checks) for form in forms}
     compared = {form: figures(predicted[form], checks.measured_ms) for form in forms}
+    # A scale of 0 would price all networks alike; noise can make that the form of least error.
+    telling = [form for form in forms if fit(form, checks).scale > 0]
     # Of equals the first, which has the fewest parameters.
-    chosen = min(forms, key=lambda form: compared[form].mape_percent)
+    chosen = min(telling, key=lambda form: compared[form].mape_percent)
     networks = tuple(
         CheckedNetwork(int(blocks), float(total), float(measured), float(prediction))
         for blocks, total, measured, prediction in zip(
