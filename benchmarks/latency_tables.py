@@ -60,9 +60,8 @@ def _shapes(first: OpSpec, last: OpSpec) -> str:
 
 def _keys(ops: Ops) -> Iterator[str]:
     first, *rest = ops
-    if isinstance(first, Conv2d) and first.kernel == 3:
+    if not rest:
         yield f"Conv-{_shapes(first, first)}"
-        yield _block_key((Conv2d(first.out_channels, first.out_channels, *first.out_shape[1:]), *rest), True)
     elif isinstance(rest[0], GlobalAvgPool):
         pool, mix, classifier = rest
         if isinstance(first, Conv2d) and isinstance(mix, Conv2d) and isinstance(classifier, Linear):
@@ -76,7 +75,8 @@ def _keys(ops: Ops) -> Iterator[str]:
 
 def _block_key(ops: Ops, skip: bool) -> str:
     convolutions = [op for op in ops if isinstance(op, Conv2d)]
-    expand, depthwise, project = convolutions
+    # The first block has no expansion.
+    expand, depthwise, project = convolutions if len(convolutions) == 3 else convolutions[:1] + convolutions
     attention = any(isinstance(op, SqueezeExcite) for op in ops)
     return (
         f"expanded_conv-{_shapes(expand, project)}-expand:{depthwise.in_channels}-kernel:{depthwise.kernel}"
