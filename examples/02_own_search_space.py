@@ -110,7 +110,7 @@ table = profile(
     max_rounds=4 if smoke else 60,
 )
 costs = [operation_cost(space, "macs"), table.cost(space)]
-constraints = Budget.parse("latency_ms=80%").resolve(space, costs)
+constraints = Budget.parse("macs=80%").resolve(space, costs)
 evaluator = SupernetEvaluator(supernet.eval(), data, task, calibration_batches(data, 512))
 result = search(RandomSearch(constraints, seed=0), constraints, evaluator, evaluations=space.size)
 print(f"{space.size} networks, {len(result.trials)} within the budget; Pareto front:")

@@ -39,7 +39,7 @@ costs = {
     for name, target in TARGETS.items()
 }
 for name in TARGETS:
-    budget = Budget.parse("latency_ms=60%").resolve(
+    budget = Budget.parse("macs=60%" if smoke else "latency_ms=60%").resolve(
         run.space, [costs[name], operation_cost(run.space, "macs")]
     )
     strategy = AgingEvolution(budget, seed=0, population=4 if smoke else 20)
