@@ -8,9 +8,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -367,8 +366,3 @@ def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, with
         trial = result.best()
     write_json(run.path("selected.json"), json.loads(trial.architecture.to_json()))
     return trial
-
-
-def codes_of(run: Run, arch: Architecture) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the row of an architecture."""
-    return cast("np.ndarray[Any, np.dtype[np.int64]]", run.space.encode([arch]))

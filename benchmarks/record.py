@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autocompress.atomic import write_json
+from autocompress.latency.target import describe_device
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -96,15 +97,6 @@ def rate(name: str, count: int, seconds: Seconds, unit: str, *, at_least: float 
     return Figure(name, value, unit, count / seconds.greatest, count / seconds.least, target, reached)
 
 
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
@@ -117,7 +109,7 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "machine": {
-            "processor": _processor(),
+            "processor": describe_device()["cpu"],
             "cores": os.cpu_count(),
             "system": platform.platform(),
             "load_average": list(os.getloadavg()),

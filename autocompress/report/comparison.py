@@ -25,7 +25,6 @@ from autocompress.latency.runtimes import pinned, prepare, prepare_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
-    codes_of,
     constraints,
     evaluator,
     export,
@@ -163,7 +162,7 @@ def _measure(
     """Measure different architectures, by key, and the exported file, interleaved on the target."""
     where = target(run)
     with pinned(where):
-        runs = {arch.key: prepare(run.space.operations(codes_of(run, arch)), where) for arch in archs}
+        runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
         if where.runtime == "onnxruntime" and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
         measured = measure_networks(runs, target=where)
@@ -173,7 +172,7 @@ def _measure(
 def _peak_memory(run: Run, arch: Architecture) -> int | None:
     if target(run).runtime != "onnxruntime":
         return None
-    blocks = run.space.operations(codes_of(run, arch))
+    blocks = run.space.operations(run.space.encode([arch]))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         file.write_bytes(onnx_model(blocks, batch=target(run).batch))
@@ -194,7 +193,7 @@ def _row(run: Run, limits: Constraints, compared: Compared, measured: Measuremen
         test_interval=test.interval,
         test_images=test.count,
         validation=validation.mean,
-        costs={metric: float(values[0]) for metric, values in limits.price(codes_of(run, arch)).items()},
+        costs={metric: float(values[0]) for metric, values in limits.price(run.space.encode([arch])).items()},
         latency_ms=measured.median_ms,
         latency_p95_ms=measured.p95_ms,
         peak_memory_bytes=peak,
