@@ -48,6 +48,7 @@ def guided_search(
     objective: str,
     seed: int,
     options: Mapping[str, Any] | None = None,
+    first: Codes | None = None,
     storage: Path | str | None = None,
     history: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -67,6 +68,8 @@ def guided_search(
         objective: The evaluator's metric.
         seed: Of sample, predictor and strategy.
         options: Of the strategy.
+        first: Feasible rows that are paid for before random ones, such as networks one would pick without
+            searching: the result is then never worse than these.
         storage: For paid evaluations, see `search`.
         history: For scored candidates, see `search`.
         identity: What the stored outcomes depend on, see `search`.
@@ -74,8 +77,8 @@ def guided_search(
         progress: Told paid evaluations.
 
     Returns:
-        All paid trials, first the random ones; `notes` has the predictor's Kendall tau. Where there is
-        nothing to fit (under ten scores, or all equal) the finalists are random too; `notes` says so.
+        All paid trials, first the given and the random ones; `notes` has the predictor's Kendall tau. Where
+        there is nothing to fit (under ten scores, or all equal) the finalists are random too, as `notes` say.
 
     Raises:
         AutocompressError: `finalists` is not in 1..evaluations - 1, or no sampled network could be evaluated.
@@ -91,7 +94,7 @@ def guided_search(
         progress(done, evaluations, note)
 
     rng = np.random.default_rng((seed, 2))
-    sample = _distinct_sample(constraints, evaluations - finalists, rng)
+    sample = _distinct_sample(constraints, evaluations - finalists, rng, first=first)
     sampled = search(
         _Listed(sample), constraints, evaluator, evaluations=len(sample), objective=objective,
         storage=storage, identity=identity, progress=paid,
@@ -153,22 +156,28 @@ def _best_candidates(predicted: SearchResult, *, besides: Codes) -> Codes:
 
 
 def _distinct_sample(
-    constraints: Constraints, n: int, rng: np.random.Generator, *, besides: Codes | None = None
+    constraints: Constraints,
+    n: int,
+    rng: np.random.Generator,
+    *,
+    first: Codes | None = None,
+    besides: Codes | None = None,
 ) -> Codes:
-    """Draw up to `n` distinct feasible rows, uniform over genes; fewer if draws find no more.
+    """Return up to `n` distinct feasible rows: the given ones, then random ones, uniform over genes.
 
     Args:
         constraints: What fits.
-        n: How many.
+        n: How many; fewer are returned if draws find no more.
         rng: Source of randomness.
+        first: The rows to start with.
         besides: Rows that are not to be drawn.
     """
     known = set() if besides is None else {row.tobytes() for row in besides}
-    found: dict[bytes, Any] = {}
+    found = {} if first is None else {row.tobytes(): row for row in first[:n]}
     for _ in range(20):
+        if len(found) >= n:
+            break
         for row in constraints.sample(n, rng):
             if row.tobytes() not in known:
                 found.setdefault(row.tobytes(), row)
-        if len(found) >= n:
-            break
     return np.array(list(found.values())[:n], dtype=np.int64).reshape(-1, len(constraints.space.choices))

@@ -89,7 +89,8 @@ class SearchResult:
             asked = ", ".join(str(Limit(m, value)) for m, value in limits.items())
             seen = ", ".join(f"{m} {value:g}" for m, value in least.items())
             raise BudgetError(
-                f"no evaluated network fits {asked}; the smallest seen are {seen}; search again"
+                f"no evaluated network fits {asked}; the smallest seen are {seen}; to find others, "
+                "search under this budget in a new run directory (profile.table takes a measured table over)"
             )
         return max(fitting, key=lambda trial: (trial.metrics[self.objective], -trial.number))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.atomic import read_json, replacing, write_json
+from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
 from autocompress.elastic.extract import extract
@@ -31,6 +32,7 @@ from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import Architecture
+from autocompress.strategy import WarmStart
 from autocompress.training.checkpoint import load_checkpoint
 from autocompress.training.data import Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches
@@ -166,11 +168,13 @@ def search(run: Run, shown: Shown) -> SearchResult:
     if path.exists():
         return load_result(path, run.space)
     score = evaluator(run, supernet)
+    # The baseline that a search has to beat is among what it evaluates, so it never returns less.
+    first = uniform_candidates(limits)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
     with shown.stage(f"search by {settings.strategy}") as progress:
         if settings.predictor == "none":
             result = run_search(
-                proposer,
+                WarmStart(proposer, first),
                 limits,
                 score,
                 evaluations=settings.evaluations,
@@ -191,6 +195,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
                 objective=run.task.metric,
                 seed=settings.seed,
                 options=settings.options,
+                first=first,
                 storage=run.path("trials.log"),
                 history=run.path("history.bin"),
                 identity=identity,

@@ -1,4 +1,4 @@
-"""What a black-box search strategy is.
+"""What a black-box search strategy is, and one that starts from given architectures.
 
 A strategy is made as `strategy(constraints, seed=..., objective=..., **options)`. It is deterministic in
 its arguments and the order of calls, can be pickled between calls, and touches no file, device or clock.
@@ -23,4 +23,30 @@ class Strategy(Protocol):
         """
 
     def tell(self, batch: Batch) -> None:
-        """Learn the outcome of architectures that were asked; each asked row is told exactly once."""
+        """Learn the outcome of architectures; each asked row is told exactly once.
+
+        Before its first ask a strategy may be told rows that it did not ask for (`WarmStart`).
+        """
+
+
+class WarmStart:
+    """A strategy that asks given rows first, then goes on as another one, which is told them too.
+
+    A search that starts from what one would pick without searching never returns less than that.
+    """
+
+    def __init__(self, strategy: Strategy, first: Codes) -> None:
+        """Start with the rows `(n, choices)`, canonical and distinct."""
+        self._strategy, self._first, self._untold = strategy, first, len(first)
+
+    def ask(self, n: int) -> Codes:
+        """Propose the given rows; after all of them were told, what the other strategy proposes."""
+        if self._untold:
+            rows, self._first = self._first[:n], self._first[n:]
+            return rows
+        return self._strategy.ask(n)
+
+    def tell(self, batch: Batch) -> None:
+        """Let the other strategy learn."""
+        self._untold = max(0, self._untold - len(batch))
+        self._strategy.tell(batch)

@@ -122,6 +122,27 @@ def test_the_sample_is_uniform_over_genes_and_not_chosen_by_score() -> None:
     assert 95 <= kernels.min() <= kernels.max() <= 172
 
 
+def test_given_networks_are_paid_for_first_and_are_part_of_the_sample() -> None:
+    constraints = toy_constraints()
+    first = np.unique(constraints.sample(100, np.random.default_rng(0)), axis=0)[:5]
+    evaluator = Paid(constraints.space)
+    result = guided(constraints, evaluator, first=first)
+    assert evaluator.rows[:5] == [row.tobytes() for row in first]
+    assert len(set(evaluator.rows)) == len(evaluator.rows) == 30
+    assert result.notes is not None
+    assert result.notes["predictor"]["rows"] == 22
+    assert result.best().metrics["accuracy"] >= toy_score(constraints.space, first).max()
+
+
+def test_more_given_networks_than_the_sample_holds_leave_room_for_the_finalists() -> None:
+    constraints = toy_constraints()
+    first = np.unique(constraints.sample(500, np.random.default_rng(0)), axis=0)[:40]
+    evaluator = Paid(constraints.space)
+    guided(constraints, evaluator, first=first)
+    assert evaluator.rows[:22] == [row.tobytes() for row in first[:22]]
+    assert len(set(evaluator.rows)) == len(evaluator.rows) == 30
+
+
 def test_a_good_predictor_finds_better_networks_than_its_sample() -> None:
     constraints = toy_constraints()
     result = guided(constraints, Paid(constraints.space))

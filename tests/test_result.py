@@ -122,7 +122,7 @@ def test_the_best_is_within_the_budget_of_the_search_unless_another_is_given() -
 def test_a_limit_that_nothing_fits_names_the_least_that_was_seen() -> None:
     with pytest.raises(
         BudgetError,
-        match=r"fits latency_ms <= 0.5, macs <= 7; the smallest seen are latency_ms 1, macs 5; search again",
+        match=r"fits latency_ms <= 0.5, macs <= 7; the smallest seen are latency_ms 1, macs 5; to find",
     ):
         result(FOUR).best({"latency_ms": 0.5, "macs": 7})
 

@@ -21,7 +21,8 @@ from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.memory import peak_memory_bytes
-from autocompress.latency.runtimes import pinned, prepare, prepare_onnx
+from autocompress.latency.profile import check_networks
+from autocompress.latency.runtimes import Blocks, pinned, prepare, prepare_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -30,6 +31,7 @@ from autocompress.stages import (
     export,
     extract_recalibrated,
     finetune,
+    profile,
     resolution,
     selected,
     target,
@@ -40,6 +42,8 @@ from autocompress.training.evaluate import evaluate
 REPORT = "report.json"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
+# Of the networks of the table's error report, so many are measured again beside the compared ones.
+CHECKED_AGAIN = 8
 UNIFORM_RULE = (
     "uniform-scaled: the better, on validation, of the same relative setting for every choice and of "
     "compound scaling of depth, width and resolution, each as large as fits"
@@ -116,7 +120,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         progress(0, len(networks), "latency")
         exported = folder / "network.onnx"
         distinct = list({a.key: a for _, a, _ in networks}.values())
-        measured, exported_latency = _measure(run, distinct, exported)
+        measured, exported_latency, drift = _measure(run, distinct, exported, _checked(run, shown))
         peaks = {a.key: _peak_memory(run, a) for a in distinct}
         rows = []
         for done, compared in enumerate(networks):
@@ -132,6 +136,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "metric": run.task.metric,
         "target": target(run).describe(),
         "rows": [asdict(row) for row in rows],
+        "drift": drift,
         "exported": None if exported_latency is None else asdict(exported_latency),
         "exported_folder": str(folder),
         "uniform": UNIFORM_RULE if uniform else "uniform-scaled: no such network fits the budget",
@@ -156,17 +161,35 @@ def _uses_enough(limits: Constraints, codes: Codes) -> bool:
     return bool((limits.violation(codes) >= RANDOM_AT_LEAST - 1).all())
 
 
+def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
+    """Return some networks of the table's error report, small to large, and what they took then, in ms."""
+    then, settings = profile(run, shown).error_report, run.recipe.profile
+    if then is None:
+        return {}
+    codes = check_networks(run.space, settings.networks, seed=settings.seed)
+    chosen = np.unique(np.linspace(0, len(codes) - 1, CHECKED_AGAIN).round().astype(np.int64))
+    return {f"check {i}": (run.space.operations(codes[i]), then.networks[i].measured_ms) for i in chosen}
+
+
 def _measure(
-    run: Run, archs: Sequence[Architecture], exported: Path
-) -> tuple[dict[str, Measurement], Measurement | None]:
-    """Measure different architectures, by key, and the exported file, interleaved on the target."""
+    run: Run, archs: Sequence[Architecture], exported: Path, checked: Mapping[str, tuple[Blocks, float]]
+) -> tuple[dict[str, Measurement], Measurement | None, float | None]:
+    """Measure different architectures, the exported file and the checks, interleaved on the target.
+
+    Returns:
+        Measurements by key; that of the exported file; and how much longer the checks take now than when the
+        table was measured, as a factor (the median over them): the speed of a shared machine changes.
+    """
     where = target(run)
     with pinned(where):
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
         if where.runtime == "onnxruntime" and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
+        runs.update({name: prepare(blocks, where) for name, (blocks, _) in checked.items()})
         measured = measure_networks(runs, target=where)
-    return measured, measured.pop("exported", None)
+    factors = [measured.pop(name).median_ms / then_ms for name, (_, then_ms) in checked.items()]
+    drift = float(np.median(factors)) if factors else None
+    return measured, measured.pop("exported", None), drift
 
 
 def _peak_memory(run: Run, arch: Architecture) -> int | None:

@@ -69,6 +69,14 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
         f"one's measured latency; its prediction is {error:+.1%} off its measurement."
     )
+    drift = content["drift"]
+    if drift is not None:
+        then = searched["costs"]["latency_ms"] / (searched["latency_ms"] / drift) - 1
+        lines.append(
+            f"Networks of the table's error report, measured again here, take {drift:.2f} times what they "
+            f"took when the table was measured; at the machine's speed of then the prediction is {then:+.1%} "
+            "off."
+        )
     if content["exported"] is not None:
         exported = content["exported"]
         lines.append(

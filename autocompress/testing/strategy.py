@@ -126,6 +126,15 @@ class StrategyContract(ABC):
             strategy.tell(toy_batch(constraints, codes, outcome))
         assert len(np.vstack(drive(strategy, constraints)))
 
+    def test_rows_it_did_not_ask_for_can_be_told_before_its_first_ask(self) -> None:
+        """Law: a search can start from given networks, see `WarmStart`."""
+        constraints = toy_constraints()
+        strategy = self.make(constraints, 9)
+        for start in range(0, 20, 5):
+            rows = np.unique(constraints.sample(50, np.random.default_rng(start)), axis=0)[:5]
+            strategy.tell(toy_batch(constraints, rows))
+        assert len(np.vstack(drive(strategy, constraints))) > ASKED
+
     def test_pickled_in_mid_search_it_goes_on_identically(self) -> None:
         """Law: a search can be stored between any two calls, also between ask and tell."""
         constraints = toy_constraints()

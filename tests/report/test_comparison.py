@@ -16,7 +16,9 @@ from torch import nn
 from autocompress import stages
 from autocompress.budget import Constraints
 from autocompress.errors import StorageError
+from autocompress.latency.correction import Checks, assess
 from autocompress.latency.measure import Measurement
+from autocompress.latency.profile import check_networks
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
 from autocompress.run import Run, Shown
@@ -192,6 +194,37 @@ def test_equal_networks_are_measured_once_and_share_what_was_measured(compared: 
     assert content["exported_folder"] == str(
         run.folder / "networks" / rows(content)["searched"]["key"] / "exported"
     )
+
+
+def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every network of the error report took twice as many ms as it has blocks, and now 1.5 times that."""
+    run, _, _ = compared
+    table = stages.profile(run, SILENT)
+    codes = check_networks(run.space, run.recipe.profile.networks, seed=run.recipe.profile.seed)
+    nets = [run.space.operations(row) for row in codes]
+    then_ms = np.array([2.0 * len(net) for net in nets])
+    checks = Checks(then_ms, np.array([float(len(net)) for net in nets]), then_ms, 0.05)
+    _, report = assess(checks, [[ms] * 8 for ms in then_ms])
+    monkeypatch.setattr(comparison, "profile", lambda run, shown: replace(table, error_report=report))
+    checked = comparison._checked(run, SILENT)
+    assert len(checked) == 8
+    assert all(blocks in nets for blocks, _ in checked.values())
+
+    def now(runs: Mapping[str, Any], **more: Any) -> dict[str, Measurement]:
+        return {n: Measurement(1.5 * checked[n][1] if n in checked else 7.0, 0, 9, 9) for n in runs}
+
+    monkeypatch.setattr(comparison, "measure_networks", now)
+    arch = stages.search(run, SILENT).best().architecture
+    measured, exported, drift = comparison._measure(run, [arch], run.folder / "absent.onnx", checked)
+    assert (list(measured), exported, drift) == ([arch.key], None, pytest.approx(1.5))
+
+
+def test_without_an_error_report_there_is_nothing_to_compare_the_machine_with(compared: Compared) -> None:
+    run, content, _ = compared
+    assert comparison._checked(run, SILENT) == {}
+    assert content["drift"] is None
 
 
 def test_the_comparison_is_kept_and_not_made_again(

@@ -32,6 +32,7 @@ CONTENT: dict[str, Any] = {
         row("searched", 0.8, 1.0, peak_memory_bytes=None),
         row("searched, finetuned", 0.85, 1.0),
     ],
+    "drift": 0.88,
     "exported": {"median_ms": 1.25, "p95_ms": 1.5},
     "exported_folder": "runs/demo/networks/k/exported",
     "uniform": "uniform-scaled: so",
@@ -76,8 +77,15 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     assert "Uniform-scaled: so." in text
     assert "Random: thus." in text
     assert "takes 50% of the largest one's measured latency; its prediction is +10.0% off" in text
+    # 1.1 ms were predicted; what takes 1 ms now took 1 / 0.88 then.
+    assert "take 0.88 times what they took when the table was measured" in text
+    assert "at the machine's speed of then the prediction is -3.2% off" in text
     assert "median 1.250 ms, p95 1.500 ms (predicted 1.100 ms)" in text
     assert text.endswith("Exported files: runs/demo/networks/k/exported")
+
+
+def test_without_checks_nothing_is_said_of_the_machine() -> None:
+    assert "speed" not in "\n".join(notes({**CONTENT, "drift": None}))
 
 
 def test_without_an_exported_onnx_file_nothing_is_said_of_it() -> None:
