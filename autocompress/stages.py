@@ -35,7 +35,7 @@ from autocompress.space import Architecture
 from autocompress.strategy import WarmStart
 from autocompress.training.checkpoint import load_checkpoint
 from autocompress.training.data import Images, batches
-from autocompress.training.evaluate import Scored, calibration_batches
+from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.supernet import supernet_identity, train_supernet
 
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
@@ -273,6 +273,8 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             raise CheckpointError(f"what was finetuned in {folder} is damaged: {error}; remove it") from None
         return network.eval(), scored
     network = extract_recalibrated(run, supernet, arch)
+    size = resolution(run, arch)
+    before = evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score)
     largest = run.space.decode(run.space.largest())[0]
     teacher = extract_recalibrated(run, supernet, largest)
     with shown.stage("finetune with distillation") as progress:
@@ -281,7 +283,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             run.data,
             run.task,
             _like_the_supernet(run),
-            resolution=resolution(run, arch),
+            resolution=size,
             teacher=teacher,
             teacher_resolution=resolution(run, largest),
             identity={"space": run.space.fingerprint, "architecture": arch.key,
@@ -293,7 +295,9 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     with replacing(weights) as temporary:
         save_file(state, temporary)
     write_json(report, vars(scored))
-    shown.say(f"finetuned: validation {run.task.metric} {scored.mean:.4f}")
+    shown.say(
+        f"finetuned {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before {before.mean:.4f}"
+    )
     return network, scored
 
 

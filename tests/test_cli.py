@@ -81,7 +81,7 @@ def test_a_run_ends_with_the_comparison_and_says_where_the_files_are(finished: t
     (exported,) = (line for line in lines if line.startswith("Exported files: "))
     files = {path.name for path in Path(exported.removeprefix("Exported files: ")).iterdir()}
     assert {"network.onnx", "network.safetensors", "loader.py", "manifest.json"} <= files
-    for said in ("latency table: ", "supernet: validation", "search: best", "finetuned: ", "exported to "):
+    for said in ("latency table: ", "supernet: validation", "search: best", "finetuned ", "exported to "):
         assert any(line.startswith(said) for line in lines), said
     assert any("The exported network.onnx, measured in the same run: median" in line for line in lines)
     assert table[0].startswith("| network | test accuracy (95 % interval) | MACs (M) | parameters (k) | size")

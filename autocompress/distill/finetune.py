@@ -50,7 +50,9 @@ def finetune(
         identity: What a checkpoint must belong to, besides data and settings.
         checkpoint: Path of the checkpoint; none is written without.
         keep_best: Whether the weights of the best epoch on the validation part are kept, the latest of equal
-            ones (the weights before the first epoch compete too); otherwise those of the last.
+            ones; otherwise those of the last. The weights before the first epoch are kept where every epoch
+            is worse by more than a standard error: a searched network was chosen for its score on this part,
+            which therefore flatters it, so that what is really better would seldom beat it.
         progress: Told steps and losses.
 
     Returns:
@@ -91,9 +93,10 @@ def finetune(
         network.train()
         return scored
 
-    def remember(scored: Scored) -> None:
-        if not best or scored.mean >= best["mean"] or not keep_best:
+    def remember(scored: Scored, *, flattery: float = 0.0) -> None:
+        if not best or scored.mean >= best["mean"] - best["flattery"] or not keep_best:
             best.update(
+                flattery=flattery,
                 mean=scored.mean,
                 standard_error=scored.standard_error,
                 count=scored.count,
@@ -126,7 +129,8 @@ def finetune(
             if module is not None:
                 module.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
         if not best and keep_best:
-            remember(score())
+            start = score()
+            remember(start, flattery=start.standard_error)
 
     run_epochs(
         network,

@@ -201,6 +201,31 @@ def test_the_weights_of_the_best_epoch_are_kept_the_latest_of_equals_the_start_i
     assert_equal(weights(small_network()), states[0])
 
 
+@pytest.mark.parametrize(
+    ("means", "kept"),
+    [
+        ([0.9, 0.86, 0.7, 0.8], 1),  # within a standard error of the start, the best of the epochs
+        ([0.9, 0.84, 0.7, 0.8], 0),
+        ([0.9, 0.86, 0.88, 0.85], 2),
+        ([0.9, 0.86, 0.84, 0.83], 1),  # only the start is flattered
+    ],
+)
+def test_the_start_is_kept_only_where_every_epoch_is_worse_by_a_standard_error(
+    monkeypatch: pytest.MonkeyPatch, means: list[float], kept: int
+) -> None:
+    network = small_network()
+    states: list[dict[str, Tensor]] = []
+
+    def score(forward: Any, dataset: Any, score: Any) -> Scored:
+        states.append(weights(network))
+        return Scored(means[len(states) - 1], 0.05, 16)
+
+    monkeypatch.setattr("autocompress.distill.finetune.evaluate", score)
+    found = finetune(network, DATA, TASK, settings(epochs=3), resolution=SIDE)
+    assert found.mean == means[kept]
+    assert_equal(weights(network), states[kept])
+
+
 def test_otherwise_the_weights_of_the_last_epoch_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_network()
     states: list[dict[str, Tensor]] = []
