@@ -18,7 +18,7 @@ from autocompress.cost import METRIC_UNITS, AdditiveCost, Values
 from autocompress.errors import BudgetError, InfeasibleBudgetError
 from autocompress.space import Codes, SearchSpace
 
-_THOUSANDS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+_THOUSANDS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
 _BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS: dict[str, dict[str, float]] = {
     "latency_ms": {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3},
@@ -91,6 +91,23 @@ def parse_limit(metric: str, value: float | str) -> Limit:
     return Limit(metric, number, percent=unit == "%")
 
 
+def limits_of(text: str) -> dict[str, float | str]:
+    """Split `"latency_ms=60%,flops=300M"` into metric and limit.
+
+    Raises:
+        BudgetError: It reads otherwise, or limits a metric twice.
+    """
+    pairs: dict[str, float | str] = {}
+    for part in text.split(","):
+        metric, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise BudgetError(f"a budget reads metric=limit[,metric=limit], got {part!r} in {text!r}")
+        if metric in pairs:
+            raise BudgetError(f"a budget limits each metric once, got {metric!r} twice in {text!r}")
+        pairs[metric] = value
+    return pairs
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits on several metrics at once, at most one each; all must hold."""
@@ -113,17 +130,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Read `"latency_ms=60%,flops=300M"`."""
-        pairs: dict[str, float | str] = {}
-        for part in text.split(","):
-            metric, equals, value = part.partition("=")
-            if not equals:
-                raise BudgetError(f"a budget reads metric=limit[,metric=limit], got {part!r} in {text!r}")
-            if metric.strip() in pairs:
-                raise BudgetError(
-                    f"a budget limits each metric once, got {metric.strip()!r} twice in {text!r}"
-                )
-            pairs[metric.strip()] = value
-        return cls.of(pairs)
+        return cls.of(limits_of(text))
 
     def __str__(self) -> str:
         return ", ".join(str(limit) for limit in self.limits)

@@ -127,13 +127,16 @@ def _changed(payload: Any, changes: list[str] | None) -> Any:
     return payload
 
 
-def _recipe(path: Path | None, changes: list[str] | None) -> "Recipe | None":
+def _recipe(path: Path | None, changes: list[str] | None, run: Path | None = None) -> "Recipe | None":
+    """Read a recipe with its changes; without a path, changes are of the recipe of the run."""
     from autocompress.recipe import load_recipe, parse_recipe
 
     if path is None:
-        if changes:
-            raise RecipeError("--set changes a recipe: name the recipe too, or start another run")
-        return None
+        if not changes:
+            return None
+        if run is None or not (run / "recipe.yaml").exists():
+            raise RecipeError(f"--set changes a recipe: name one, or a run that exists (not {run})")
+        path = run / "recipe.yaml"
     if not changes:
         return load_recipe(path)
     original = load_recipe(path)
@@ -152,6 +155,7 @@ def _open(folder: Path, recipe: "Recipe | None") -> "Run":
 def demo(
     run: RunOption = Path("runs/demo"),
     set_: SetOption = None,
+    dry_run: DryOption = False,
 ) -> None:
     """Run everything on the bundled digits: measure, train, search, finetune, export, compare."""
     import copy
@@ -159,6 +163,9 @@ def demo(
     from autocompress.recipe import parse_recipe
 
     recipe = parse_recipe(_changed(copy.deepcopy(DEMO), set_), "the demo's recipe")
+    if dry_run:
+        _forecast(recipe)
+        return
     _whole(_open(run, recipe))
 
 
@@ -188,7 +195,7 @@ def profile(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), se
     """Measure the blocks of the space on the target: the latency table and its error report."""
     from autocompress import stages
 
-    opened = _open(run, _recipe(recipe, set_))
+    opened = _open(run, _recipe(recipe, set_, run))
     with opened.locked():
         typer.echo(stages.describe_table(stages.profile(opened, _shown())))
     typer.echo(f"written to {opened.path(stages.TABLE)}")
@@ -205,7 +212,7 @@ def train(
     from autocompress import stages
     from autocompress.recipe import load_recipe
 
-    parsed = _recipe(recipe, set_)
+    parsed = _recipe(recipe, set_, run)
     if dry_run:
         _forecast(parsed or load_recipe(run / "recipe.yaml"))
         return
@@ -216,11 +223,29 @@ def train(
 
 
 @app.command()
-def search(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), set_: SetOption = None) -> None:
+def search(
+    recipe: RecipeArgument = None,
+    run: RunOption = Path("runs/run"),
+    set_: SetOption = None,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Search anew, with other search.* settings; the last one is put aside."),
+    ] = False,
+) -> None:
     """Search the supernet under the budget; runs the stages before it if they are missing."""
     from autocompress import stages
+    from autocompress.run import refuse_other
 
-    opened = _open(run, _recipe(recipe, set_))
+    parsed = _recipe(recipe, set_, run)
+    if again:
+        before = _open(run, None)
+        if parsed is not None:
+            refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
+        with before.locked():
+            aside = before.put_search_aside()
+        if aside is not None:
+            typer.echo(f"the last search was put aside in {aside}")
+    opened = _open(run, parsed)
     with opened.locked():
         result = stages.search(opened, _shown())
         front = result.pareto()
@@ -237,7 +262,9 @@ def select(
         list[str] | None, typer.Option(help="Best network within, as latency_ms=2.5,macs=60%.")
     ] = None,
     cheapest: Annotated[str, typer.Option(help="Network of least cost in this metric...")] = "",
-    within: Annotated[float, typer.Option(help="...that loses at most this much of the best score.")] = 0.01,
+    within: Annotated[
+        float | None, typer.Option(help="...that loses at most this much of the best score (default 0.01).")
+    ] = None,
 ) -> None:
     """Choose a network from a finished search; finetune, export and report then work on it."""
     from autocompress import stages
@@ -245,10 +272,14 @@ def select(
 
     if budget and cheapest:
         raise RecipeError("select takes --budget or --cheapest, not both")
+    if within is not None and not cheapest:
+        raise RecipeError("--within belongs to --cheapest METRIC")
     asked = Budget.parse(",".join(budget)) if budget else None
     opened = _open(run, None)
     with opened.locked():
-        trial = stages.select(opened, _shown(), budget=asked, cheapest=cheapest, within=within)
+        trial = stages.select(
+            opened, _shown(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
+        )
     score = trial.metrics[opened.task.metric]
     typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {stages.describe_costs(trial.costs)}")
 

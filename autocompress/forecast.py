@@ -19,6 +19,7 @@ from autocompress.latency.target import load_target
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
+from autocompress.training.check import check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
 from autocompress.training.loop import steps_per_epoch, training_batches
@@ -59,6 +60,7 @@ def forecast(recipe: Recipe) -> list[str]:
     limits = {metric: value for metric, value in recipe.search.budget.items() if metric != "latency_ms"}
     if limits:
         Budget.of(limits).resolve(space, [operation_cost(space, metric) for metric in OPERATION_METRICS])
+    check_task(data, load_task(recipe.task), space)
     supernet = space.supernet()
     estimates = [_profile(recipe, space), *_training(recipe, data, supernet)]
     lines = [f"{e.stage:<18} {_duration(e.seconds):>10}   {e.basis}" for e in estimates]
@@ -67,6 +69,11 @@ def forecast(recipe: Recipe) -> list[str]:
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines.append(f"{'peak memory':<18} {peak / 1e9:>7.2f} GB   of the steps that were timed")
+    if "latency_ms" in recipe.search.budget:
+        lines.append(
+            "Whether the latency budget can be met is known after profiling, the first stage; `autocompress "
+            "profile` does only that."
+        )
     return lines
 
 

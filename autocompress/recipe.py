@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from autocompress.budget import Budget
+from autocompress.budget import Budget, limits_of
 from autocompress.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -150,7 +150,7 @@ class SearchSettings(_Settings):
 
     budget: dict[str, float | str] = Field(default_factory=_default_budget)
     """Metric to limit: `latency_ms`, `macs` (or `flops`), `params`, `size_bytes`; a number or text such as
-    "60%" of the largest network, "300M"."""
+    "60%" of the largest network, "300M". Also all in one text, "latency_ms=60%,macs=300M"."""
     strategy: str = "evolution"
     options: dict[str, Any] = Field(default_factory=dict)
     evaluations: Positive = 100
@@ -168,6 +168,8 @@ class SearchSettings(_Settings):
     @field_validator("budget", mode="before")
     @classmethod
     def _budget(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = limits_of(value)
         # Before any conversion, which would take `yes` for 1.
         if isinstance(value, Mapping):
             Budget.of(value)

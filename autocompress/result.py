@@ -106,6 +106,7 @@ class SearchResult:
         """
         if not tolerance >= 0:
             raise BudgetError(f"tolerance must be 0 or more, got {tolerance}")
+        metric = "macs" if metric == "flops" else metric
         best = self.best({})
         self._check_priced([metric])
         least = best.metrics[self.objective] - tolerance

@@ -2,7 +2,7 @@
 
 `recipe.yaml` (resolved), `environment.json`, `latency_table.json`, `supernet.pt`, `trials.log` (an Optuna
 journal), `history.bin`, `result.json`, `networks/KEY/` for each network that was finetuned and exported,
-`report.json` and `report.md`.
+`report.json` and `report.md`; `searches/N/` for searches that were put aside by a later one.
 """
 
 import inspect
@@ -30,6 +30,17 @@ if TYPE_CHECKING:
     from autocompress.training.data import DataSet
     from autocompress.training.task import Task
 
+SEARCHED = ("trials.log", "history.bin", "result.json")
+# What says that a stage has begun: its part of the recipe can be changed until then.
+BEGUN = {
+    "profile": ("latency_samples.jsonl", "latency_table.json"),
+    "train": ("supernet.pt",),
+    "search": SEARCHED,
+    "finetune": ("networks",),
+    "export": ("networks",),
+    "random_networks": ("networks",),
+}
+
 VERSIONED = ("torch", "numpy", "scipy", "optuna", "onnx", "onnxruntime", "scikit-learn")
 
 
@@ -56,7 +67,8 @@ class Run:
 
     Args:
         folder: The directory, made if absent.
-        recipe: What to do; `None` continues the run that is there.
+        recipe: What to do; `None` continues the run that is there. It may differ from the one that is there
+            in the settings of stages that have not begun.
 
     Raises:
         RecipeError: There is no recipe, or the directory holds another one.
@@ -75,9 +87,10 @@ class Run:
             recipe = load_recipe(path)
         else:
             recipe = with_absolute_paths(recipe, Path.cwd())
-            if path.exists():
-                _refuse_other(path, load_recipe(path), recipe)
-            else:
+            there = load_recipe(path) if path.exists() else None
+            if there is not None:
+                refuse_other(folder, there, recipe)
+            if there != recipe:
                 strategy_factory(recipe)  # a directory is not started with a recipe that cannot run
                 _write_recipe(path, recipe)
         self.recipe = recipe
@@ -119,6 +132,29 @@ class Run:
             StorageError: It is absent or damaged.
         """
         return read_json(self.folder / name, StorageError, "file of the run")
+
+    def put_search_aside(self) -> Path | None:
+        """Move what the search left, and the comparisons that stand on it, into `searches/N`.
+
+        Supernet, table, finetuned and exported networks stay; a new search can have other settings.
+
+        Returns:
+            Where it went; `None` if there was no search.
+        """
+        left = [self.path(name) for name in (*SEARCHED, "selected.json", "report.md")]
+        left = [path for path in left if path.exists()]
+        if not left:
+            return None
+        number = 1
+        while (folder := self.path("searches") / str(number)).exists():
+            number += 1
+        write_text(folder / "recipe.yaml", self.path("recipe.yaml").read_text(encoding="utf-8"))
+        for report in self.folder.glob("networks/*/report.json"):
+            report.replace(folder / f"report-{report.parent.name}.json")
+        # The result last: without it, and only then, another search begins.
+        for path in sorted(left, key=lambda path: path.name == "result.json"):
+            path.replace(folder / path.name)
+        return folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -250,19 +286,35 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
     write_text(path, yaml.safe_dump(payload, sort_keys=False))
 
 
-def _refuse_other(path: Path, there: Recipe, here: Recipe) -> None:
+def refuse_other(folder: Path, there: Recipe, here: Recipe, *, again: tuple[str, ...] = ()) -> None:
+    """Refuse a recipe that differs from the one of a run in the settings of a stage that has begun.
+
+    Args:
+        folder: The run directory.
+        there: Its recipe.
+        here: The other recipe.
+        again: Stages that are about to begin anew.
+
+    Raises:
+        RecipeError: It does; names up to five keys.
+    """
     # As they stand in files: a tuple and a list of arguments are the same there.
     first, second = (_flat(recipe.model_dump(mode="json")) for recipe in (there, here))
-    if first == second:
+    keys = []
+    for key in sorted(key for key in {*first, *second} if first.get(key) != second.get(key)):
+        stage = key.partition(".")[0]
+        begun = stage not in BEGUN or any((folder / name).exists() for name in BEGUN[stage])
+        if begun and stage not in again:
+            keys.append(key)
+    if not keys:
         return
-    keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
     shown = "; ".join(
         f"{key} is {first.get(key, 'not set')} there, {second.get(key, 'not set')} here" for key in keys[:5]
     )
-    raise RecipeError(
-        f"{path.parent} holds a run of another recipe: {shown}; take another directory, or continue that run "
-        f"with `autocompress resume {path.parent}`"
-    )
+    way_out = f"take another directory, or continue that run with `autocompress resume {folder}`"
+    if all(key.startswith("search.") for key in keys):
+        way_out += f", or search its supernet anew with `autocompress search --run {folder} --again`"
+    raise RecipeError(f"{folder} holds a run of another recipe: {shown}; {way_out}")
 
 
 def _flat(payload: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import Architecture
 from autocompress.strategy import WarmStart
+from autocompress.training.check import check_task
 from autocompress.training.checkpoint import load_checkpoint
 from autocompress.training.data import Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
@@ -114,6 +115,15 @@ def constraints(run: Run, shown: Shown) -> Constraints:
     return Budget.of(run.recipe.search.budget).resolve(run.space, costs(run, shown))
 
 
+def check(run: Run) -> None:
+    """Refuse a task that does not fit the data and the space, before anything takes long.
+
+    Raises:
+        DataError: It does not.
+    """
+    check_task(run.data, run.task, run.space)
+
+
 def train(run: Run, shown: Shown) -> Supernet:
     """Train the supernet, from its checkpoint if there is one, or read the trained one."""
     set_threads(run)
@@ -126,6 +136,7 @@ def train(run: Run, shown: Shown) -> Supernet:
         if choices.get("memory_format") == "channels_last":
             supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return supernet.eval()
+    check(run)
     with shown.stage("train the supernet") as progress:
         position = train_supernet(
             supernet, run.data, run.task, run.recipe.train, checkpoint=path, progress=progress
@@ -158,7 +169,8 @@ def calibration(run: Run) -> list[Tensor]:
 
 def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
-    # An impossible budget or a wrong option is refused before hours of training.
+    # A wrong task, an impossible budget or a wrong option is refused before hours of training.
+    check(run)
     limits = constraints(run, shown)
     settings = run.recipe.search
     strategy = strategy_factory(run.recipe)

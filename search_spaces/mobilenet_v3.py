@@ -81,6 +81,10 @@ def mobilenet_v3(
         raise SpaceError(f"preset must be 'tiny' or empty, got {preset!r}")
     if geometry not in LAYOUTS:
         raise SpaceError(f"geometry must be one of {', '.join(LAYOUTS)}, got {geometry!r}")
+    lists = {"resolutions": resolutions, "kernels": kernels, "expands": expands, "depths": depths}
+    for name, values in lists.items():
+        if not isinstance(values, tuple | list) or not all(isinstance(v, int | float) for v in values):
+            raise SpaceError(f"{name} must be a list of numbers such as [3, 5], got {values!r}")
     layout = LAYOUTS[geometry]
     if preset == "tiny":
         layout = _Layout(2, LAYOUTS["small"].stage_strides, (24, 28, 32))

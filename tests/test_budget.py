@@ -85,7 +85,7 @@ def test_a_limit_is_read_in_the_metric_s_own_unit(metric: str, text: Any, limit:
         ("latency", "3ms", "not 'latency'"),
         ("latency_ms", "3M", "latency_ms takes no unit, 'ms', 'us', 's' or '%', got 'M' in '3M'"),
         ("latency_ms", "3 MS", "got 'MS' in '3 MS'"),
-        ("macs", "3ms", "macs takes no unit, 'K', 'M', 'G' or '%', got 'ms'"),
+        ("macs", "3ms", "macs takes no unit, 'k', 'K', 'M', 'G' or '%', got 'ms'"),
         ("macs", "300m", "got 'm' in '300m'"),
         ("size_bytes", "4mib", "got 'mib' in '4mib'"),
         ("macs", "", "macs must be a number such as 300, '60%' or '300M', got ''"),

@@ -210,6 +210,44 @@ def test_a_wrong_selection_is_refused(searched: Path, options: list[str], messag
     assert not (searched / "selected.json").exists()
 
 
+def test_a_budget_within_a_tolerance_needs_its_metric(searched: Path) -> None:
+    with pytest.raises(RecipeError, match="--within belongs to --cheapest METRIC"):
+        call("select", "--run", searched, "--within", "0.1")
+
+
+def test_flops_are_macs_when_the_cheapest_is_selected(searched: Path) -> None:
+    said = call("select", "--run", searched, "--cheapest", "flops", "--within", "1").stdout
+    assert said == call("select", "--run", searched, "--cheapest", "macs", "--within", "1").stdout
+
+
+# Searching again ------------------------------------------------------------------------------------------
+
+
+def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_done_again(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    first = json.loads((folder / "result.json").read_text())
+    kept = {name: (folder / name).stat().st_mtime_ns for name in ("supernet.pt", "latency_table.json")}
+    said = call("search", "--run", folder, "--again", "--set", "search.budget={params: 70%}").stdout
+    assert said.startswith(f"the last search was put aside in {folder / 'searches' / '1'}")
+    assert json.loads((folder / "searches" / "1" / "result.json").read_text()) == first
+    second = json.loads((folder / "result.json").read_text())
+    assert list(second["limits"]) == ["params"]
+    assert all(t["costs"]["params"] <= second["limits"]["params"] for t in second["trials"])
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert Run(folder).recipe.search.budget == {"params": "70%"}
+    assert "Budget: params 70%" in call("resume", folder).stdout
+
+
+def test_searching_again_with_another_training_is_refused_and_the_search_stays(searched: Path) -> None:
+    before = ages(searched)
+    with pytest.raises(RecipeError, match=r"another recipe: train.epochs is 2 there, 7 here"):
+        call("search", "--run", searched, "--again", "--set", "train.epochs=7")
+    assert ages(searched) == before
+
+
 # Recipes and --set -----------------------------------------------------------------------------------------
 
 
@@ -249,9 +287,12 @@ def test_a_wrong_change_is_refused_with_its_path(tmp_path: Path, changes: list[s
     assert not (tmp_path / "run").exists()
 
 
-def test_changes_without_a_recipe_are_refused(finished: tuple[Path, Result]) -> None:
-    with pytest.raises(RecipeError, match="--set changes a recipe: name the recipe too"):
-        call("train", "--run", finished[0], "--set", "train.epochs=3")
+def test_changes_without_a_recipe_are_of_the_run_s_recipe(searched: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"another recipe: train.epochs is 2 there, 3 here"):
+        call("train", "--run", searched, "--set", "train.epochs=3")
+    with pytest.raises(RecipeError, match="--set changes a recipe: name one, or a run that exists"):
+        call("train", "--run", tmp_path / "absent", "--set", "train.epochs=3")
+    assert not (tmp_path / "absent").exists()
 
 
 def test_a_change_reaches_keys_that_the_recipe_does_not_have() -> None:

@@ -51,12 +51,8 @@ def test_a_folder_without_a_run_cannot_be_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train": {"epochs": 9}}, "train.epochs is 2 there, 9 here"),
-        (
-            {"search": {"budget": {"params": 3}}},
-            'search.budget.macs is "90%" there, not set here; search.budget.params is not set there, 3.0 '
-            "here",
-        ),
+        ({"task": {"metric": "pixel_accuracy"}}, 'task.metric is "accuracy" there, "pixel_accuracy" here'),
+        ({"target": {"batch": 8}}, "target.batch is 1 there, 8 here"),
         ({"data": {"folder": "/elsewhere"}}, 'data.folder is null there, "/elsewhere" here'),
         ({"threads": 2}, "threads is 1 there, 2 here"),
     ],
@@ -73,6 +69,65 @@ def test_another_recipe_is_refused_and_what_differs_is_named(
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         Run(tmp_path, small_recipe(**changes))
     assert (tmp_path / "recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("begun", "changes"),
+    [
+        ("latency_samples.jsonl", {"profile": {"max_rounds": 3}}),
+        ("supernet.pt", {"train": {"epochs": 9}}),
+        ("trials.log", {"search": {"budget": {"macs": "80%"}}}),
+        ("result.json", {"search": {"seed": 5}}),
+        ("networks", {"finetune": {"epochs": 9}}),
+        ("networks", {"export": {"formats": ["onnx"]}}),
+        ("networks", {"random_networks": 4}),
+    ],
+)
+def test_settings_of_a_stage_can_be_changed_until_it_has_begun(
+    tmp_path: Path, begun: str, changes: dict[str, Any]
+) -> None:
+    """A latency budget that proves impossible after an hour of profiling must not cost that hour."""
+    Run(tmp_path, small_recipe())
+    changed = small_recipe(**changes)
+    assert Run(tmp_path, changed).recipe == Run(tmp_path).recipe == changed
+    (tmp_path / begun).mkdir()
+    with pytest.raises(RecipeError, match="holds a run of another recipe"):
+        Run(tmp_path, small_recipe())
+    assert Run(tmp_path).recipe == changed
+
+
+def test_only_for_search_settings_another_search_is_proposed(tmp_path: Path) -> None:
+    Run(tmp_path, small_recipe())
+    (tmp_path / "trials.log").touch()
+    with pytest.raises(
+        RecipeError, match=r"or search its supernet anew with `autocompress search --run .* --again`"
+    ):
+        Run(tmp_path, small_recipe(search={"seed": 5}))
+    with pytest.raises(RecipeError, match="resume") as caught:
+        Run(tmp_path, small_recipe(search={"seed": 5}, threads=2))
+    assert "--again" not in str(caught.value)
+
+
+def test_a_search_that_is_put_aside_is_kept_whole_and_leaves_the_networks(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    assert run.put_search_aside() is None
+    for number in (1, 2):
+        files = {
+            name: f"{name} {number}" for name in ("trials.log", "result.json", "selected.json", "report.md")
+        }
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        network = tmp_path / "networks" / "k"
+        network.mkdir(parents=True, exist_ok=True)
+        (network / "report.json").write_text("compared")
+        (network / "finetuned.safetensors").write_text("weights")
+        folder = run.put_search_aside()
+        assert folder == tmp_path / "searches" / str(number)
+        kept = {path.name: path.read_text() for path in folder.iterdir()}
+        recipe = (tmp_path / "recipe.yaml").read_text()
+        assert kept == files | {"report-k.json": "compared", "recipe.yaml": recipe}
+        assert [path.name for path in network.iterdir()] == ["finetuned.safetensors"]
+        assert not {*files} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_arguments_in_tuples_and_in_lists_are_one_recipe(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
         f"one's measured latency; its prediction is {error:+.1%} off its measurement."
     )
+    if by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
+        lines.append(
+            "The search found nothing better on validation than the uniform-scaled network, with which it "
+            "starts: they are the same."
+        )
     drift = content["drift"]
     if drift is not None:
         then = searched["costs"]["latency_ms"] / (searched["latency_ms"] / drift) - 1

@@ -31,7 +31,7 @@ def save_checkpoint(path: Path, identity: Mapping[str, Any], content: Mapping[st
             torch.save(payload, temporary)
         except RuntimeError as error:
             # torch reports a full disk as a RuntimeError of its own.
-            raise OSError(str(error)) from error
+            raise OSError(f"{error} (is the disk full?)") from error
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

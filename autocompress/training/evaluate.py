@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
+from autocompress.errors import EvaluationError
 from autocompress.training.data import DataSet, batches
 from autocompress.training.task import Score
 
@@ -56,6 +57,9 @@ def evaluate(
         dataset: `data.validation` or, once at the very end, `data.test`.
         score: One number a sample.
         memory_format: Of the images.
+
+    Raises:
+        EvaluationError: A score is not finite.
     """
     scores = []
     for images, targets in batches(dataset, EVALUATION_BATCH, seed=None):
@@ -63,6 +67,17 @@ def evaluate(
             images = images.contiguous(memory_format=memory_format)
         scores.append(score(forward(images).float(), targets).double())
     values = torch.cat(scores)
+    wrong = (~torch.isfinite(values)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        inputs = next(batches(Subset(dataset, [first]), 1, seed=None))
+        cause = "an output of the network, or the metric of it, is not finite there"
+        if not all(torch.isfinite(part).all() for part in inputs):
+            cause = "its input or target holds nan or infinity"
+        raise EvaluationError(
+            f"the score of {len(wrong)} of {len(values)} held-out samples is not finite, first of sample "
+            f"{first}: {cause}"
+        )
     deviation = float(values.std()) if len(values) > 1 else 0.0
     return Scored(float(values.mean()), deviation / math.sqrt(len(values)), len(values))
 

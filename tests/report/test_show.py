@@ -84,6 +84,14 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     assert text.endswith("Exported files: runs/demo/networks/k/exported")
 
 
+def test_a_search_that_ends_where_it_started_says_so() -> None:
+    same = [*CONTENT["rows"], row("uniform-scaled", 0.8, 1.0)]
+    assert "found nothing better on validation" in "\n".join(notes({**CONTENT, "rows": same}))
+    other = [*CONTENT["rows"], row("uniform-scaled", 0.8, 1.0, key="other")]
+    for rows in (other, CONTENT["rows"]):
+        assert "found nothing better" not in "\n".join(notes({**CONTENT, "rows": rows}))
+
+
 def test_without_checks_nothing_is_said_of_the_machine() -> None:
     assert "speed" not in "\n".join(notes({**CONTENT, "drift": None}))
 

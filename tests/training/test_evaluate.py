@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small_networks import small_data, small_network
 from torch import Tensor
 
+from autocompress.errors import EvaluationError
 from autocompress.training.data import Images
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.task import accuracy
@@ -106,3 +107,21 @@ def test_calibration_images_depend_on_the_seed_only() -> None:
     first, again, other = (calibration_batches(small_data(64), 8, seed=seed)[0] for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("broken_input", "cause"), [(True, "its input or target holds nan"), (False, "an output of the network")]
+)
+def test_a_score_that_is_not_finite_is_refused_with_the_first_sample_and_the_cause(
+    broken_input: bool, cause: str
+) -> None:
+    items = [(torch.zeros(3, 4, 4), torch.tensor(0.0)) for _ in range(9)]
+    items[5] = (torch.full((3, 4, 4), float("nan") if broken_input else 1.0), torch.tensor(0.0))
+
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.where(outputs == 0, 0.0, float("nan"))
+
+    with pytest.raises(
+        EvaluationError, match=f"1 of 9 held-out samples is not finite, first of sample 5: {cause}"
+    ):
+        evaluate(lambda x: x.flatten(1).sum(dim=1), items, score)  # type: ignore[arg-type]
