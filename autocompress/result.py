@@ -180,13 +180,17 @@ class SearchResult:
         write_json(path, self.to_json())
 
 
+def _made_again(message: str) -> StorageError:
+    return StorageError(f"{message}; remove it, and the search writes it again from its stored trials")
+
+
 def load_result(path: Path, space: SearchSpace) -> SearchResult:
     """Read a result.
 
     Raises:
         StorageError: It is absent, damaged, or of another space.
     """
-    payload = read_json(path, StorageError, "search result")
+    payload = read_json(path, _made_again, "search result")
     try:
         if payload["schema"] != SCHEMA or payload["version"] != VERSION:
             raise StorageError(f"{path} is no search result of version {VERSION}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress import __version__
-from autocompress.atomic import read_json, write_json, write_text
+from autocompress.atomic import read_json, remove_leftovers, write_json, write_text
 from autocompress.errors import RecipeError, StorageError
 from autocompress.plugins import load_space_factory, load_strategy
 from autocompress.progress import Progress, silent
@@ -85,6 +85,8 @@ class Run:
                     f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
                 )
             recipe = load_recipe(path)
+            if not path.read_text(encoding="utf-8").strip():
+                raise RecipeError(f"{path} is empty; write the run's recipe into it, or start another run")
         else:
             recipe = with_absolute_paths(recipe, Path.cwd())
             there = load_recipe(path) if path.exists() else None
@@ -131,7 +133,7 @@ class Run:
         Raises:
             StorageError: It is absent or damaged.
         """
-        return read_json(self.folder / name, StorageError, "file of the run")
+        return read_json(self.folder / name, _made_again, "file of the run")
 
     def put_search_aside(self) -> Path | None:
         """Move what the search left, and the comparisons that stand on it, into `searches/N`.
@@ -175,7 +177,13 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(f"another process is working on {self.folder}") from None
+            for folder in (self.folder, *self.folder.glob("networks/*")):
+                remove_leftovers(folder)
             yield
+
+
+def _made_again(message: str) -> StorageError:
+    return StorageError(f"{message}; remove it, and its stage makes it again")
 
 
 def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:

@@ -21,7 +21,7 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError
+from autocompress.errors import CheckpointError, ExportError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.profile import profile as profile_space
@@ -239,11 +239,7 @@ def resolution(run: Run, arch: Architecture) -> tuple[int, int]:
 
 def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn.Sequential:
     """Copy a network out of the supernet, with batch-norm statistics of its own."""
-    from autocompress.elastic.extract import memory_format
-
-    keep = memory_format(supernet)
-    batches = [batch.contiguous(memory_format=keep) for batch in calibration(run)]
-    return extract(supernet, arch, recalibrate(supernet, arch, batches))
+    return extract(supernet, arch, recalibrate(supernet, arch, calibration(run)))
 
 
 def selected(run: Run, shown: Shown, arch: Architecture | None = None) -> Architecture:
@@ -333,7 +329,10 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     network, scored = finetune(run, shown, arch)
     folder = run.network_folder(arch) / "exported"
     if (folder / "manifest.json").exists():
-        verify_export(folder)
+        try:
+            verify_export(folder)
+        except ExportError as error:
+            raise ExportError(f"{error}; remove {folder} first") from None
         return folder
     codes = run.space.encode([arch])
     size = resolution(run, arch)

@@ -40,7 +40,7 @@ class TrialStorage:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._where = str(storage)
+        self._where = _shown(storage)
         try:
             backend: Any = storage
             if isinstance(storage, Path):
@@ -55,15 +55,17 @@ class TrialStorage:
         except StorageError:
             raise
         except _refusals() as error:
-            raise StorageError(f"cannot open the trials at {storage}: {_reason(error)}") from error
+            raise StorageError(f"cannot open the trials at {self._where}: {_reason(error)}") from error
         except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
             # What replaying a journal line raises depends on what is wrong with it.
-            raise StorageError(f"the trials at {storage} are damaged: {error!r}") from error
+            raise StorageError(
+                f"the trials at {self._where} are damaged: {error!r}; remove them to search anew"
+            ) from error
         if known is not None and known != _plain(identity):
             differing = [key for key in {*known, *identity} if known.get(key) != _plain(identity).get(key)]
             raise StorageError(
-                f"the trials at {storage} belong to another search: {', '.join(sorted(differing))} differ; "
-                "use another run directory or study name"
+                f"the trials at {self._where} belong to another search: {', '.join(sorted(differing))} "
+                "differ; use another run directory or study name"
             )
 
     def add(self, trial: Trial, space: SearchSpace, objective: str) -> None:
@@ -132,6 +134,19 @@ def _refusals() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return OSError, ImportError, OptunaError, SQLAlchemyError
+
+
+def _shown(storage: Path | str) -> str:
+    """Return a path or URL as it may be shown: without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if isinstance(storage, Path):
+        return str(storage)
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except ArgumentError:
+        return storage
 
 
 def _reason(error: Exception) -> str:

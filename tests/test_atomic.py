@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autocompress.atomic import read_json, replacing, write_json, write_text
+from autocompress.atomic import read_json, remove_leftovers, replacing, write_json, write_text
 from autocompress.errors import StorageError, TableError
 
 
@@ -147,3 +147,11 @@ def test_a_damaged_file_is_the_error_of_its_reader(
 def test_a_folder_in_place_of_a_file_is_the_error_of_its_reader(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"latency table .* cannot be read: .*directory"):
         read_json(tmp_path, TableError, "latency table")
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".lock", "a.json", ".hidden.json", "b.tmp"]
+    for name in (*kept, ".a.json.x1y2.tmp"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

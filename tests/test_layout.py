@@ -1,4 +1,4 @@
-"""How the repository is put together: three packages, light imports, pins, and a README that runs."""
+"""How the repository is put together: three packages, light imports, pins."""
 
 import ast
 import importlib.metadata
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -131,24 +130,3 @@ def test_the_pins_are_what_ci_relies_on() -> None:
     assert pinned["torch"] == "2.13.0"
     # Its match for this torch does not import on a CPU build.
     assert "torchvision" not in pinned
-
-
-# README ------------------------------------------------------------------------------------------------
-
-
-def test_the_first_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert example is not None
-    namespace: dict[str, Any] = {}
-    exec(compile(example[1], "README.md", "exec"), namespace)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert all(re.fullmatch(r"[0-9a-f]{16}  [0-9]{3} M MACs", line) for line in lines)
-
-
-def test_files_that_the_readme_names_are_there() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert "LICENSE" in links
-    assert [link for link in links if not (ROOT / link).exists()] == []

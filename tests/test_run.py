@@ -324,3 +324,21 @@ def test_the_recipe_of_a_run_is_a_recipe(tmp_path: Path) -> None:
     other = Run(tmp_path / "b", load_recipe(run.folder / "recipe.yaml"))
     assert (tmp_path / "b" / "recipe.yaml").read_bytes() == (tmp_path / "a" / "recipe.yaml").read_bytes()
     assert other.recipe == run.recipe
+
+
+def test_an_emptied_recipe_is_refused(tmp_path: Path) -> None:
+    """YAML reads it as nothing, which would be every default."""
+    Run(tmp_path, small_recipe())
+    (tmp_path / "recipe.yaml").write_text(" \n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml is empty"):
+        Run(tmp_path)
+
+
+def test_a_run_that_is_worked_on_has_no_leftovers_of_a_kill(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    network = tmp_path / "networks" / "k"
+    network.mkdir(parents=True)
+    for folder in (tmp_path, network):
+        (folder / ".supernet.pt.abc.tmp").touch()
+    with run.locked():
+        assert not list(tmp_path.rglob("*.tmp"))

@@ -322,3 +322,10 @@ def test_a_stream_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "history.bin").unlink()
     with pytest.raises(StorageError, match=r"cannot read .*history.bin: No such file"):
         history.load()
+
+
+def test_a_password_in_the_address_of_a_storage_is_not_shown() -> None:
+    with pytest.raises(StorageError) as caught:
+        TrialStorage("postgresql+nodriver://me:secret@nowhere/trials", study="s", identity={})
+    assert "secret" not in str(caught.value)
+    assert "me:***@nowhere" in str(caught.value)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from autocompress.elastic.layers import ElasticConv2d, ElasticLayer
+from autocompress.elastic.layers import ElasticConv2d, ElasticLayer, memory_format
 from autocompress.elastic.supernet import Statistics, Supernet, statistics_of
 from autocompress.errors import SpaceError
 from autocompress.network import build_network, module_name
@@ -37,7 +37,7 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
     blocks = supernet.space.operations(supernet.space.encode([arch]))
     network = build_network(blocks, initialise=False)
     state: dict[str, Tensor] = {}
-    channels_last = memory_format(supernet) == torch.channels_last
+    channels_last = memory_format(supernet.parameters()) == torch.channels_last
     for name, layers in supernet.plan(arch):
         for position, (layer, op) in enumerate(layers):
             if layer is None or isinstance(op, Add):
@@ -71,15 +71,6 @@ def _fill(network: nn.Module, state: dict[str, Tensor]) -> None:
             module._buffers[name] = state.pop(f"{prefix}.{name}")
     if state:
         raise SpaceError(f"the static network has no place for {', '.join(state)}")
-
-
-def memory_format(module: nn.Module) -> torch.memory_format:
-    """Return the memory format of the weights of a network's convolutions."""
-    for parameter in module.parameters():
-        last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-        if last and not parameter.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
 
 
 def active_masks(supernet: Supernet, archs: Iterable[Architecture]) -> dict[str, Tensor]:

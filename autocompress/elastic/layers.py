@@ -6,7 +6,7 @@ smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 202
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -81,9 +81,13 @@ def _prefix(tensor: Tensor, *sizes: int) -> Tensor:
     return tensor
 
 
-def _format(weight: Tensor) -> torch.memory_format:
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+def memory_format(weights: Iterable[Tensor]) -> torch.memory_format:
+    """Return the memory format of convolution weights: that of the first one that is only in one of both."""
+    for weight in weights:
+        last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        if last and not weight.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
 
 
 class ElasticConv2d(ElasticLayer):
@@ -150,7 +154,7 @@ class ElasticConv2d(ElasticLayer):
         if kept is None or kept[0] != stamp:
             weight = self._weight(op, self.weight, transforms)
             # The sources are kept too, so that no other tensor comes to lie at their address.
-            kept = (stamp, sources, weight.contiguous(memory_format=_format(self.weight)))
+            kept = (stamp, sources, weight.contiguous(memory_format=memory_format([self.weight])))
             self._kept = kept
         return kept[2]
 

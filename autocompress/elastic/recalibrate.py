@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from autocompress.elastic.layers import NORM_EPS
+from autocompress.elastic.layers import NORM_EPS, memory_format
 from autocompress.elastic.supernet import Statistics, Supernet
 from autocompress.errors import DataError
 from autocompress.space import Architecture
@@ -46,7 +46,8 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
     Args:
         supernet: Not changed.
         arch: The sub-network.
-        batches: Images `(batch, channels, height, width)` of the training set, normalised.
+        batches: Images `(batch, channels, height, width)` of the training set, normalised; brought to the
+            memory format of the supernet.
 
     Returns:
         Mean and unbiased variance by name of the layer; empty for a network without batch norm.
@@ -65,9 +66,9 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
         )
         return output
 
-    count = 0
+    count, keep = 0, memory_format(supernet.parameters())
     for batch in batches:
-        supernet.run(batch, arch, record)
+        supernet.run(batch.contiguous(memory_format=keep), arch, record)
         count += len(batch)
     if not count:
         raise DataError("recalibration needs at least one batch of training images, got none")

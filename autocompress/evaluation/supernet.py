@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from autocompress.cost import Values
-from autocompress.elastic.extract import memory_format
+from autocompress.elastic.layers import memory_format
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet
-from autocompress.errors import EvaluationError
 from autocompress.space import Codes
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import evaluate
@@ -46,20 +45,16 @@ class SupernetEvaluator:
         Raises:
             EvaluationError: A score is not finite.
         """
-        keep = memory_format(self.supernet)
+        keep = memory_format(self.supernet.parameters())
         means, errors = [], []
         for arch in self.supernet.space.decode(codes):
-            statistics = recalibrate(
-                self.supernet, arch, [batch.contiguous(memory_format=keep) for batch in self.calibration]
-            )
+            statistics = recalibrate(self.supernet, arch, self.calibration)
             scored = evaluate(
                 lambda x, a=arch, s=statistics: self.supernet(x, a, statistics=s),  # type: ignore[misc]
                 self.data.validation,
                 self.task.score,
                 memory_format=keep,
             )
-            if not np.isfinite(scored.mean):
-                raise EvaluationError(f"the {self.task.metric} of {arch.to_json()} is {scored.mean}")
             means.append(scored.mean)
             errors.append(scored.standard_error)
         return {self.task.metric: np.array(means), f"{self.task.metric}_error": np.array(errors)}

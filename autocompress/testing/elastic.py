@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress.elastic.extract import active_masks, extract, memory_format, only_active
+from autocompress.elastic.extract import active_masks, extract, only_active
 from autocompress.elastic.importance import sort_channels
-from autocompress.elastic.layers import ElasticConv2d, ElasticLayer, slot
+from autocompress.elastic.layers import ElasticConv2d, ElasticLayer, memory_format, slot
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Statistics, Supernet
 from autocompress.errors import SpaceError
@@ -83,7 +83,7 @@ class ElasticContract(ABC):
 
     def statistics(self, supernet: Supernet, arch: Architecture) -> Statistics:
         """Return batch-norm statistics of a network from a few random images."""
-        keep = memory_format(supernet)
+        keep = memory_format(supernet.parameters())
         return recalibrate(supernet, arch, [self.images(8).contiguous(memory_format=keep)])
 
     # Extraction ---------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class ElasticContract(ABC):
         """Law: nothing that is kept for speed outlives the weights it was made of."""
         for arch in self.architectures():
             statistics, images = self.statistics(supernet, arch), self.own_images(arch, 2)
-            images = images.contiguous(memory_format=memory_format(supernet))
+            images = images.contiguous(memory_format=memory_format(supernet.parameters()))
             with torch.no_grad():
                 supernet(images, arch, statistics=statistics)
                 for parameter in supernet.parameters():

@@ -7,7 +7,8 @@ import torch
 from small_networks import arch_of, images, shaken
 from torch import nn
 
-from autocompress.elastic.extract import active_masks, extract, memory_format, only_active
+from autocompress.elastic.extract import active_masks, extract, only_active
+from autocompress.elastic.layers import memory_format
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet
 from autocompress.errors import SpaceError
@@ -119,11 +120,11 @@ def test_a_block_of_which_no_setting_contains_the_others_makes_no_supernet() -> 
 
 def test_the_memory_format_is_read_off_the_weights() -> None:
     supernet = shaken(SPACE)
-    assert memory_format(supernet) == torch.contiguous_format
+    assert memory_format(supernet.parameters()) == torch.contiguous_format
     supernet.to(memory_format=torch.channels_last)
-    assert memory_format(supernet) == torch.channels_last
+    assert memory_format(supernet.parameters()) == torch.channels_last
     # 1x1 and depthwise weights are laid out the same either way.
-    assert memory_format(nn.Conv2d(4, 4, 1)) == torch.contiguous_format
+    assert memory_format(nn.Conv2d(4, 4, 1).parameters()) == torch.contiguous_format
 
 
 # Active -----------------------------------------------------------------------------------------------

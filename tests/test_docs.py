@@ -1,0 +1,60 @@
+"""What README and docs tell people to type works as it stands there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from autocompress import cli
+from autocompress.recipe import parse_recipe
+from autocompress.testing.toys import toy_batch, toy_constraints
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("README.md", "python")
+    exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(float(line.split()[1]) <= 300 for line in lines)
+
+
+def test_the_recipe_of_the_readme_is_valid() -> None:
+    for text in blocks("README.md", "yaml"):
+        parse_recipe(yaml.safe_load(text))
+
+
+def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:
+    (code,) = (block for block in blocks("docs/your-own.md", "python") if "class Mine" in block)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/your-own.md", "exec"), names)
+    constraints = toy_constraints()
+    strategy = names["Mine"](constraints, seed=1)
+    rows = strategy.ask(5)
+    assert constraints.feasible(rows).all()
+    strategy.tell(toy_batch(constraints, rows))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, options in re.findall(r"(?:^|`|&& )autocompress ([a-z]+)([^`#|&\n]*)", text, re.MULTILINE):
+        shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, f"there is no command {name} ({page})"
+        for option in re.findall(r"--[a-z-]+", options):
+            assert option in re.sub(r"\x1b\[[0-9;]*m", "", shown.output), f"{name} has no {option} ({page})"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
