@@ -46,8 +46,9 @@ def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for name, options in re.findall(r"(?:^|`|&& )autocompress ([a-z]+)([^`#|&\n]*)", text, re.MULTILINE):
+    spans = re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
+    text = "\n".join([*blocks(page, "sh"), *spans])
+    for name, options in re.findall(r"(?:^|&& )autocompress ([a-z]+)([^#|&\n]*)", text, re.MULTILINE):
         shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, f"there is no command {name} ({page})"
         for option in re.findall(r"--[a-z-]+", options):
