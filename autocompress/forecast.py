@@ -1,6 +1,5 @@
 """What a run will take: a few steps of every stage, timed, and multiplied. Writes nothing."""
 
-import os
 import resource
 import sys
 import time
@@ -19,10 +18,12 @@ from autocompress.latency.target import load_target
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
+from autocompress.stages import largest_step
 from autocompress.training.check import check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
 from autocompress.training.loop import steps_per_epoch, training_batches
+from autocompress.training.speed import choose_threads
 from autocompress.training.task import load_task
 
 TIMED_BLOCKS = 10
@@ -53,7 +54,6 @@ def forecast(recipe: Recipe) -> list[str]:
     Raises:
         AutocompressError: What the run itself would refuse at its start: data, space, budget.
     """
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
     strategy_factory(recipe)
     data = load_recipe_data(recipe)
     space = make_space(recipe, lambda: data)
@@ -61,11 +61,15 @@ def forecast(recipe: Recipe) -> list[str]:
     if limits:
         Budget.of(limits).resolve(space, [operation_cost(space, metric) for metric in OPERATION_METRICS])
     check_task(data, load_task(recipe.task), space)
+    threads = recipe.threads or choose_threads(largest_step(space, data, recipe.train))
+    torch.set_num_threads(threads)
     supernet = space.supernet()
     estimates = [_profile(recipe, space), *_training(recipe, data, supernet)]
     lines = [f"{e.stage:<18} {_duration(e.seconds):>10}   {e.basis}" for e in estimates]
     total = sum(estimate.seconds for estimate in estimates)
-    lines.append(f"{'in all':<18} {_duration(total):>10}   expect a factor of about 1.5 either way")
+    lines.append(
+        f"{'in all':<18} {_duration(total):>10}   expect a factor of about 1.5 either way; {threads} threads"
+    )
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines.append(f"{'peak memory':<18} {peak / 1e9:>7.2f} GB   of the steps that were timed")

@@ -222,7 +222,7 @@ class Recipe(_Settings):
     random_networks: Positive = 3
     """Random networks at the same budget in the final comparison."""
     threads: Positive | None = None
-    """Threads of training and search; all cores by default. Latency uses the target's own."""
+    """Threads of training and search; by default as many as make steps faster. A target has its own."""
 
 
 def parse_recipe(payload: Any, source: str = "the recipe") -> Recipe:

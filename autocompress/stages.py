@@ -5,8 +5,7 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,20 @@ from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
-from autocompress.recipe import FinetuneSettings
+from autocompress.recipe import FinetuneSettings, TrainSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
-from autocompress.space import Architecture
+from autocompress.space import Architecture, SearchSpace
 from autocompress.strategy import WarmStart
 from autocompress.training.check import check_task
 from autocompress.training.checkpoint import load_checkpoint
-from autocompress.training.data import Images, batches
+from autocompress.training.data import DataSet, Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
+from autocompress.training.loop import training_batches
+from autocompress.training.speed import choose_threads
 from autocompress.training.supernet import supernet_identity, train_supernet
 
+THREADS = "threads.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
 
@@ -47,8 +49,31 @@ DOUBTFUL_MAPE_PERCENT, DOUBTFUL_SPEARMAN = 10.0, 0.8
 
 
 def set_threads(run: Run) -> None:
-    """Use the recipe's threads for training and search, all cores by default."""
-    torch.set_num_threads(run.recipe.threads or os.cpu_count() or 1)
+    """Use the recipe's threads for training and search; by default what steps of the largest network say.
+
+    The number is kept: sums of floats depend on it, and a resumed run ends as one that was not stopped.
+    """
+    threads = run.recipe.threads
+    if threads is None:
+        if not run.path(THREADS).exists():
+            step = largest_step(run.space, run.data, run.recipe.train)
+            write_json(run.path(THREADS), {"threads": choose_threads(step)})
+        threads = int(run.read(THREADS)["threads"])
+    torch.set_num_threads(threads)
+
+
+def largest_step(space: SearchSpace, data: DataSet, settings: TrainSettings) -> Callable[[], None]:
+    """Return a function that runs a training step of the largest network, forward and backward."""
+    network = build_network(space.operations(space.largest())).train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, _ = next(training_batches(data, settings, epoch=0, seed=settings.seed))
+    images = resize(images, space.operations(space.largest())[0][1][0].in_shape[1:])
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        network(images).float().sum().backward()
+
+    return step
 
 
 def target(run: Run) -> Target:

@@ -592,3 +592,18 @@ def test_a_failed_evaluation_is_no_end_of_a_search(exported: Path, tmp_path: Pat
     assert outcomes == [0, 0, Outcome.FAILED, 0, 0, 0]
     assert "40 of 40 held-out samples is not finite" in result.trials[2].error
     assert load_result(run.path("result.json"), run.space).trials == result.trials
+
+
+def test_threads_that_were_chosen_once_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of floats depend on their number."""
+    before = torch.get_num_threads()
+    run = Run(tmp_path / "run", small_recipe(threads=None))
+    chosen = iter((1, 2))
+    monkeypatch.setattr(stages, "choose_threads", lambda step: next(chosen))
+    try:
+        for _ in range(2):
+            stages.set_threads(Run(run.folder))
+            assert torch.get_num_threads() == 1
+            assert json.loads(run.path("threads.json").read_text()) == {"threads": 1}
+    finally:
+        torch.set_num_threads(before)

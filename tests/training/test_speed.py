@@ -1,12 +1,13 @@
 """Which precision and memory format are chosen, with a clock of our own."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from autocompress.recipe import OptimizerSettings
-from autocompress.training.speed import autocast, choose_formats
+from autocompress.training.speed import autocast, choose_formats, choose_threads, cores
 
 AUTO = OptimizerSettings(precision="auto", memory_format="auto")
 
@@ -77,6 +78,42 @@ def test_only_what_is_auto_varies(given: dict[str, Any], ran: set[str]) -> None:
     found = choose_formats(OptimizerSettings(**given), machine.step, steps=LONG, clock=machine.clock)
     assert found == {"precision": "bf16", "memory_format": "contiguous"}
     assert set(machine.ran) == ran
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most", "chosen"),
+    [
+        ([1.0, 0.6, 0.4, 0.3], 8, 8),
+        ([1.0, 0.6, 0.58, 0.1], 8, 2),  # four are not clearly faster than two; eight are not tried
+        ([1.0, 1.4], 2, 1),
+        ([1.0, 0.6, 0.5], 3, 3),
+        ([1.0], 1, 1),
+    ],
+)
+def test_threads_are_doubled_while_that_is_clearly_faster(
+    seconds: list[float], most: int, chosen: int
+) -> None:
+    before, now = torch.get_num_threads(), [0.0]
+    tried = [min(2**i, most) for i in range(len(seconds))]
+
+    def step() -> None:
+        now[0] += seconds[tried.index(torch.get_num_threads())]
+
+    try:
+        assert choose_threads(step, most=most, clock=lambda: now[0]) == chosen
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_more_threads_than_cores_are_tried() -> None:
+    before, seen = torch.get_num_threads(), set()
+    ticks = iter(range(1000))
+    try:
+        # Every step is faster than the one before.
+        choose_threads(lambda: seen.add(torch.get_num_threads()), clock=lambda: -float(next(ticks) ** 2))
+    finally:
+        torch.set_num_threads(before)
+    assert max(seen) == cores() <= (os.cpu_count() or 1)
 
 
 def test_autocast_computes_in_bfloat16_only_when_asked() -> None:
