@@ -100,10 +100,21 @@ def _stage(title: str) -> Iterator["Progress"]:
         yield advance
 
 
-def _shown() -> "Shown":
+def _shown(said: list[str] | None = None) -> "Shown":
+    """Show stages on the screen; what they say is also added to `said`."""
     from autocompress.run import Shown
 
-    return Shown(stage=_stage, say=typer.echo)
+    def say(text: str) -> None:
+        typer.echo(text)
+        if said is not None:
+            said.append(text)
+
+    return Shown(stage=_stage, say=say)
+
+
+def _echo_unless(said: list[str], text: str) -> None:
+    if text not in said:
+        typer.echo(text)
 
 
 def _changed(payload: Any, changes: list[str] | None) -> Any:
@@ -198,8 +209,9 @@ def profile(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), se
     from autocompress import stages
 
     opened = _open(run, _recipe(recipe, set_, run))
+    said: list[str] = []
     with opened.locked():
-        typer.echo(stages.describe_table(stages.profile(opened, _shown())))
+        _echo_unless(said, stages.describe_table(stages.profile(opened, _shown(said))))
     typer.echo(f"written to {opened.path(stages.TABLE)}")
 
 
@@ -241,17 +253,21 @@ def search(
     parsed = _recipe(recipe, set_, run)
     if again:
         before = _open(run, None)
-        if parsed is not None:
-            refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
         with before.locked():
+            if parsed is not None:
+                refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
+                before.recipe = parsed
+                # A wrong budget or option must not cost the search that is there.
+                stages.proposer(before, _shown())
             aside = before.put_search_aside()
         if aside is not None:
             typer.echo(f"the last search was put aside in {aside}")
     opened = _open(run, parsed)
     with opened.locked():
         result = stages.search(opened, _shown())
-        front = result.pareto()
-    typer.echo(f"Pareto front over predicted latency, {len(front)} networks:")
+        metrics = list(result.limits)
+        front = result.pareto(metrics)
+    typer.echo(f"Pareto front of {result.objective} and {', '.join(metrics)}, {len(front)} networks:")
     for trial in front:
         score = trial.metrics[result.objective]
         typer.echo(f"  {score:.4f}  {stages.describe_costs(trial.costs)}  {trial.architecture.key}")
@@ -300,12 +316,13 @@ def finetune(run: RunOption = Path("runs/run")) -> None:
 
 @app.command()
 def export(run: RunOption = Path("runs/run")) -> None:
-    """Export the selected network: ONNX, torch.export, and safetensors with a loader of 30 lines."""
+    """Export the selected network: ONNX, torch.export, and safetensors with its own loader."""
     from autocompress import stages
 
     opened = _open(run, None)
+    said: list[str] = []
     with opened.locked():
-        typer.echo(f"exported to {stages.export(opened, _shown())}")
+        _echo_unless(said, f"exported to {stages.export(opened, _shown(said))}")
 
 
 @app.command("list")

@@ -110,6 +110,9 @@ def guided_search(
     if len(known) < MIN_ROWS or np.ptp(values) == 0:
         # Too few scores, or all the same: there is nothing to learn, so the other evaluations are random too.
         notes["predictor"] = "none: too few or equal scores"
+        show(
+            f"no predictor: {len(known)} scores, fewer than {MIN_ROWS} or all equal; the finalists are random"
+        )
         chosen = _distinct_sample(constraints, finalists, rng, besides=sample)
     else:
         fitted = fit(space, rows, values, kind=predictor, seed=seed, metric=objective)

@@ -1,6 +1,6 @@
 """Plain PyTorch networks from operations: what extraction fills, export writes and a user deploys.
 
-Nothing here knows of choices or supernets. `autocompress.export.loader` is a copy of this in 30 lines that
+Nothing here knows of choices or supernets. `autocompress.export.loader` is a copy of this that
 travels with every exported network.
 """
 

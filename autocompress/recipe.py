@@ -79,7 +79,8 @@ class ProfileSettings(_Settings):
     """How the latency table is measured."""
 
     table: Path | None = None
-    """An existing table of this target, taken as it is, missing rows added."""
+    """An existing table of this target: taken as it is if it was measured for this space and lacks no row.
+    Otherwise its rows are kept, missing ones measured, and the correction is fitted anew to this space."""
     networks: Annotated[int, Field(ge=8, strict=True)] = 40
     """Whole sub-networks that are measured to correct and to check the table."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -200,7 +201,7 @@ class FinetuneSettings(OptimizerSettings):
 class ExportSettings(_Settings):
     """Which formats are written."""
 
-    formats: tuple[Literal["onnx", "torch_export", "safetensors"], ...] = (
+    formats: Annotated[tuple[Literal["onnx", "torch_export", "safetensors"], ...], Field(min_length=1)] = (
         "onnx",
         "torch_export",
         "safetensors",
@@ -265,6 +266,8 @@ def load_recipe(path: Path) -> Recipe:
         payload = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+    if payload is None:
+        raise RecipeError(f"recipe {path} is empty; write one key at least, such as data: {{source: digits}}")
     return with_absolute_paths(parse_recipe(payload, f"recipe {path}"), path.parent)
 
 

@@ -212,4 +212,4 @@ def load_result(path: Path, space: SearchSpace) -> SearchResult:
             payload["asked"], payload["notes"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"search result {path} is damaged: {error!r}") from error
+        raise _made_again(f"search result {path} is damaged ({error!r})") from error

@@ -1,8 +1,8 @@
 """A run directory: everything of one run, each stage whole or resumable.
 
-`recipe.yaml` (resolved), `environment.json`, `latency_table.json`, `supernet.pt`, `trials.log` (an Optuna
-journal), `history.bin`, `result.json`, `networks/KEY/` for each network that was finetuned and exported,
-`report.json` and `report.md`; `searches/N/` for searches that were put aside by a later one.
+`recipe.yaml` (resolved), `environment.json` (when it was begun), `latency_table.json`, `supernet.pt`,
+`trials.log` (an Optuna journal), `history.bin`, `result.json`, `networks/KEY/` for each network that was
+finetuned and exported, `report.json` and `report.md`; `searches/N/` for searches that a later one put aside.
 """
 
 import inspect
@@ -79,24 +79,25 @@ class Run:
         """Open or start the run."""
         self.folder = folder
         path = folder / "recipe.yaml"
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"a run needs a directory, but {folder} is a file")
         if recipe is None:
             if not path.exists():
                 raise RecipeError(
                     f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
                 )
             recipe = load_recipe(path)
-            if not path.read_text(encoding="utf-8").strip():
-                raise RecipeError(f"{path} is empty; write the run's recipe into it, or start another run")
         else:
             recipe = with_absolute_paths(recipe, Path.cwd())
-            there = load_recipe(path) if path.exists() else None
-            if there is not None:
-                refuse_other(folder, there, recipe)
-            if there != recipe:
+            if not path.exists() or load_recipe(path) != recipe:
                 strategy_factory(recipe)  # a directory is not started with a recipe that cannot run
-                _write_recipe(path, recipe)
+                with self.locked():
+                    if path.exists():
+                        refuse_other(folder, load_recipe(path), recipe)
+                    else:
+                        write_json(folder / "environment.json", environment())
+                    _write_recipe(path, recipe)
         self.recipe = recipe
-        write_json(folder / "environment.json", environment())
 
     @cached_property
     def data(self) -> "DataSet":
@@ -169,6 +170,7 @@ class Run:
 
         path = self.folder / ".lock"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

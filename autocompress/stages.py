@@ -20,7 +20,7 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError, ExportError
+from autocompress.errors import CheckpointError, ExportError, StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.profile import profile as profile_space
@@ -31,7 +31,7 @@ from autocompress.recipe import FinetuneSettings, TrainSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.strategy import WarmStart
+from autocompress.strategy import Strategy, WarmStart
 from autocompress.training.check import check_task
 from autocompress.training.checkpoint import load_checkpoint
 from autocompress.training.data import DataSet, Images, batches
@@ -40,7 +40,7 @@ from autocompress.training.loop import training_batches
 from autocompress.training.speed import choose_threads
 from autocompress.training.supernet import supernet_identity, train_supernet
 
-THREADS = "threads.json"
+THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
 
@@ -157,8 +157,7 @@ def train(run: Run, shown: Shown) -> Supernet:
     if report.exists():
         content = load_checkpoint(path, supernet_identity(supernet, run.data, run.recipe.train))
         supernet.load_state_dict(content["model"])
-        choices = content["position"]["choices"]
-        if choices.get("memory_format") == "channels_last":
+        if _choices(run).get("memory_format") == "channels_last":
             supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return supernet.eval()
     check(run)
@@ -171,6 +170,16 @@ def train(run: Run, shown: Shown) -> Supernet:
     scores = ", ".join(f"{name} {score:.4f}" for name, score in last.items())
     shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
     return supernet.eval()
+
+
+def _choices(run: Run) -> Mapping[str, Any]:
+    """Return the formats the supernet was trained in."""
+    content = run.read(TRAINING)
+    choices = content.get("choices") if isinstance(content, dict) else None
+    if not isinstance(choices, dict):
+        path = run.path(TRAINING)
+        raise StorageError(f"{path} is damaged; remove it, and training makes it again from its checkpoint")
+    return choices
 
 
 def weights_fingerprint(network: nn.Module) -> str:
@@ -192,14 +201,24 @@ def calibration(run: Run) -> list[Tensor]:
     return calibration_batches(run.data, run.recipe.search.calibration_images, seed=run.recipe.search.seed)
 
 
+def proposer(run: Run, shown: Shown) -> tuple[Constraints, Strategy]:
+    """Return the budget, made absolute, and the strategy of a recipe; both can be wrong.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits.
+        RecipeError: An option of the strategy is wrong.
+    """
+    limits, settings = constraints(run, shown), run.recipe.search
+    strategy = strategy_factory(run.recipe)
+    return limits, strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
+
+
 def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
     # A wrong task, an impossible budget or a wrong option is refused before hours of training.
     check(run)
-    limits = constraints(run, shown)
+    limits, strategy = proposer(run, shown)
     settings = run.recipe.search
-    strategy = strategy_factory(run.recipe)
-    proposer = strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
     supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():
@@ -211,7 +230,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
     with shown.stage(f"search by {settings.strategy}") as progress:
         if settings.predictor == "none":
             result = run_search(
-                WarmStart(proposer, first),
+                WarmStart(strategy, first),
                 limits,
                 score,
                 evaluations=settings.evaluations,
@@ -222,7 +241,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
             )
         else:
             result = guided_search(
-                strategy,
+                strategy_factory(run.recipe),
                 limits,
                 score,
                 evaluations=settings.evaluations,
@@ -271,10 +290,23 @@ def selected(run: Run, shown: Shown, arch: Architecture | None = None) -> Archit
     """Return the network that later stages work on: the given one, the one selected, or the search's best."""
     if arch is not None:
         return arch
-    path = run.path("selected.json")
-    if path.exists():
-        return run.space.from_json(json.dumps(run.read("selected.json")))
-    return search(run, shown).best().architecture
+    chosen = selection(run)
+    return search(run, shown).best().architecture if chosen is None else chosen[0]
+
+
+def selection(run: Run) -> tuple[Architecture, str] | None:
+    """Return the network that was selected, and by which rule; `None` where the search's best stands.
+
+    Raises:
+        StorageError: `selected.json` is damaged.
+        SpaceError: Its architecture is none of the space.
+    """
+    if not run.path(SELECTED).exists():
+        return None
+    content = run.read(SELECTED)
+    if not isinstance(content, dict) or not {"architecture", "rule"} <= content.keys():
+        raise StorageError(f"{run.path(SELECTED)} is damaged; remove it and select again")
+    return run.space.from_json(json.dumps(content["architecture"])), str(content["rule"])
 
 
 def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[nn.Module, Scored]:
@@ -336,7 +368,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
 
 def _like_the_supernet(run: Run) -> FinetuneSettings:
     """Return the settings of finetuning, with the formats that were fastest for the supernet for `auto`."""
-    settings, chosen = run.recipe.finetune, run.read(TRAINING)["choices"]
+    settings, chosen = run.recipe.finetune, _choices(run)
     automatic = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
     return settings.model_copy(update=automatic)
 
@@ -394,7 +426,7 @@ def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, with
     Args:
         run: The run.
         shown: Told progress of missing stages.
-        budget: The best network within it; `None` for the search's own.
+        budget: The best network within it; `None` for the search's own best, as if nothing was selected.
         cheapest: Instead, the network of least cost in this metric...
         within: ...whose score is at most this much below the best.
 
@@ -404,10 +436,14 @@ def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, with
     result = search(run, shown)
     if cheapest:
         trial = result.cheapest(cheapest, within)
+        rule = f"least {cheapest} of those within {within:g} of the best {run.task.metric} on validation"
     elif budget is not None:
         resolved = budget.resolve(run.space, costs(run, shown))
         trial = result.best(resolved.limits)
+        rule = f"best {run.task.metric} on validation within {budget}"
     else:
         trial = result.best()
-    write_json(run.path("selected.json"), json.loads(trial.architecture.to_json()))
+        run.path(SELECTED).unlink(missing_ok=True)
+        return trial
+    write_json(run.path(SELECTED), {"architecture": json.loads(trial.architecture.to_json()), "rule": rule})
     return trial

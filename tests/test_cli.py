@@ -126,7 +126,7 @@ def test_a_finished_run_is_shown_again_and_nothing_is_done_again(finished: tuple
     [
         (["profile"], "latency table: 2"),
         (["train"], "written to "),
-        (["search"], "Pareto front over predicted latency, "),
+        (["search"], "Pareto front of accuracy and macs, "),
         (["finetune"], "validation accuracy "),
         (["export"], "exported to "),
     ],
@@ -169,7 +169,7 @@ def test_the_best_network_within_a_budget_is_selected(searched: Path) -> None:
     limit = sorted(trial["costs"]["params"] for trial in trials)[3]
     said = call("select", "--run", searched, "--budget", f"params={limit},macs=100%").stdout
     best = max(t["metrics"]["accuracy"] for t in trials if t["costs"]["params"] <= limit)
-    chosen = json.loads((searched / "selected.json").read_text())
+    chosen = json.loads((searched / "selected.json").read_text())["architecture"]
     (trial,) = (t for t in trials if t["architecture"] == chosen)
     assert trial["costs"]["params"] <= limit
     assert trial["metrics"]["accuracy"] == best
@@ -180,7 +180,7 @@ def test_the_best_network_within_a_budget_is_selected(searched: Path) -> None:
 def test_the_cheapest_network_near_the_best_is_selected_and_then_finetuned(searched: Path) -> None:
     trials = json.loads((searched / "result.json").read_text())["trials"]
     said = call("select", "--run", searched, "--cheapest", "macs", "--within", "1").stdout
-    chosen = json.loads((searched / "selected.json").read_text())
+    chosen = json.loads((searched / "selected.json").read_text())["architecture"]
     (trial,) = (t for t in trials if t["architecture"] == chosen)
     assert trial["costs"]["macs"] == min(t["costs"]["macs"] for t in trials)
     key = said.split()[1].rstrip(":")
@@ -239,6 +239,43 @@ def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_d
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
     assert Run(folder).recipe.search.budget == {"params": "70%"}
     assert "Budget: params 70%" in call("resume", folder).stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("search.budget.macs=1000", InfeasibleBudgetError),
+        ("search.options.population=0", RecipeError),
+        ("search.strategy=nobody", AutocompressError),
+    ],
+)
+def test_a_wrong_setting_does_not_cost_the_search_that_is_there(
+    searched: Path, change: str, error: type[Exception]
+) -> None:
+    before = ages(searched)
+    with pytest.raises(error):
+        call("search", "--run", searched, "--again", "--set", change)
+    assert ages(searched) == before
+
+
+def test_a_selected_network_is_reported_as_such_and_later_reports_say_so(searched: Path) -> None:
+    call("select", "--run", searched, "--cheapest", "macs", "--within", "1")
+    said = call("resume", searched).stdout
+    assert "Selected: least macs of those within 1 of the best accuracy on validation, in the search" in said
+    assert "read after 1 earlier reports of this run" in said
+    assert "selected, finetuned" in said
+    assert "searched, finetuned" not in said
+    call("select", "--run", searched)  # the search's own best again
+    assert not (searched / "selected.json").exists()
+    assert "searched, finetuned" in call("resume", searched).stdout
+
+
+@pytest.mark.parametrize("command", ["export", "profile"])
+def test_a_command_says_what_it_made_once(searched: Path, command: str) -> None:
+    for path in searched.glob("networks/*/exported/*"):
+        path.unlink()
+    lines = call(command, "--run", searched).stdout.splitlines()
+    assert len(set(lines)) == len(lines)
 
 
 def test_searching_again_with_another_training_is_refused_and_the_search_stays(searched: Path) -> None:

@@ -8,7 +8,7 @@ import yaml
 
 from autocompress.cli import DEMO
 from autocompress.errors import RecipeError
-from autocompress.recipe import Recipe, load_recipe, parse_recipe, with_absolute_paths
+from autocompress.recipe import load_recipe, parse_recipe, with_absolute_paths
 
 FULL: dict[str, Any] = {
     "data": {"source": "folder", "folder": "/data/flowers", "validation": 500, "limit": 2000, "seed": 1},
@@ -304,9 +304,12 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
         load_recipe(tmp_path / name)
 
 
-def test_an_empty_file_is_the_recipe_of_all_defaults(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("# nothing\n")
-    assert load_recipe(tmp_path / "r.yaml") == Recipe()
+@pytest.mark.parametrize("text", ["", " \n", "# nothing\n", "null"])
+def test_an_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+    """It would be every default: more often a mistake than meant."""
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"r.yaml is empty; write one key at least"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_relative_paths_of_a_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,23 @@ def test_settings_of_a_stage_can_be_changed_until_it_has_begun(
     assert Run(tmp_path).recipe == changed
 
 
+def test_a_recipe_is_not_changed_under_a_process_that_works_on_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    before = (tmp_path / "recipe.yaml").read_bytes()
+    with run.locked(), pytest.raises(StorageError, match="another process is working on"):
+        Run(tmp_path, small_recipe(search={"seed": 5}))
+    assert (tmp_path / "recipe.yaml").read_bytes() == before
+    with run.locked():
+        Run(tmp_path, small_recipe())  # nothing to write
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for recipe in (None, small_recipe()):
+        with pytest.raises(RecipeError, match=r"a run needs a directory, but .*file is a file"):
+            Run(tmp_path / "file", recipe)
+
+
 def test_only_for_search_settings_another_search_is_proposed(tmp_path: Path) -> None:
     Run(tmp_path, small_recipe())
     (tmp_path / "trials.log").touch()
@@ -266,6 +283,7 @@ def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
 
 def test_a_lock_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, small_recipe())
+    (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*\.lock: Is a directory"), run.locked():
         pass
@@ -329,9 +347,10 @@ def test_the_recipe_of_a_run_is_a_recipe(tmp_path: Path) -> None:
 def test_an_emptied_recipe_is_refused(tmp_path: Path) -> None:
     """YAML reads it as nothing, which would be every default."""
     Run(tmp_path, small_recipe())
-    (tmp_path / "recipe.yaml").write_text(" \n")
-    with pytest.raises(RecipeError, match=r"recipe.yaml is empty"):
-        Run(tmp_path)
+    for text in (" \n", "null", "# all gone"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=r"recipe.yaml is empty"):
+            Run(tmp_path)
 
 
 def test_a_run_that_is_worked_on_has_no_leftovers_of_a_kill(tmp_path: Path) -> None:

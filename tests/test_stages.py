@@ -209,7 +209,8 @@ def test_a_selection_goes_before_the_best_network_of_the_search(run: Run) -> Non
     best = result.best().architecture
     other = next(trial.architecture for trial in result.trials if trial.architecture != best)
     assert stages.selected(run, SILENT) == best
-    write_json(run.path("selected.json"), json.loads(other.to_json()))
+    content = {"architecture": json.loads(other.to_json()), "rule": "by hand"}
+    write_json(run.path("selected.json"), content)
     assert stages.selected(run, SILENT) == other
     assert stages.selected(run, SILENT, best) == best
 
@@ -406,7 +407,23 @@ def test_trials_of_other_weights_are_refused(run: Run) -> None:
         stages.search(run, SILENT)
 
 
-@pytest.mark.parametrize("content", ["{", '{"space": "toy", "choices": {}}', '{"choices": 3}', "3"])
+@pytest.mark.parametrize("content", ["null", "3", '{"choices": 3}', "{"])
+def test_a_damaged_account_of_training_is_refused_with_the_way_out(run: Run, content: str) -> None:
+    run.path("training.json").write_text(content)
+    with pytest.raises(StorageError, match=r"training.json.*remove it, and"):
+        stages.train(run, SILENT)
+
+
+@pytest.mark.parametrize("content", ["null", "3", "{}", "{"])
+def test_a_damaged_result_is_refused_with_the_way_out(run: Run, content: str) -> None:
+    run.path("result.json").write_text(content)
+    with pytest.raises(StorageError, match=r"result.json.*remove it, and the search writes it again"):
+        stages.search(run, SILENT)
+    run.path("result.json").unlink()
+    stages.search(run, SILENT)
+
+
+@pytest.mark.parametrize("content", ["{", '{"architecture": {}, "rule": ""}', "{}", "3"])
 def test_a_damaged_selection_is_refused(run: Run, content: str) -> None:
     run.path("selected.json").write_text(content)
     with pytest.raises(AutocompressError, match=r"selected.json|architecture"):
@@ -527,7 +544,7 @@ def test_two_runs_in_one_process_are_equal(exported: Path, tmp_path: Path) -> No
 
 def test_a_run_whose_folder_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cannot write .*recipe.yaml: (Not a directory|File exists)"):
+    with pytest.raises(StorageError, match=r"cannot write .*\.lock: (Not a directory|File exists)"):
         Run(tmp_path / "file" / "run", small_recipe())
 
 

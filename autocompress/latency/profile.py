@@ -124,7 +124,8 @@ def profile(
         min_rounds: Runs of each block and network, at least.
         max_rounds: And at most.
         timer: Reads the clock; tests bring their own.
-        table: Rows it has are taken over instead of measured; the correction is fitted to this space.
+        table: Taken as it is if it was measured for this space and lacks no row. Otherwise rows it has are
+            taken over instead of measured, and the correction is fitted to this space.
         progress: Told how many of the samples there are.
         prepare: Builds what is timed; tests bring their own.
 
@@ -142,6 +143,9 @@ def profile(
         table.check_target(target)
         rows = dict(table.rows)
     missing = {key: ops for key, ops in blocks.items() if key not in rows}
+    if table is not None and not missing and _space_of(table) == space.fingerprint:
+        table.save(folder / TABLE_FILE)
+        return table
     codes = check_networks(space, networks, seed=seed)
     checked = [space.operations(row) for row in codes]
     items = [
@@ -181,6 +185,11 @@ def profile(
     result = _table(space, target, rows, (correction, report), file.started)
     result.save(folder / TABLE_FILE)
     return result
+
+
+def _space_of(table: LatencyTable) -> object:
+    measured_for = table.provenance.get("space")
+    return measured_for.get("fingerprint") if isinstance(measured_for, dict) else None
 
 
 def _block_name(key: str) -> str:

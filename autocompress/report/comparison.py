@@ -1,6 +1,8 @@
 """The final comparison: the searched network beside the largest, uniform-scaled and random ones.
 
-This is the one place that reads the test part of the data, once, after every decision was made.
+This is the one place that reads the test part of the data, after every decision was made. A run that is
+searched again, or in which another network is selected, is compared again; the report then says how often the
+test part was read before.
 """
 
 import tempfile
@@ -13,10 +15,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from autocompress.atomic import write_json
+from autocompress.atomic import read_json, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.elastic.supernet import resize
+from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
@@ -34,12 +37,13 @@ from autocompress.stages import (
     profile,
     resolution,
     selected,
+    selection,
     target,
     train,
 )
 from autocompress.training.evaluate import evaluate
 
-REPORT = "report.json"
+REPORT, SCHEMA = "report.json", "autocompress.report"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
 # Of the networks of the table's error report, so many are measured again beside the compared ones.
@@ -95,10 +99,14 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     Returns:
         The content of `report.json`: rows, limits, what uniform and random mean, paths.
     """
+    chosen = selection(run)
+    rule = chosen[1] if chosen is not None and arch in (None, chosen[0]) else ""
     arch = selected(run, shown, arch)
     path = run.network_folder(arch) / REPORT
     if path.exists():
-        return dict(run.read(str(path.relative_to(run.folder))))
+        known = _read(path)
+        if known["selected_by"] == rule:
+            return known
     folder = export(run, shown, arch)
     supernet = train(run, shown)
     limits = constraints(run, shown)
@@ -112,10 +120,11 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     )
     slices = [("largest", largest), *(("uniform-scaled", a) for a in uniform)]
     slices += [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
-    slices.append(("searched", arch))
+    name = "selected" if rule else "searched"
+    slices.append((name, arch))
     networks: list[Compared] = [(name, a, extract_recalibrated(run, supernet, a)) for name, a in slices]
     networks += [("uniform-scaled, finetuned", a, finetune(run, shown, a)[0]) for a in uniform]
-    networks.append(("searched, finetuned", arch, finetune(run, shown, arch)[0]))
+    networks.append((f"{name}, finetuned", arch, finetune(run, shown, arch)[0]))
     with shown.stage("measure and compare") as progress:
         progress(0, len(networks), "latency")
         exported = folder / "network.onnx"
@@ -124,13 +133,16 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         peaks = {a.key: _peak_memory(run, a) for a in distinct}
         rows = []
         for done, compared in enumerate(networks):
-            name, a, _ = compared
-            progress(done, len(networks), name)
+            progress(done, len(networks), compared[0])
+            a = compared[1]
             rows.append(_row(run, limits, compared, measured[a.key], peaks[a.key]))
         progress(len(networks), len(networks), "")
     content = {
-        "schema": "autocompress.report",
+        "schema": SCHEMA,
         "version": 1,
+        "subject": name,
+        "selected_by": rule,
+        "earlier_reports": _earlier_reports(run),
         "budget": dict(run.recipe.search.budget),
         "limits": dict(limits.limits),
         "metric": run.task.metric,
@@ -161,12 +173,28 @@ def _uses_enough(limits: Constraints, codes: Codes) -> bool:
     return bool((limits.violation(codes) >= RANDOM_AT_LEAST - 1).all())
 
 
+def _earlier_reports(run: Run) -> int:
+    """Return how many comparisons of this run read the test part before."""
+    paths = [*run.folder.glob(f"networks/*/{REPORT}"), *run.folder.glob("searches/*/report-*.json")]
+    # One that was made again replaced another, so files are not counted.
+    return max((_read(path)["earlier_reports"] + 1 for path in paths), default=0)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path, StorageError, "comparison")
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise StorageError(f"{path} is damaged; remove it to compare again")
+    return content
+
+
 def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
     """Return some networks of the table's error report, small to large, and what they took then, in ms."""
     then, settings = profile(run, shown).error_report, run.recipe.profile
     if then is None:
         return {}
     codes = check_networks(run.space, settings.networks, seed=settings.seed)
+    if [len(run.space.operations(row)) for row in codes] != [net.blocks for net in then.networks]:
+        return {}  # a table that was taken over, checked on other networks
     chosen = np.unique(np.linspace(0, len(codes) - 1, CHECKED_AGAIN).round().astype(np.int64))
     return {f"check {i}": (run.space.operations(codes[i]), then.networks[i].measured_ms) for i in chosen}
 

@@ -53,23 +53,32 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     """Return what a reader of the table must know, one sentence a line."""
     limits = ", ".join(f"{metric} <= {value:.4g}" for metric, value in content["limits"].items())
     asked = ", ".join(f"{metric} {value}" for metric, value in content["budget"].items())
-    images = content["rows"][0]["test_images"]
+    images, earlier = content["rows"][0]["test_images"], content["earlier_reports"]
+    read = "read once, after every decision"
+    if earlier:
+        read = f"read after {earlier} earlier reports of this run, which may have influenced later decisions"
     lines = [
         f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network.",
         "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
-        f"Test: {images} images, read once, after every decision; networks not marked finetuned are slices "
-        "of the supernet with batch-norm statistics of their own.",
+        f"Test: {images} images, {read}; networks not marked finetuned are slices of the supernet with "
+        "batch-norm statistics of their own.",
         f"{content['uniform'][0].upper()}{content['uniform'][1:]}.",
         f"{content['random'][0].upper()}{content['random'][1:]}.",
     ]
     by_name = {row["name"]: row for row in content["rows"]}
-    searched, largest = by_name["searched, finetuned"], by_name["largest"]
+    subject = content["subject"]
+    searched, largest = by_name[f"{subject}, finetuned"], by_name["largest"]
     error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
+    if content["selected_by"]:
+        lines.append(
+            f"Selected: {content['selected_by']}, in the search under the budget above, at which the uniform-"
+            "scaled and the random networks stand."
+        )
     lines.append(
-        f"The searched network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
-        f"one's measured latency; its prediction is {error:+.1%} off its measurement."
+        f"The {subject} network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
+        f"one's measured latency; {_off(error)} than was measured."
     )
-    if by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
+    if not content["selected_by"] and by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
         lines.append(
             "The search found nothing better on validation than the uniform-scaled network, with which it "
             "starts: they are the same."
@@ -79,8 +88,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         then = searched["costs"]["latency_ms"] / (searched["latency_ms"] / drift) - 1
         lines.append(
             f"Networks of the table's error report, measured again here, take {drift:.2f} times what they "
-            f"took when the table was measured; at the machine's speed of then the prediction is {then:+.1%} "
-            "off."
+            f"took when the table was measured; at the machine's speed of then {_off(then)} than "
+            "was measured."
         )
     if content["exported"] is not None:
         exported = content["exported"]
@@ -90,6 +99,10 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     return lines
+
+
+def _off(error: float) -> str:
+    return f"{abs(error):.1%} {'more' if error >= 0 else 'less'} was predicted"
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -352,7 +352,12 @@ def _stack(source: str, part: Dataset[Any], shape: tuple[int, int, int]) -> _Par
                 f"at position {position}"
             )
         images.append(image)
-        labels.append(torch.as_tensor(label))
+        try:
+            labels.append(torch.as_tensor(label))
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(
+                f"labels of {source} must be numbers or tensors, got {label!r} at position {position}"
+            ) from None
     stacked = torch.stack(labels)
     # Cross-entropy takes int64 only, and users' labels come as bytes or int32 too.
     whole = stacked.ndim == 1 and not (stacked.is_floating_point() or stacked.dtype == torch.bool)

@@ -65,7 +65,10 @@ def evaluate(
     for images, targets in batches(dataset, EVALUATION_BATCH, seed=None):
         if images.dim() == 4:
             images = images.contiguous(memory_format=memory_format)
-        scores.append(score(forward(images).float(), targets).double())
+        outputs = forward(images).float()
+        # An accuracy is finite even if the outputs are not.
+        finite = torch.isfinite(outputs).reshape(len(outputs), -1).all(dim=1)
+        scores.append(score(outputs, targets).double().where(finite, torch.nan))
     values = torch.cat(scores)
     wrong = (~torch.isfinite(values)).nonzero()
     if len(wrong):

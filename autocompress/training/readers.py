@@ -479,7 +479,11 @@ def call_user_function(source: str, folder: Path | None) -> "tuple[Dataset[Any],
         raise DataError(f"{source}: module {module_name!r} has no {attribute!r}") from error
     if not callable(function):
         raise DataError(f"{source} must be a function, got {type(function).__name__}")
-    parts = function() if folder is None else function(folder)
+    try:
+        parts = function() if folder is None else function(folder)
+    except Exception as error:
+        given = "without arguments" if folder is None else f"with folder {folder}"
+        raise DataError(f"{source}, called {given}, failed: {type(error).__name__}: {error}") from error
     if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
         raise DataError(f"{source} must return (train, test) or (train, validation, test), got {parts!r:.80}")
     for part in parts:

@@ -216,3 +216,28 @@ def test_blocks_are_built_for_the_target_asked_for(space: SearchSpace, tmp_path:
     target = load_target(threads=2, batch=4)
     profile(space, target, folder=tmp_path, prepare=prepare, timer=clock.timer, networks=2, min_rounds=6)
     assert seen == {target}
+
+
+def test_a_table_of_this_space_without_a_gap_is_taken_as_it_is_and_nothing_is_measured(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    """Two runs with one table then predict alike."""
+    table = run(space, tmp_path / "one", clock)
+
+    def refuse(runs: Run) -> float:
+        raise AssertionError("measured again")
+
+    again = profile(space, TARGET, folder=tmp_path / "two", networks=12, timer=refuse, table=table)
+    assert again.to_json() == table.to_json()
+    assert LatencyTable.load(tmp_path / "two" / TABLE_FILE).to_json() == table.to_json()
+
+
+def test_a_table_of_another_space_keeps_its_rows_and_is_corrected_anew(
+    space: SearchSpace, tmp_path: Path, clock: Any
+) -> None:
+    table = run(space, tmp_path / "one", clock)
+    other = replace(table, provenance={**table.provenance, "space": {"name": "x", "fingerprint": "y"}})
+    found = run(space, tmp_path / "two", clock, table=other, networks=8)
+    assert found.rows == table.rows
+    assert found.error_report is not None
+    assert len(found.error_report.networks) == 8

@@ -33,6 +33,9 @@ CONTENT: dict[str, Any] = {
         row("searched, finetuned", 0.85, 1.0),
     ],
     "drift": 0.88,
+    "subject": "searched",
+    "selected_by": "",
+    "earlier_reports": 0,
     "exported": {"median_ms": 1.25, "p95_ms": 1.5},
     "exported_folder": "runs/demo/networks/k/exported",
     "uniform": "uniform-scaled: so",
@@ -76,12 +79,31 @@ def test_the_notes_say_what_a_reader_must_know() -> None:
     assert "Test: 359 images, read once" in text
     assert "Uniform-scaled: so." in text
     assert "Random: thus." in text
-    assert "takes 50% of the largest one's measured latency; its prediction is +10.0% off" in text
+    assert (
+        "takes 50% of the largest one's measured latency; 10.0% more was predicted than was measured." in text
+    )
     # 1.1 ms were predicted; what takes 1 ms now took 1 / 0.88 then.
     assert "take 0.88 times what they took when the table was measured" in text
-    assert "at the machine's speed of then the prediction is -3.2% off" in text
+    assert "at the machine's speed of then 3.2% less was predicted than was measured." in text
     assert "median 1.250 ms, p95 1.500 ms (predicted 1.100 ms)" in text
     assert text.endswith("Exported files: runs/demo/networks/k/exported")
+
+
+def test_later_reports_do_not_say_that_the_test_part_was_read_once() -> None:
+    text = "\n".join(notes({**CONTENT, "earlier_reports": 2}))
+    assert "read once" not in text
+    assert "read after 2 earlier reports of this run" in text
+
+
+def test_a_selected_network_is_not_called_searched() -> None:
+    rows = [
+        {**r, "name": r["name"].replace("searched", "selected"), "key": r["name"]} for r in CONTENT["rows"]
+    ]
+    rows += [row("uniform-scaled", 0.8, 1.0)]
+    text = "\n".join(notes({**CONTENT, "rows": rows, "subject": "selected", "selected_by": "least macs"}))
+    assert "Selected: least macs, in the search under the budget above" in text
+    assert "The selected network takes 50% of" in text
+    assert "found nothing better" not in text
 
 
 def test_a_search_that_ends_where_it_started_says_so() -> None:

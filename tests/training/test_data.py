@@ -828,3 +828,30 @@ def test_real_data_have_the_published_mean_and_standard_deviation(tmp_path: Path
     assert cifar.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)
     assert cifar.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=1e-3)
     assert torch.bincount(images_of(cifar.validation).labels).tolist() == [500] * 10
+
+
+def fails() -> Any:
+    raise KeyError("images")
+
+
+def words() -> Any:
+    part = [(torch.zeros(1, 4, 4, dtype=torch.uint8), "cat") for _ in range(8)]
+    return part, part
+
+
+@pytest.mark.parametrize(
+    ("function", "folder", "message"),
+    [
+        ("fails", None, r"fails, called without arguments, failed: KeyError: 'images'"),
+        ("fails", Path("/x"), r"called with folder /x, failed: TypeError: .* 0 positional arguments"),
+        ("words", None, "labels of .*words must be numbers or tensors, got 'cat' at position"),
+    ],
+)
+def test_a_function_of_the_user_that_fails_is_named(
+    function: str, folder: Path | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("users_data")
+    vars(module).update(fails=fails, words=words)
+    monkeypatch.setitem(sys.modules, "users_data", module)
+    with pytest.raises(DataError, match=message):
+        load_data(f"users_data:{function}", folder=folder, validation=0.5)

@@ -125,3 +125,14 @@ def test_a_score_that_is_not_finite_is_refused_with_the_first_sample_and_the_cau
         EvaluationError, match=f"1 of 9 held-out samples is not finite, first of sample 5: {cause}"
     ):
         evaluate(lambda x: x.flatten(1).sum(dim=1), items, score)  # type: ignore[arg-type]
+
+
+def test_an_accuracy_of_outputs_that_are_not_finite_is_refused() -> None:
+    """The largest of nan is some class, right or wrong."""
+    items = [(torch.zeros(3, 4, 4), torch.tensor(0)) for _ in range(3)]
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [1.0, 0.0]])[: len(x)]
+
+    with pytest.raises(EvaluationError, match="1 of 3 held-out samples is not finite, first of sample 1"):
+        evaluate(forward, items, accuracy)  # type: ignore[arg-type]
