@@ -83,6 +83,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
             "The search found nothing better on validation than the uniform-scaled network, with which it "
             "starts: they are the same."
         )
+    lines += _undecided(by_name, searched)
     drift = content["drift"]
     if drift is not None:
         then = searched["costs"]["latency_ms"] / (searched["latency_ms"] / drift) - 1
@@ -99,6 +100,20 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     return lines
+
+
+def _undecided(by_name: Mapping[str, Any], searched: Mapping[str, Any]) -> list[str]:
+    """Say so where the test images are too few to tell the network from the uniform-scaled one."""
+    uniform = by_name.get("uniform-scaled, finetuned")
+    if uniform is None or uniform["key"] == searched["key"]:
+        return []
+    low, high = searched["test_interval"]
+    if not low <= uniform["test"] <= high:
+        return []
+    return [
+        f"{searched['test_images']} test images are too few to tell the {searched['name']} network from the "
+        "uniform-scaled one, whose accuracy lies within its interval."
+    ]
 
 
 def _off(error: float) -> str:

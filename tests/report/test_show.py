@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from autocompress.report.show import markdown, notes, table
 
 
@@ -112,6 +114,16 @@ def test_a_search_that_ends_where_it_started_says_so() -> None:
     other = [*CONTENT["rows"], row("uniform-scaled", 0.8, 1.0, key="other")]
     for rows in (other, CONTENT["rows"]):
         assert "found nothing better" not in "\n".join(notes({**CONTENT, "rows": rows}))
+
+
+@pytest.mark.parametrize(
+    ("test", "key", "said"), [(0.85, "u", True), (0.81, "u", True), (0.79, "u", False), (0.85, "k", False)]
+)
+def test_too_few_test_images_to_decide_are_named(test: float, key: str, said: bool) -> None:
+    """The searched network has 0.85, its interval goes from 0.80 to 0.90."""
+    rows = [*CONTENT["rows"], row("uniform-scaled, finetuned", test, 1.0, key=key)]
+    text = "\n".join(notes({**CONTENT, "rows": rows}))
+    assert ("359 test images are too few to tell the searched, finetuned network" in text) == said
 
 
 def test_without_checks_nothing_is_said_of_the_machine() -> None:
