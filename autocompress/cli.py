@@ -325,6 +325,42 @@ def export(run: RunOption = Path("runs/run")) -> None:
         _echo_unless(said, f"exported to {stages.export(opened, _shown(said))}")
 
 
+@app.command()
+def count(
+    network: Annotated[str, typer.Argument(help="model.py:factory or module:factory; this runs that code.")],
+    input_: Annotated[list[str], typer.Option("--input", help="Shape of an input, as 1x3x224x224.")],
+    dtype: Annotated[str, typer.Option(help="Of the inputs, as float32, or int64 for tokens.")] = "float32",
+    depth: Annotated[int, typer.Option(help="Levels of modules in the table.")] = 1,
+) -> None:
+    """Count the MACs and parameters of any PyTorch network, by PyTorch's counter and by thop."""
+    import torch
+
+    from autocompress.count import count as count_module
+    from autocompress.count import load_module, parse_shape
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise RecipeError(f"--dtype must be a PyTorch dtype such as float32 or int64, got {dtype!r}")
+    inputs = [torch.zeros(parse_shape(text), dtype=kind) for text in input_]
+    found = count_module(load_module(network), *inputs)
+    for name, macs in found.by_module.items():
+        if macs and name.count(".") < depth:
+            typer.echo(f"{macs / 1e6:14.3f} M MACs  {name}")
+    typer.echo(f"{found.macs / 1e6:14.3f} M MACs  in all, for inputs of {', '.join(input_)}")
+    typer.echo(f"{found.params / 1e6:14.3f} M parameters")
+    if found.thop_macs is None:
+        typer.echo(f"thop could not run on this network: {found.thop_error}")
+    else:
+        typer.echo(f"{found.thop_macs / 1e6:14.3f} M MACs  by thop")
+    if found.doubtful:
+        typer.echo(
+            "warning: the two differ by more than 2 %. thop also counts batch norm, pooling and upsampling, "
+            "and does not see functions, attention and layers that it has no rule for."
+        )
+    if found.device == "cpu":
+        typer.echo("warning: counted on the CPU, where layers fused into one kernel (LSTM) count nothing.")
+
+
 @app.command("list")
 def list_(what: Annotated[str, typer.Argument(help="spaces, strategies or targets")]) -> None:
     """List what can be named in a recipe."""

@@ -285,6 +285,27 @@ def test_searching_again_with_another_training_is_refused_and_the_search_stays(s
     assert ages(searched) == before
 
 
+# Counting --------------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_the_user_is_counted_with_thop_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "from torch import nn\ndef conv(): return nn.Sequential(nn.Conv2d(8, 16, 3, bias=False))\n"
+        "def tokens(): return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4))\n"
+    )
+    lines = call("count", f"{tmp_path / 'model.py'}:conv", "--input", "1x8x18x18").stdout.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "0.295 M MACs 0",
+        "0.295 M MACs in all, for inputs of 1x8x18x18",
+        "0.001 M parameters",
+        "0.295 M MACs by thop",
+    ]
+    said = call("count", f"{tmp_path / 'model.py'}:tokens", "--input", "500x20", "--dtype", "int64").stdout
+    assert "0.320 M MACs  in all" in said
+    with pytest.raises(RecipeError, match="--dtype must be a PyTorch dtype"):
+        call("count", f"{tmp_path / 'model.py'}:conv", "--input", "1x8x18x18", "--dtype", "number")
+
+
 # Recipes and --set -----------------------------------------------------------------------------------------
 
 
