@@ -241,6 +241,10 @@ def search(
     recipe: RecipeArgument = None,
     run: RunOption = Path("runs/run"),
     set_: SetOption = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="Probability with which measured latencies shall hold the budget, as 0.95."),
+    ] = None,
     again: Annotated[
         bool,
         typer.Option("--again", help="Search anew, with other search.* settings; the last one is put aside."),
@@ -250,6 +254,8 @@ def search(
     from autocompress import stages
     from autocompress.run import refuse_other
 
+    if confidence is not None:
+        set_ = [*(set_ or []), f"search.confidence={confidence}"]
     parsed = _recipe(recipe, set_, run)
     if again:
         before = _open(run, None)

@@ -152,6 +152,9 @@ class SearchSettings(_Settings):
     budget: dict[str, float | str] = Field(default_factory=_default_budget)
     """Metric to limit: `latency_ms`, `macs` (or `flops`), `params`, `size_bytes`; a number or text such as
     "60%" of the largest network, "300M". Also all in one text, "latency_ms=60%,macs=300M"."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """If given, a network fits a latency budget only if its measured latency will hold it with this
+    probability, by the table's own errors on whole networks; otherwise its prediction is compared."""
     strategy: str = "evolution"
     options: dict[str, Any] = Field(default_factory=dict)
     evaluations: Positive = 100

@@ -5,7 +5,8 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError, ExportError, StorageError
+from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetError, StorageError, TableError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.profile import profile as profile_space
@@ -40,6 +41,7 @@ from autocompress.training.loop import training_batches
 from autocompress.training.speed import choose_threads
 from autocompress.training.supernet import supernet_identity, train_supernet
 
+LATENCY = "latency_ms"
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
@@ -137,7 +139,42 @@ def constraints(run: Run, shown: Shown) -> Constraints:
     Raises:
         InfeasibleBudgetError: Nothing fits it.
     """
-    return Budget.of(run.recipe.search.budget).resolve(run.space, costs(run, shown))
+    return resolve(run, shown, Budget.of(run.recipe.search.budget))
+
+
+def resolve(run: Run, shown: Shown, budget: Budget) -> Constraints:
+    """Make a budget absolute; limits on latency are tightened for the recipe's confidence.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits it.
+        TableError: The table was checked on too few networks for the confidence, or on none.
+    """
+    limits = budget.resolve(run.space, costs(run, shown))
+    factor = latency_margin(run, shown, limits.limits)
+    if factor == 1.0:
+        return limits
+    tighter = replace(limits, limits={**limits.limits, LATENCY: limits.limits[LATENCY] / factor})
+    try:
+        tighter.check_feasible()
+    except InfeasibleBudgetError as error:
+        nearest = {m: value * factor if m == LATENCY else value for m, value in error.nearest.items()}
+        raise InfeasibleBudgetError(
+            f"{error} (predicted latencies; the limit was divided by {factor:.4g} for search.confidence "
+            f"{run.recipe.search.confidence:g})",
+            nearest,
+        ) from None
+    return tighter
+
+
+def latency_margin(run: Run, shown: Shown, limited: Container[str]) -> float:
+    """Return by what predictions of latency are multiplied before they are compared with limits on it."""
+    confidence = run.recipe.search.confidence
+    if confidence is None or LATENCY not in limited:
+        return 1.0
+    table_report = profile(run, shown).error_report
+    if table_report is None:
+        raise TableError("search.confidence needs a table that was checked on whole networks; profile anew")
+    return table_report.upper_factor(confidence)
 
 
 def check(run: Run) -> None:
@@ -262,9 +299,18 @@ def search(run: Run, shown: Shown) -> SearchResult:
     shown.say(
         f"search: best validation {run.task.metric} {best.metrics[run.task.metric]:.4f} of "
         f"{len(result.trials)} evaluated and {result.scored} predicted networks; {describe_costs(best.costs)}"
+        f"{describe_error(profile(run, shown))}"
     )
     result.save(path)
     return result
+
+
+def describe_error(table: LatencyTable) -> str:
+    """Return how far predicted latencies are off, to stand behind them; empty if nobody checked."""
+    report = table.error_report
+    if report is None:
+        return ""
+    return f"; predicted latencies are {report.forms[report.chosen].mape_percent:.1f} % off on average"
 
 
 def describe_costs(found: Mapping[str, float]) -> str:
@@ -438,8 +484,7 @@ def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, with
         trial = result.cheapest(cheapest, within)
         rule = f"least {cheapest} of those within {within:g} of the best {run.task.metric} on validation"
     elif budget is not None:
-        resolved = budget.resolve(run.space, costs(run, shown))
-        trial = result.best(resolved.limits)
+        trial = result.best(resolve(run, shown, budget).limits)
         rule = f"best {run.task.metric} on validation within {budget}"
     else:
         trial = result.best()

@@ -34,6 +34,7 @@ from autocompress.errors import (
     StorageError,
     TableError,
 )
+from autocompress.latency.correction import CheckedNetwork, ErrorReport, Figures
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
 from autocompress.progress import Progress
@@ -265,6 +266,42 @@ def test_an_impossible_budget_is_refused_with_the_nearest_feasible_one(tmp_path:
     told = refused(tmp_path, InfeasibleBudgetError, message, search={"budget": {"latency_ms": 0.1}})
     nearest = float(told.rpartition(" ")[2])
     assert least <= nearest <= least * 1.0001
+
+
+def checked_table(ratio: float, networks: int = 40) -> LatencyTable:
+    """The table by hand, on whose networks measurements were so many times the predictions."""
+    checked = tuple(CheckedNetwork(13, 1.0, ratio, 1.0) for _ in range(networks))
+    figures = {"raw": Figures(0.0, 2.5, 2.5, 100.0, 100.0, 1.0)}
+    report = ErrorReport(checked, figures, "raw", 0.0, (), None, 0)  # type: ignore[arg-type]
+    return replace(table_by_hand(small_space()), error_report=report)
+
+
+def test_a_confidence_tightens_the_latency_budget_by_the_errors_of_the_table(tmp_path: Path) -> None:
+    checked_table(1.04).save(tmp_path / stages.TABLE)
+    plain = stages.constraints(Run(tmp_path, small_recipe(search={"budget": {"latency_ms": "90%"}})), SILENT)
+    recipe = small_recipe(search={"budget": {"latency_ms": "90%", "macs": "95%"}, "confidence": 0.95})
+    run = Run(tmp_path, recipe)
+    limits = stages.constraints(run, SILENT)
+    assert limits.limits["latency_ms"] == pytest.approx(plain.limits["latency_ms"] / 1.04)
+    result = stages.search(run, SILENT)
+    assert result.limits == limits.limits
+    assert all(trial.costs["latency_ms"] * 1.04 <= plain.limits["latency_ms"] for trial in result.trials)
+    least = limits.costs["latency_ms"].minimum
+    with pytest.raises(InfeasibleBudgetError, match=r"divided by 1.04 for search.confidence 0.95") as caught:
+        stages.resolve(run, SILENT, Budget.of({"latency_ms": 1.02 * least}))
+    assert caught.value.nearest["latency_ms"] == pytest.approx(1.04 * least)
+
+
+def test_a_confidence_without_enough_checked_networks_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe(search={"budget": {"latency_ms": "90%"}, "confidence": 0.95})
+    checked_table(1.04, networks=10).save(tmp_path / "few" / stages.TABLE)
+    with pytest.raises(TableError, match="needs at least 19 measured networks, the error report has 10"):
+        stages.constraints(Run(tmp_path / "few", recipe), SILENT)
+    with_table(tmp_path / "none")
+    macs = Run(with_table(tmp_path / "macs"), small_recipe(search={"confidence": 0.95}))
+    assert "latency_ms" not in stages.constraints(macs, SILENT).limits
+    with pytest.raises(TableError, match="needs a table that was checked on whole networks"):
+        stages.constraints(Run(tmp_path / "none", recipe), SILENT)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,16 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     read = "read once, after every decision"
     if earlier:
         read = f"read after {earlier} earlier reports of this run, which may have influenced later decisions"
+    margin = content["latency_margin"]
+    held = ""
+    if margin > 1:
+        held = (
+            f" The latency limit is what was asked for divided by {margin:.3f}: measured latencies hold the "
+            f"budget with {content['confidence']:.0%} confidence."
+        )
     lines = [
-        f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network.",
+        f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network."
+        f"{held}",
         "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
         f"Test: {images} images, {read}; networks not marked finetuned are slices of the supernet with "
         "batch-norm statistics of their own.",

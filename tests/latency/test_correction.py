@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from autocompress.errors import TableError
 from autocompress.latency.correction import (
+    CheckedNetwork,
     Checks,
     Correction,
+    ErrorReport,
     Form,
     assess,
     figures,
@@ -165,3 +167,41 @@ def test_a_clock_that_stands_still_is_noticed() -> None:
 def test_a_fit_needs_as_many_networks_as_parameters() -> None:
     with pytest.raises(TableError, match="'affine' needs at least 2 measured networks, got 1"):
         fit("affine", networks(1, 0, 0, count=1))
+
+
+# Confidence ------------------------------------------------------------------------------------------------
+
+
+def report_of(measured_over_predicted: list[float]) -> ErrorReport:
+    networks = tuple(CheckedNetwork(3, 1.0, ratio, 1.0) for ratio in measured_over_predicted)
+    return ErrorReport(networks, {}, "raw", 0.0, (), None, 0)
+
+
+def test_the_factor_is_the_ratio_of_the_rank_that_the_confidence_asks_for() -> None:
+    """Ranks by hand: ceil(20 * 0.95) = 19 of 19, ceil(20 * 0.9) = 18, ceil(20 * 0.5) = 10."""
+    report = report_of([1 + i / 100 for i in range(19)])
+    assert report.upper_factor(0.95) == pytest.approx(1.18)
+    assert report.upper_factor(0.9) == pytest.approx(1.17)
+    assert report.upper_factor(0.5) == pytest.approx(1.09)
+
+
+def test_a_table_that_predicts_too_much_does_not_widen_the_budget() -> None:
+    assert report_of([0.8] * 40).upper_factor(0.95) == 1.0
+
+
+@pytest.mark.parametrize(("confidence", "needed"), [(0.95, 19), (0.9, 9), (0.99, 99), (0.5, 1)])
+def test_a_confidence_needs_so_many_networks(confidence: float, needed: int) -> None:
+    assert report_of([1.1] * needed).upper_factor(confidence) == pytest.approx(1.1)
+    with pytest.raises(TableError, match=f"needs at least {needed} measured networks, .* has {needed - 1}"):
+        report_of([1.1] * (needed - 1)).upper_factor(confidence)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_new_networks_stay_below_as_often_as_asked(confidence: float) -> None:
+    """Exchangeable errors, 300 tables of 40 networks, one new network each: within three standard errors."""
+    rng = np.random.default_rng(0)
+    below = 0
+    for _ in range(300):
+        ratios = np.exp(0.05 * rng.standard_normal(41))
+        below += ratios[40] <= report_of(ratios[:40].tolist()).upper_factor(confidence)
+    assert below / 300 >= confidence - 3 * (confidence * (1 - confidence) / 300) ** 0.5

@@ -35,6 +35,8 @@ CONTENT: dict[str, Any] = {
         row("searched, finetuned", 0.85, 1.0),
     ],
     "drift": 0.88,
+    "latency_margin": 1.0,
+    "confidence": None,
     "subject": "searched",
     "selected_by": "",
     "earlier_reports": 0,
@@ -124,6 +126,12 @@ def test_too_few_test_images_to_decide_are_named(test: float, key: str, said: bo
     rows = [*CONTENT["rows"], row("uniform-scaled, finetuned", test, 1.0, key=key)]
     text = "\n".join(notes({**CONTENT, "rows": rows}))
     assert ("359 test images are too few to tell the searched, finetuned network" in text) == said
+
+
+def test_a_tightened_limit_is_explained() -> None:
+    text = "\n".join(notes({**CONTENT, "latency_margin": 1.031, "confidence": 0.95}))
+    assert "divided by 1.031: measured latencies hold the budget with 95% confidence" in text
+    assert "confidence." not in "\n".join(notes(CONTENT))
 
 
 def test_without_checks_nothing_is_said_of_the_machine() -> None:
