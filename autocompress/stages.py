@@ -122,7 +122,8 @@ def describe_table(table: LatencyTable) -> str:
         f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-"
         f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
         f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
-        f"{figures.spearman or 0.0:.3f}; repeat noise {report.repeat_noise_percent:.1f} %"
+        f"{figures.spearman or 0.0:.3f}, Kendall {figures.kendall or 0.0:.3f}; repeat noise "
+        f"{report.repeat_noise_percent:.1f} %"
         f"{warning if doubtful else ''}"
     )
 

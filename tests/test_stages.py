@@ -271,7 +271,7 @@ def test_an_impossible_budget_is_refused_with_the_nearest_feasible_one(tmp_path:
 def checked_table(ratio: float, networks: int = 40) -> LatencyTable:
     """The table by hand, on whose networks measurements were so many times the predictions."""
     checked = tuple(CheckedNetwork(13, 1.0, ratio, 1.0) for _ in range(networks))
-    figures = {"raw": Figures(0.0, 2.5, 2.5, 100.0, 100.0, 1.0)}
+    figures = {"raw": Figures(0.0, 2.5, 2.5, 100.0, 100.0, 1.0, 1.0)}
     report = ErrorReport(checked, figures, "raw", 0.0, (), None, 0)  # type: ignore[arg-type]
     return replace(table_by_hand(small_space()), error_report=report)
 

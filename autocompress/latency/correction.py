@@ -72,6 +72,7 @@ class Figures:
         within_5_percent: Share of networks, in %, with an absolute error of at most 5 %.
         within_10_percent: The same for 10 %.
         spearman: Rank correlation; `None` where all predictions or all measurements are equal.
+        kendall: Kendall's tau-b, likewise: the share of pairs in the right order, less that in the wrong one.
     """
 
     bias_percent: float
@@ -80,6 +81,7 @@ class Figures:
     within_5_percent: float
     within_10_percent: float
     spearman: float | None
+    kendall: float | None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def fit(form: Form, checks: Checks) -> Correction:
 
 def figures(predicted_ms: Vector, measured_ms: Vector) -> Figures:
     """Compare predictions with measurements, each `(n,)`, n at least 1."""
-    from scipy.stats import rankdata
+    from scipy.stats import kendalltau, rankdata
 
     errors = 100 * (predicted_ms / measured_ms - 1)
     size = np.abs(errors)
@@ -196,6 +198,7 @@ def figures(predicted_ms: Vector, measured_ms: Vector) -> Figures:
         within_5_percent=float(100 * (size <= 5).mean()),
         within_10_percent=float(100 * (size <= 10).mean()),
         spearman=float(np.corrcoef(*ranks)[0, 1]) if varies else None,
+        kendall=float(kendalltau(predicted_ms, measured_ms).statistic) if varies else None,
     )
 
 

@@ -280,7 +280,10 @@ def _read_report(node: _Node) -> ErrorReport:
             values["max_error_percent"].number(),
             values["within_5_percent"].number(),
             values["within_10_percent"].number(),
-            None if values["spearman"].value is None else values["spearman"].number(-1 - 1e-9),
+            *(
+                None if values[name].value is None else values[name].number(-1 - 1e-9)
+                for name in ("spearman", "kendall")
+            ),
         )
     curve = []
     for entry in members["learning_curve"].list():

@@ -128,10 +128,13 @@ def test_rank_correlation_is_that_of_the_textbook() -> None:
     # 1 - 6 * sum d^2 / (n (n^2 - 1)) with d = (1, -1, 0, 0): 1 - 12 / 60.
     result = figures(np.array([2.0, 1.0, 3.0, 4.0]), np.array([1.0, 2.0, 3.0, 4.0]))
     assert result.spearman == pytest.approx(0.8)
+    # Five of six pairs in order, one not.
+    assert result.kendall == pytest.approx(4 / 6)
 
 
 def test_equal_predictions_have_no_rank_correlation() -> None:
-    assert figures(np.array([2.0, 2.0]), np.array([1.0, 3.0])).spearman is None
+    result = figures(np.array([2.0, 2.0]), np.array([1.0, 3.0]))
+    assert (result.spearman, result.kendall) == (None, None)
 
 
 def test_repeat_noise_compares_the_halves_of_time() -> None:
