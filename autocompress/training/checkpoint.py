@@ -1,6 +1,7 @@
 """Checkpoints: atomic, safe to load, and sure of what they belong to."""
 
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             # PyTorch also reads its old format, an archive of pickles; ours is always a zip file.
             if file.read(4) != b"PK\x03\x04":
                 raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: it is not a zip file")
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch does not compare checksums: a flipped bit in a weight would be read as it is.
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint not found: {path}") from None

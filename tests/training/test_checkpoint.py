@@ -136,6 +136,15 @@ def test_a_flipped_byte_is_an_error_of_ours_or_harmless(
     assert torch.equal(loaded["model"]["weight"], content()["model"]["weight"])
 
 
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_in_a_weight_is_refused(whole: bytes, path: Path, bit: int) -> None:
+    """PyTorch itself reads it without a word."""
+    start = whole.index(content()["model"]["weight"].numpy().tobytes())
+    path.write_bytes(whole[:start] + bytes([whole[start] ^ 1 << bit]) + whole[start + 1 :])
+    with pytest.raises(CheckpointError, match="is damaged: the checksum of .* is wrong"):
+        load_checkpoint(path, IDENTITY)
+
+
 class Malicious:
     """Unpickling it would write a file."""
 
