@@ -141,7 +141,7 @@ def test_a_flipped_bit_in_a_weight_is_refused(whole: bytes, path: Path, bit: int
     """PyTorch itself reads it without a word."""
     start = whole.index(content()["model"]["weight"].numpy().tobytes())
     path.write_bytes(whole[:start] + bytes([whole[start] ^ 1 << bit]) + whole[start + 1 :])
-    with pytest.raises(CheckpointError, match="is damaged: the checksum of .* is wrong"):
+    with pytest.raises(CheckpointError, match=r"is damaged: the checksum of .* is wrong"):
         load_checkpoint(path, IDENTITY)
 
 
