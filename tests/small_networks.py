@@ -77,3 +77,14 @@ def small_network(classes: int = 3, *, width: int = 6, seed: int = 0) -> nn.Sequ
             nn.Flatten(),
             nn.Linear(width, classes),
         )
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """What is in the network now, as copies."""
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bit by bit, for every name of the first."""
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name

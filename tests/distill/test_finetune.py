@@ -1,14 +1,13 @@
 """Finetuning: teacher and labels, the best epoch, resume."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import arch_of, shaken, small_data, small_network
+from small_networks import arch_of, assert_equal, shaken, small_data, small_network, weights
 from torch import Tensor, nn
 
 from autocompress.distill.finetune import finetune
@@ -21,6 +20,8 @@ from autocompress.testing.toys import toy_classifier_space
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import training_batches
 from autocompress.training.task import Task, load_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = small_data(64)
 TASK = load_task(TaskSettings())
@@ -40,25 +41,8 @@ def settings(**changes: Any) -> FinetuneSettings:
     return FinetuneSettings(**given | changes)
 
 
-def weights(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def teacher_network() -> nn.Sequential:
     return small_network(width=9, seed=4)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # The loss ------------------------------------------------------------------------------------------------

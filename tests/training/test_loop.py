@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from small_networks import small_data, small_network
+from small_networks import assert_equal, small_data, small_network, weights
 from torch import Tensor, nn
 
 from autocompress.errors import CheckpointError, TrainingError
@@ -30,6 +30,8 @@ from autocompress.training.loop import (
     steps_per_epoch,
     training_batches,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = small_data(64)
 IDENTITY = {"kind": "test"}
@@ -53,23 +55,6 @@ def supervised(model: nn.Module) -> Compute:
 def every_minute() -> Callable[[], float]:
     """A clock by which each step takes so long that a checkpoint is due."""
     return itertools.count(0, 100).__next__
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Schedule ------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import arch_of, shaken, small_data
+from small_networks import arch_of, shaken, small_data, weights
 from torch import Tensor
 
 import autocompress.training.loop
@@ -28,6 +27,8 @@ from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.loop import Position, training_batches
 from autocompress.training.supernet import restricted_sample, train_supernet
 from autocompress.training.task import load_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPACE = toy_classifier_space()
 DATA = small_data(64)
@@ -46,18 +47,6 @@ def settings(**changes: Any) -> TrainSettings:
         "weight_decay": 0.01,
     }
     return TrainSettings(**given | changes)
-
-
-def weights(supernet: Supernet) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in supernet.state_dict().items()}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Spy:
