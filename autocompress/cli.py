@@ -12,6 +12,7 @@ import typer
 from autocompress.errors import AutocompressError, RecipeError
 
 if TYPE_CHECKING:
+    from autocompress.latency.target import Target
     from autocompress.progress import Progress
     from autocompress.recipe import Recipe
     from autocompress.run import Run, Shown
@@ -370,7 +371,7 @@ def count(
 @app.command("list")
 def list_(what: Annotated[str, typer.Argument(help="spaces, strategies or targets")]) -> None:
     """List what can be named in a recipe."""
-    from autocompress.latency.target import TARGETS
+    from autocompress.latency.target import targets
     from autocompress.plugins import SPACES, STRATEGIES, available
 
     if what == "spaces":
@@ -378,10 +379,17 @@ def list_(what: Annotated[str, typer.Argument(help="spaces, strategies or target
     elif what == "strategies":
         lines = [f"{name}  {value}" for name, value in available(STRATEGIES).items()]
     elif what == "targets":
-        lines = [f"{name}  {found.runtime}" for name, found in TARGETS.items()]
+        lines = [_target_line(found) for found in targets().values()]
     else:
         raise RecipeError(f"list takes spaces, strategies or targets, got {what!r}")
     typer.echo("\n".join(lines))
+
+
+def _target_line(target: "Target") -> str:
+    """Describe a target: how it is measured, or what bit widths it has if it cannot be."""
+    widths = ", ".join(str(bits) for bits in target.bit_widths) or "none"
+    how = f"{target.runtime}, {target.device}, {target.number_format}" if target.runtime else "capabilities"
+    return f"{target.name}  {how}; integer bits: {widths}; {target.description}"
 
 
 def _whole(run: "Run") -> None:

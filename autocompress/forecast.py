@@ -13,7 +13,7 @@ from autocompress.cost import OPERATION_METRICS, operation_cost
 from autocompress.elastic.supernet import Supernet
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.latency.profile import distinct_blocks
-from autocompress.latency.runtimes import pinned, prepare
+from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.target import load_target
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory

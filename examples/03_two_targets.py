@@ -11,7 +11,7 @@ from autocompress.budget import Budget
 from autocompress.cost import operation_cost
 from autocompress.engine import search
 from autocompress.latency.profile import profile
-from autocompress.latency.target import TARGETS
+from autocompress.latency.target import load_target
 from autocompress.recipe import parse_recipe
 from autocompress.run import Run, Shown
 from strategies.evolution import AgingEvolution
@@ -27,6 +27,7 @@ run = Run(Path("runs/two_targets"), recipe)
 supernet = stages.train(run, Shown(say=print))
 evaluator = stages.evaluator(run, supernet)
 rounds = 4 if smoke else 60
+TARGETS = {name: load_target(name) for name in ("onnxruntime-cpu", "pytorch-cpu")}
 costs = {
     name: profile(
         run.space,

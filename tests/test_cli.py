@@ -430,7 +430,10 @@ def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:
                 "random  strategies.random_search:RandomSearch",
             ],
         ),
-        ("targets", ["onnxruntime-cpu  onnxruntime", "pytorch-cpu  pytorch"]),
+        (
+                "targets",
+                ["pytorch-cpu  pytorch, cpu, float32; integer bits: none; eager PyTorch, CPU, channels_last"],
+            ),
     ],
 )
 def test_what_a_recipe_can_name_is_listed(what: str, lines: list[str]) -> None:

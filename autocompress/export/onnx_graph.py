@@ -1,7 +1,8 @@
 """ONNX models built straight from operations, for timing: in milliseconds, not half a second a block.
 
-The nodes are those that `torch.onnx.export(dynamo=True)` writes for the same network (batch norm folded into
-the convolution, means as ReduceMean), so that a runtime fuses a timed block as it will fuse the exported one.
+The nodes are those of an exported network (batch norm folded into the convolution, means over the image as
+GlobalAveragePool: `autocompress.export.formats`), so that a runtime fuses a timed block as it will fuse the
+exported one.
 """
 
 import math
@@ -196,8 +197,7 @@ class _Graph:
         return self._node("Mul", value, self._activation("hard_sigmoid", scale))
 
     def _mean(self, value: str) -> str:
-        axes = self._constant(np.array([2, 3], dtype=np.int64))
-        return self._node("ReduceMean", value, axes, keepdims=1)
+        return self._node("GlobalAveragePool", value)
 
     def _activation(self, activation: Activation, value: str) -> str:
         match activation:

@@ -18,7 +18,7 @@ import numpy as np
 
 from autocompress.errors import TableError
 from autocompress.latency.drift import without_drift
-from autocompress.latency.runtimes import Run, background, pinned, prepare_onnx
+from autocompress.latency.runtime import Run, background, pinned, prepare_onnx
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.target import Target
 
@@ -398,13 +398,13 @@ def measure_onnx_files(
 
     Args:
         paths: ONNX files by name; free dimensions of the input become the target's batch.
-        target: Of ONNX Runtime.
+        target: Of a runtime that reads ONNX.
         runs: Timed runs of each.
         seed: Of the order.
         timer: Reads the clock.
 
     Raises:
-        TableError: The target is of another runtime, or a file cannot be loaded.
+        TableError: The target's runtime does not read ONNX, or a file cannot be loaded.
     """
     with pinned(target):
         prepared = {name: prepare_onnx(path, target) for name, path in paths.items()}

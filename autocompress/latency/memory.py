@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from autocompress.errors import TableError
-from autocompress.latency.target import Target
+from autocompress.latency.strict import Node
+from autocompress.latency.target import Target, read_target
 
 STATUS: Final = Path("/proc/self/status")
 RESET_PEAK: Final = Path("/proc/self/clear_refs")
@@ -27,9 +28,12 @@ def peak_memory_bytes(path: Path, target: Target) -> int:
     Raises:
         TableError: The target is not of ONNX Runtime, or the file cannot be loaded or run.
     """
-    if target.runtime != "onnxruntime":
-        raise TableError(f"an ONNX file runs on onnxruntime; target {target.name!r} is of {target.runtime}")
-    request = json.dumps({"path": str(path), **target.describe()})
+    if target.runtime != "onnxruntime" or target.number_format != "float32":
+        raise TableError(
+            f"peak memory is measured on onnxruntime with 32-bit floats; target {target.name!r} is of "
+            f"{target.runtime} with {target.number_format}"
+        )
+    request = json.dumps({"path": str(path), "target": target.describe()})
     command = [sys.executable, "-c", f"from {__name__} import _child; _child()"]
     try:
         result = subprocess.run(
@@ -49,10 +53,10 @@ def _child() -> None:
     # Loaded before the first look: libraries are not part of the network.
     import onnxruntime  # noqa: F401
 
-    from autocompress.latency.runtimes import prepare_onnx
+    from autocompress.latency.runtime import prepare_onnx
 
     request = json.load(sys.stdin)
-    target = Target(request["name"], request["runtime"], request["threads"], request["batch"])
+    target = read_target(Node(request["target"], "target"))
     if RESET_PEAK.exists():
         RESET_PEAK.write_text("5", encoding="ascii")
     before = _status_bytes("VmRSS")

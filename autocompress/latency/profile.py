@@ -25,7 +25,7 @@ from autocompress.latency.measure import (
     summarize,
     time_once,
 )
-from autocompress.latency.runtimes import Blocks, Run, pinned, prepare, versions
+from autocompress.latency.runtime import Blocks, Run, pinned, prepare, versions
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, describe_device
@@ -153,7 +153,7 @@ def profile(
     ]
     items += [Item(_network_name(network), partial(prepare, network, target)) for network in checked]
     largest = max(blocks.values(), key=lambda ops: sum(op.macs for op in ops))
-    subject = {"target": target.describe(), "device": describe_device()}
+    subject = {"target": target.conditions(), "device": describe_device(target.device)}
     file = SampleFile(folder / SAMPLES_FILE, subject)
     with pinned(target):
         samples = measure(
@@ -210,10 +210,10 @@ def _table(
     measured: str,
 ) -> LatencyTable:
     provenance = {
-        "device": describe_device(),
+        "device": describe_device(target.device),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions(target),
         "autocompress": __version__,
         "measured": measured,
         "space": {"name": space.name, "fingerprint": space.fingerprint},

@@ -6,22 +6,23 @@ is refused, naming the key.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, get_args
 
 from autocompress.atomic import read_json, write_json
 from autocompress.cost import AdditiveCost, compile_cost
-from autocompress.errors import MissingRowError, PluginError, TableError
+from autocompress.errors import MissingRowError, TableError
 from autocompress.latency.correction import CheckedNetwork, Correction, ErrorReport, Figures, Form
 from autocompress.latency.measure import Measurement
-from autocompress.latency.target import Target, describe_device
+from autocompress.latency.strict import Node
+from autocompress.latency.target import Target, describe_device, read_target
 from autocompress.ops import Ops, block_key
 from autocompress.space import SearchSpace
 
 SCHEMA: Final = "autocompress.latency_table"
-VERSION: Final = 1
+VERSION: Final = 2
 UNIT: Final = "ms"
 METRIC: Final = "latency_ms"
 # A fitted price of the cheapest block may come out a rounding error below zero.
@@ -33,7 +34,7 @@ class LatencyTable:
     """Times of blocks on a target, in milliseconds.
 
     Attributes:
-        target: Runtime, threads and batch.
+        target: Device, runtime, threads, batch and number format.
         rows: Key of a block (`autocompress.ops.block_key`) to what its single runs took.
         correction: From sums of rows to whole networks.
         error_report: How far predictions can be trusted; `None` if no whole network was measured.
@@ -97,11 +98,11 @@ class LatencyTable:
             device: Where; as `describe_device` says it of this machine, which is the default.
 
         Raises:
-            TableError: Runtime, threads, batch or device differ; names both.
+            TableError: Runtime, threads, batch, number format or device differ; names both.
         """
-        device = describe_device() if device is None else device
-        measured = {**_conditions(self.target), "device": dict(self.provenance.get("device", {}))}
-        wanted = {**_conditions(target), "device": dict(device)}
+        device = describe_device(target.device) if device is None else device
+        measured = {**self.target.conditions(), "device": dict(self.provenance.get("device", {}))}
+        wanted = {**target.conditions(), "device": dict(device)}
         different = [name for name in wanted if measured[name] != wanted[name]]
         if different:
             said = "; ".join(f"{name} is {measured[name]}, not {wanted[name]}" for name in different)
@@ -141,99 +142,30 @@ class LatencyTable:
         """
         payload = read_json(path, TableError, "latency table")
         try:
-            return _read(_Node(payload, ""))
+            return _read(Node(payload, ""))
         except TableError as error:
             raise TableError(f"latency table {path}: {error}") from None
 
 
-def _conditions(target: Target) -> dict[str, Any]:
-    return {"runtime": target.runtime, "threads": target.threads, "batch": target.batch}
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A value of a JSON file with its path, for messages."""
-
-    value: Any
-    path: str
-
-    def wrong(self, rule: str) -> TableError:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return TableError(f"{self.path or 'the file'} must be {rule}, got {shown}")
-
-    def object(self, names: Iterable[str] | None = None) -> dict[str, "_Node"]:
-        """Return the members; with `names`, exactly these."""
-        if not isinstance(self.value, dict):
-            raise self.wrong("a JSON object")
-        result = {name: self._member(name) for name in self.value}
-        if names is not None:
-            names = list(names)
-            for name in names:
-                if name not in result:
-                    raise TableError(f"{self._member(name).path} is missing")
-            for name in result:
-                if name not in names:
-                    allowed = ", ".join(names)
-                    raise TableError(f"{self._member(name).path} is not known; allowed: {allowed}")
-        return result
-
-    def _member(self, name: str) -> "_Node":
-        value = self.value.get(name) if isinstance(self.value, dict) else None
-        return _Node(value, f"{self.path}.{name}" if self.path else name)
-
-    def list(self) -> list["_Node"]:
-        if not isinstance(self.value, list):
-            raise self.wrong("a list")
-        return [_Node(value, f"{self.path}[{index}]") for index, value in enumerate(self.value)]
-
-    def number(self, minimum: float = 0.0) -> float:
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong("a finite number")
-        if value < minimum:
-            raise self.wrong(f"at least {minimum:g}")
-        return float(value)
-
-    def integer(self, minimum: int = 0) -> int:
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
-            raise self.wrong(f"an integer >= {minimum}")
-        return self.value
-
-    def equal(self, *allowed: Any) -> Any:
-        if self.value not in allowed or isinstance(self.value, bool):
-            raise self.wrong(" or ".join(repr(value) for value in allowed))
-        return self.value
-
-
-def _read(node: _Node) -> LatencyTable:
+def _read(node: Node) -> LatencyTable:
     # Before the names: another version may have other ones.
     node.object()
-    node._member("schema").equal(SCHEMA)
-    node._member("version").equal(VERSION)
+    node.member("schema").equal(SCHEMA)
+    node.member("version").equal(VERSION)
     top = node.object(
         ("schema", "version", "unit", "target", "provenance", "correction", "error_report", "rows")
     )
     top["unit"].equal(UNIT)
-    target = top["target"].object(field.name for field in fields(Target))
-    try:
-        read_target = Target(
-            str(target["name"].value),
-            target["runtime"].value,
-            target["threads"].integer(1),
-            target["batch"].integer(1),
-        )
-    except (PluginError, TypeError) as error:
-        raise TableError(f"target.runtime: {error}") from None
+    target = read_target(top["target"])
     provenance = {name: member.value for name, member in top["provenance"].object().items()}
-    top["provenance"]._member("device").object()
+    top["provenance"].member("device").object()
     rows = {key: _read_row(row) for key, row in top["rows"].object().items()}
     correction = _read_correction(top["correction"], rows)
     report = None if top["error_report"].value is None else _read_report(top["error_report"])
-    return LatencyTable(read_target, rows, correction, report, provenance)
+    return LatencyTable(target, rows, correction, report, provenance)
 
 
-def _read_row(node: _Node) -> Measurement:
+def _read_row(node: Node) -> Measurement:
     row = node.object(field.name for field in fields(Measurement))
     return Measurement(
         row["median_ms"].number(),
@@ -243,7 +175,7 @@ def _read_row(node: _Node) -> Measurement:
     )
 
 
-def _read_correction(node: _Node, rows: Mapping[str, Measurement]) -> Correction:
+def _read_correction(node: Node, rows: Mapping[str, Measurement]) -> Correction:
     members = node.object(field.name for field in fields(Correction))
     correction = Correction(
         members["form"].equal(*get_args(Form)),
@@ -257,7 +189,7 @@ def _read_correction(node: _Node, rows: Mapping[str, Measurement]) -> Correction
     return correction
 
 
-def _read_report(node: _Node) -> ErrorReport:
+def _read_report(node: Node) -> ErrorReport:
     members = node.object(field.name for field in fields(ErrorReport))
     networks = []
     for entry in members["networks"].list():
@@ -272,7 +204,7 @@ def _read_report(node: _Node) -> ErrorReport:
         )
     forms: dict[Form, Figures] = {}
     for name, entry in members["forms"].object().items():
-        form: Form = _Node(name, entry.path).equal(*get_args(Form))
+        form: Form = Node(name, entry.path).equal(*get_args(Form))
         values = entry.object(field.name for field in fields(Figures))
         forms[form] = Figures(
             values["bias_percent"].number(-math.inf),

@@ -25,7 +25,7 @@ from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.profile import check_networks
-from autocompress.latency.runtimes import Blocks, pinned, prepare, prepare_onnx
+from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -74,7 +74,7 @@ class Row:
         costs: Metric to cost; latency is predicted by the table.
         latency_ms: Measured median; rows of the same network share it.
         latency_p95_ms: Measured 95th percentile.
-        peak_memory_bytes: Of the network as ONNX; `None` on other runtimes.
+        peak_memory_bytes: Of the network as ONNX in 32-bit floats; `None` on other targets.
     """
 
     name: str
@@ -214,7 +214,7 @@ def _measure(
     where = target(run)
     with pinned(where):
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
-        if where.runtime == "onnxruntime" and exported.exists():
+        if reads_onnx(where) and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
         runs.update({name: prepare(blocks, where) for name, (blocks, _) in checked.items()})
         measured = measure_networks(runs, target=where)
@@ -224,7 +224,7 @@ def _measure(
 
 
 def _peak_memory(run: Run, arch: Architecture) -> int | None:
-    if target(run).runtime != "onnxruntime":
+    if target(run).runtime != "onnxruntime" or target(run).number_format != "float32":
         return None
     blocks = run.space.operations(run.space.encode([arch]))
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from autocompress.latency.runtimes import Blocks
+from autocompress.latency.runtime import Blocks
 from autocompress.latency.target import Target
 from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, block_key
 from autocompress.space import Block, Choice, Option, SearchSpace

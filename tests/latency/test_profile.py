@@ -16,7 +16,7 @@ from autocompress.latency.profile import (
     distinct_blocks,
     profile,
 )
-from autocompress.latency.runtimes import Run
+from autocompress.latency.runtime import Run
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.ops import Ops, block_key

@@ -1,0 +1,1 @@
+"""One file for each runtime; each has a `RUNTIME` (`autocompress.latency.runtime.Runtime`)."""
