@@ -1,0 +1,1 @@
+"""Tables that others published, one strict reader a format; docs/foreign-tables.md has the schemas."""
