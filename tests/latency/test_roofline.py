@@ -238,6 +238,30 @@ def test_a_rate_that_nothing_is_bound_by_is_the_slowest_that_agrees() -> None:
     assert model.bytes_per_ms == pytest.approx(1 / 6)
 
 
+def test_one_intensity_is_enough_for_a_fit_of_its_own_rows() -> None:
+    # 16 MACs on 8 bytes, again and again.
+    blocks: list[Ops] = [(Custom(16 * n, n),) * n for n in (1, 2, 5)]
+    times = [3.0 * n + 0.5 * 16 * n * n for n in (1, 2, 5)]
+    model = fit(blocks, times)
+    assert model.per_op_ms == pytest.approx(3)
+    assert [model.price(block) for block in blocks] == pytest.approx(times)
+
+
+def test_memory_can_come_out_as_good_as_infinitely_fast() -> None:
+    # 3 ms an operation and 0.5 ms a MAC; 1000 bytes of an operation without MACs take nothing.
+    blocks: list[Ops] = [
+        (Custom(2, 10),),
+        (Custom(6, 20), Custom(0, 125)),
+        (Custom(10, 1),),
+        (Custom(0, 125),),
+    ]
+    times = [4.0, 9.0, 8.0, 3.0]
+    model = fit(blocks, times)
+    assert [model.price(block) for block in blocks] == pytest.approx(times, rel=1e-7)
+    assert model.per_op_ms == pytest.approx(3)
+    assert model.macs_per_ms[32] == pytest.approx(2)
+
+
 def test_times_that_only_count_operations_leave_rates_that_cost_nothing() -> None:
     ops = (Custom(100, 3), Custom(7, 9), Custom(0, 5), Custom(50, 50))
     blocks: list[Ops] = [ops[:1], ops[:2], ops[1:4], ops]
@@ -294,10 +318,19 @@ def test_held_out_errors_vanish_on_exact_times_and_tell_the_models_apart() -> No
 
 
 def test_held_out_predictions_do_not_know_their_measurement() -> None:
-    # Two folds of one row each would know one row: with n folds of 4 rows each is predicted by 3 others.
     blocks: list[Ops] = [(Custom(n),) for n in (10, 20, 30, 40)]
-    figures = held_out("macs_only", blocks, [10.0, 20.0, 30.0, 80.0], folds=4)
-    assert figures.max_error_percent > 45  # 80 ms is predicted as 40 by those on the line
+    times = [10.0, 20.0, 30.0, 80.0]
+    errors = []
+    for index, time in enumerate(times):
+        others = [other for other in range(4) if other != index]
+        line = fit_macs_only([blocks[other] for other in others], [times[other] for other in others])
+        errors.append(100 * abs(line.network_ms(blocks[index]) / time - 1))
+    # Those on the line through zero predict 40 ms.
+    assert errors[3] == pytest.approx(50)
+    assert held_out("macs_only", blocks, times, folds=4).mape_percent == pytest.approx(sum(errors) / 4)
+
+
+def test_held_out_folds_come_from_a_seed() -> None:
     rng = np.random.default_rng(0)
     noisy = np.exp(rng.standard_normal(24))
     blocks = mixed_blocks(2)
