@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.cost import METRIC_UNITS, AdditiveCost, Values
+from autocompress.cost import METRIC_UNITS, Cost, Values
 from autocompress.errors import BudgetError, InfeasibleBudgetError
 from autocompress.space import Codes, SearchSpace
 
@@ -25,6 +25,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "macs": _THOUSANDS,
     "params": _THOUSANDS,
     "size_bytes": _THOUSANDS | _BYTES,
+    "peak_activation_bytes": _THOUSANDS | _BYTES,
 }
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
@@ -135,7 +136,7 @@ class Budget:
     def __str__(self) -> str:
         return ", ".join(str(limit) for limit in self.limits)
 
-    def resolve(self, space: SearchSpace, costs: Iterable[AdditiveCost]) -> "Constraints":
+    def resolve(self, space: SearchSpace, costs: Iterable[Cost]) -> "Constraints":
         """Make the limits absolute and make sure that some architecture fits all of them.
 
         Percentages are of the cost of the largest network: the last option of every choice.
@@ -176,7 +177,7 @@ class Constraints:
     """
 
     space: SearchSpace
-    costs: Mapping[str, AdditiveCost]
+    costs: Mapping[str, Cost]
     limits: Mapping[str, float]
 
     def price(self, codes: Codes) -> dict[str, Values]:

@@ -1,14 +1,18 @@
-"""Additive cost: a space compiled with a price into small dense tables, one for each block.
+"""Costs: a space compiled with a price into small dense tables, one for each block.
 
-Every strategy works on this object: the cost of many architectures is a sum of gathers, bounds and minima
-come from variable elimination, expectations from tensor contractions. No module is built to price anything.
+Every strategy works on these objects: the cost of many architectures is a sum of gathers (`AdditiveCost`:
+time, size) or their maximum (`MaximumCost`: peak memory), bounds and minima come from variable elimination,
+expectations from tensor contractions. No module is built to price anything.
+
+Longer than other files: both kinds share the machinery, and neither makes sense without it.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial, reduce
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +29,17 @@ MAX_ELIMINATION_ENTRIES = 10_000_000
 # Rows priced at once: their index matrix then stays in the second-level cache.
 CHUNK_ROWS = 4096
 
-METRIC_UNITS = {"latency_ms": "ms", "macs": "MACs", "params": "parameters", "size_bytes": "bytes"}
+METRIC_UNITS = {
+    "latency_ms": "ms",
+    "macs": "MACs",
+    "params": "parameters",
+    "size_bytes": "bytes",
+    "peak_activation_bytes": "bytes",
+}
 """Every metric a budget can limit, and its unit. `macs` counts a multiply-accumulate once."""
 
 OPERATION_METRICS = ("macs", "params", "size_bytes")
-"""The metrics that operations know of themselves; latency comes from a table."""
+"""The metrics that operations know of themselves and that add up; latency comes from a table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +60,9 @@ class Factor:
         return self.values.reshape([sizes.get(position, 1) for position in positions])
 
 
-def _combine(factors: Sequence[Factor]) -> Factor:
-    positions = tuple(sorted({p for factor in factors for p in factor.positions}))
-    values: Values = np.zeros((1,) * len(positions))
-    for factor in factors:
-        values = values + factor.aligned(positions)
-    return Factor(positions, values)
-
-
 @dataclass(frozen=True, eq=False)
-class AdditiveCost:
-    """A constant plus a sum of factors, in the unit of its metric.
+class Cost(ABC):
+    """A constant and factors, joined by a sum or by the maximum, in the unit of the metric.
 
     Attributes:
         metric: Name with unit, such as `latency_ms`.
@@ -73,6 +75,9 @@ class AdditiveCost:
     counts: tuple[int, ...]
     constant: float
     factors: tuple[Factor, ...]
+
+    _join: ClassVar[np.ufunc]
+    """How constant and factors become one number: minima over a choice must distribute over it."""
 
     @cached_property
     def _gather(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
@@ -87,11 +92,13 @@ class AdditiveCost:
                 step *= size
             offsets[column] = start
             start += step
-        flat = np.concatenate([factor.values.ravel() for factor in self.factors] or [np.zeros(0)])
+        flat = np.concatenate([factor.values.ravel() for factor in self.factors])
         return flat, strides, offsets
 
     def of(self, codes: Codes) -> Values:
         """Return the cost of every row of `codes (n, choices)`, shape `(n,)`; codes must be valid."""
+        if not self.factors:
+            return np.full(len(codes), self.constant)
         flat, strides, offsets = self._gather
         # Positions below 2^53 are exact in floating point, and BLAS multiplies those much faster.
         strides = strides[: codes.shape[1]]
@@ -99,15 +106,16 @@ class AdditiveCost:
         for start in range(0, len(codes), CHUNK_ROWS):
             chunk = codes[start : start + CHUNK_ROWS].astype(np.float64)
             index = (chunk @ strides).astype(np.int64) + offsets
-            result[start : start + CHUNK_ROWS] = flat.take(index).sum(axis=1)
-        return result + self.constant
+            result[start : start + CHUNK_ROWS] = self._join.reduce(flat.take(index), axis=1)
+        joined: Values = self._join(result, self.constant)
+        return joined
 
     @cached_property
-    def _bounds(self) -> tuple["AdditiveCost", ...]:
+    def _bounds(self) -> tuple["Cost", ...]:
         """Entry p is the exact minimum over the choices from p on, as a cost of the choices before p."""
         factors = list(self.factors)
         constant = self.constant
-        bounds = [self]
+        bounds: list[Cost] = [self]
         for position in range(len(self.counts) - 1, -1, -1):
             touching = [factor for factor in factors if position in factor.positions]
             if touching:
@@ -120,15 +128,17 @@ class AdditiveCost:
                         f"at most {MAX_ELIMINATION_ENTRIES}: put choices that many blocks share first in "
                         "the space"
                     )
-                joined = _combine(touching)
-                axis = joined.positions.index(position)
-                rest = joined.positions[:axis] + joined.positions[axis + 1 :]
-                values = joined.values.min(axis=axis)
-                if rest:
-                    factors = _merge([*factors, Factor(rest, values)])
+                joined = reduce(self._join, (factor.aligned(tuple(scope)) for factor in touching))
+                axis = scope.index(position)
+                values = joined.min(axis=axis)
+                if len(scope) > 1:
+                    rest = Factor(tuple(scope[:axis] + scope[axis + 1 :]), values)
+                    factors = _merge([*factors, rest], self._join)
                 else:
-                    constant += float(values)
-            bounds.append(AdditiveCost(self.metric, self.counts[:position], constant, tuple(factors)))
+                    constant = float(self._join(constant, values))
+            bounds.append(
+                replace(self, counts=self.counts[:position], constant=constant, factors=tuple(factors))
+            )
         return tuple(reversed(bounds))
 
     def lower_bound(self, prefix: Codes) -> Values:
@@ -150,16 +160,6 @@ class AdditiveCost:
         """The least cost of any architecture, exactly as `of` prices it."""
         return float(self.of(self.argmin())[0])
 
-    @cached_property
-    def maximum(self) -> float:
-        """The greatest cost of any architecture, exactly as `of` prices it."""
-        return float(self.of(self._negated.argmin())[0])
-
-    @cached_property
-    def _negated(self) -> "AdditiveCost":
-        factors = tuple(Factor(factor.positions, -factor.values) for factor in self.factors)
-        return AdditiveCost(self.metric, self.counts, -self.constant, factors)
-
     def argmin(self) -> Codes:
         """Return one architecture of minimal cost, shape `(1, choices)`."""
         prefix = np.zeros((1, 0), dtype=np.int64)
@@ -168,6 +168,38 @@ class AdditiveCost:
             candidates = np.hstack([np.repeat(prefix, count, axis=0), options])
             prefix = candidates[[int(self.lower_bound(candidates).argmin())]]
         return prefix
+
+    @property
+    @abstractmethod
+    def maximum(self) -> float:
+        """The greatest cost of any architecture, exactly as `of` prices it."""
+
+    @abstractmethod
+    def expected(self, probabilities: Sequence[Any]) -> Any:
+        """Return the expected cost when every choice is drawn on its own.
+
+        Args:
+            probabilities: One vector a choice, `(options,)`.
+
+        Raises:
+            CostError: A vector is missing or has a wrong length, or the expectation cannot be computed.
+        """
+
+    @abstractmethod
+    def scaled(self, scale: float, constant: float) -> "Cost":
+        """Return `scale * cost + constant` as a cost of the same metric."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdditiveCost(Cost):
+    """The constant plus one entry of every factor: MACs, bytes of weights, latency."""
+
+    _join = np.add
+
+    @cached_property
+    def maximum(self) -> float:
+        """The greatest cost of any architecture, exactly as `of` prices it."""
+        return float(self.of(self.scaled(-1.0, 0.0).argmin())[0])
 
     def expected(self, probabilities: Sequence[Any]) -> Any:
         """Return the expected cost when every choice is drawn on its own.
@@ -208,19 +240,57 @@ class AdditiveCost:
         return AdditiveCost(self.metric, self.counts, scale * self.constant + constant, factors)
 
 
-def _merge(factors: Sequence[Factor]) -> list[Factor]:
-    """Add up factors over the same choices."""
+@dataclass(frozen=True, eq=False)
+class MaximumCost(Cost):
+    """The greatest of the constant and one entry of every factor: peak memory.
+
+    Minimum and `lower_bound` are exact here too: the least over a choice of the greater of two factors, of
+    which one does not depend on it, is the greater of that one and the other's least.
+    """
+
+    _join = np.maximum
+
+    @cached_property
+    def maximum(self) -> float:
+        """The greatest cost of any architecture, exactly as `of` prices it."""
+        return max([self.constant, *(float(factor.values.max()) for factor in self.factors)])
+
+    def expected(self, probabilities: Sequence[Any]) -> Any:
+        """Refuse: the expectation of a maximum is not made of expectations of its parts.
+
+        Raises:
+            CostError: Always.
+        """
+        raise CostError(
+            f"{self.metric} is a maximum over blocks, whose expectation does not follow from the factors one "
+            "by one; limit it by a budget, or take the expectation of a sum such as macs"
+        )
+
+    def scaled(self, scale: float, constant: float) -> "MaximumCost":
+        """Return `scale * cost + constant` as a cost of the same metric.
+
+        Raises:
+            CostError: `scale` is negative: that would be a minimum.
+        """
+        if not scale >= 0:
+            raise CostError(f"scale of a maximum must be 0 or more, got {scale}")
+        factors = tuple(Factor(factor.positions, scale * factor.values + constant) for factor in self.factors)
+        return MaximumCost(self.metric, self.counts, scale * self.constant + constant, factors)
+
+
+def _merge(factors: Sequence[Factor], join: np.ufunc) -> list[Factor]:
+    """Join factors over the same choices."""
     merged: dict[tuple[int, ...], Factor] = {}
     for factor in factors:
         known = merged.get(factor.positions)
         merged[factor.positions] = (
-            factor if known is None else Factor(factor.positions, known.values + factor.values)
+            factor if known is None else Factor(factor.positions, join(known.values, factor.values))
         )
     return list(merged.values())
 
 
 def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
-    """Enumerate the settings of every block once and price them.
+    """Enumerate the settings of every block once and price them; a network costs the sum.
 
     Args:
         space: Where the blocks come from.
@@ -231,7 +301,37 @@ def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
         CostError: A block depends on so many options that its table would have over 10^6 entries, or a
             price is not a finite number.
     """
-    constant = 0.0
+    factors = _priced(space, price, metric)
+    constant = sum((float(factor.values) for factor in factors if not factor.positions), 0.0)
+    scoped = _merge([factor for factor in factors if factor.positions], np.add)
+    return AdditiveCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
+
+
+def compile_maximum(space: SearchSpace, price: Price, metric: str) -> MaximumCost:
+    """Enumerate the settings of every block once and price them; a network costs the greatest.
+
+    Args:
+        space: Where the blocks come from.
+        price: The cost of the operations of one active block, 0 or more; blocks without operations cost 0.
+        metric: What the price is, with its unit.
+
+    Raises:
+        CostError: A block depends on so many options that its table would have over 10^6 entries, or a
+            price is negative or not a finite number.
+    """
+    factors = _priced(space, price, metric)
+    least = min((float(factor.values.min()) for factor in factors), default=0.0)
+    if least < 0:
+        raise CostError(
+            f"{metric} is a maximum, in which absent blocks are 0: prices must be 0 or more, got {least}"
+        )
+    constant = max((float(factor.values) for factor in factors if not factor.positions), default=0.0)
+    scoped = _merge([factor for factor in factors if factor.positions], np.maximum)
+    return MaximumCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
+
+
+def _priced(space: SearchSpace, price: Price, metric: str) -> list[Factor]:
+    """Return one factor a block, in order; without axes if the block depends on no choice."""
     factors = []
     # Blocks of a stage share their operations, and so their price, under most settings.
     known: dict[Ops, float] = {(): 0.0}
@@ -255,13 +355,9 @@ def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
                         f"{metric} of block {block.name!r} at {given} must be finite, got {known[ops]}"
                     )
             prices[index] = known[ops]
-        if positions:
-            order = np.argsort(positions)
-            values = prices.reshape(shape).transpose(order)
-            factors.append(Factor(tuple(sorted(positions)), values))
-        else:
-            constant += float(prices[0])
-    return AdditiveCost(metric, tuple(space.counts.tolist()), constant, tuple(_merge(factors)))
+        order = np.argsort(positions).astype(np.int64)
+        factors.append(Factor(tuple(sorted(positions)), prices.reshape(shape).transpose(order)))
+    return factors
 
 
 def operation_cost(space: SearchSpace, metric: str) -> AdditiveCost:

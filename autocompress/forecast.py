@@ -9,16 +9,15 @@ import numpy as np
 import torch
 
 from autocompress.budget import Budget
-from autocompress.cost import OPERATION_METRICS, operation_cost
 from autocompress.elastic.supernet import Supernet
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.latency.profile import distinct_blocks
 from autocompress.latency.runtime import pinned, prepare
-from autocompress.latency.target import load_target
+from autocompress.latency.target import Target, load_target
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import largest_step
+from autocompress.stages import largest_step, untimed_costs
 from autocompress.training.check import check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
@@ -59,7 +58,7 @@ def forecast(recipe: Recipe) -> list[str]:
     space = make_space(recipe, lambda: data)
     limits = {metric: value for metric, value in recipe.search.budget.items() if metric != "latency_ms"}
     if limits:
-        Budget.of(limits).resolve(space, [operation_cost(space, metric) for metric in OPERATION_METRICS])
+        Budget.of(limits).resolve(space, untimed_costs(space, _target(recipe)))
     check_task(data, load_task(recipe.task), space)
     threads = recipe.threads or choose_threads(largest_step(space, data, recipe.train))
     torch.set_num_threads(threads)
@@ -81,8 +80,13 @@ def forecast(recipe: Recipe) -> list[str]:
     return lines
 
 
+def _target(recipe: Recipe) -> Target:
+    settings = recipe.target
+    return load_target(settings.name, threads=settings.threads, batch=settings.batch)
+
+
 def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
-    where = load_target(recipe.target.name, threads=recipe.target.threads, batch=recipe.target.batch)
+    where = _target(recipe)
     blocks = list(distinct_blocks(space).values())
     sample = blocks[:: max(1, len(blocks) // TIMED_BLOCKS)]
     with pinned(where):

@@ -1,7 +1,8 @@
-"""Integer programming over additive costs: what bounds on single metrics cannot decide.
+"""Integer programming over costs: what bounds on single metrics cannot decide.
 
 Binary variables say which option each choice takes; continuous ones, which setting each factor is at, tied
-to the binaries by their marginals. Solved by HiGHS through scipy.
+to the binaries by their marginals. A limit on a sum is one row over all factors, a limit on a maximum one row
+for each. Solved by HiGHS through scipy.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from autocompress.cost import AdditiveCost
+from autocompress.cost import Cost, MaximumCost
 from autocompress.errors import CostError
 from autocompress.space import Codes
 
@@ -23,7 +24,7 @@ FINE_SCALE = 1e6
 TIME_LIMIT_S = 60.0
 
 
-def least_excess(costs: Mapping[str, AdditiveCost], limits: Mapping[str, float]) -> tuple[float, Codes]:
+def least_excess(costs: Mapping[str, Cost], limits: Mapping[str, float]) -> tuple[float, Codes]:
     """Find the architecture whose largest relative excess over any limit is least.
 
     Args:
@@ -46,9 +47,7 @@ def least_excess(costs: Mapping[str, AdditiveCost], limits: Mapping[str, float])
     return excess, codes
 
 
-def _solve(
-    costs: Mapping[str, AdditiveCost], limits: Mapping[str, float], scale: float
-) -> tuple[float, Codes]:
+def _solve(costs: Mapping[str, Cost], limits: Mapping[str, float], scale: float) -> tuple[float, Codes]:
     """Solve with the excess in units of `1 / scale`."""
     from scipy import optimize, sparse
 
@@ -60,15 +59,18 @@ def _solve(
     rows: list[tuple[list[int], list[float], float, float]] = []  # columns, weights, lower, upper
     for position, count in enumerate(counts):
         rows.append((list(range(starts[position], starts[position] + count)), [1.0] * count, 1.0, 1.0))
+    least = -1.0
     for metric, limit in limits.items():
         cost = costs[metric]
-        used, weights = [excess], [-1.0]
+        maximum = isinstance(cost, MaximumCost)
+        sums: list[tuple[list[int], list[float]]] = []  # of each factor: columns, weights
         for factor in cost.factors:
+            if maximum and factor.values.max() <= cost.minimum:
+                continue  # no setting of it decides
             values = scale * factor.values / limit
             if len(factor.positions) == 1:
                 first = int(starts[factor.positions[0]])
-                used += range(first, first + values.size)
-                weights += values.tolist()
+                sums.append((list(range(first, first + values.size)), values.tolist()))
                 continue
             cells = np.arange(columns, columns + values.size).reshape(values.shape)
             columns += values.size
@@ -78,9 +80,14 @@ def _solve(
                     rows.append(
                         ([*members, int(starts[position]) + option], [1.0] * len(members) + [-1.0], 0.0, 0.0)
                     )
-            used += cells.ravel().tolist()
-            weights += values.ravel().tolist()
-        rows.append((used, weights, -np.inf, scale * (1.0 - cost.constant / limit)))
+            sums.append((cells.ravel().tolist(), values.ravel().tolist()))
+        if maximum:
+            rows += [([excess, *used], [-1.0, *weights], -np.inf, scale) for used, weights in sums]
+            least = max(least, cost.minimum / limit - 1.0)
+        else:
+            used = [column for part, _ in sums for column in part]
+            weights = [weight for _, part in sums for weight in part]
+            rows.append(([excess, *used], [-1.0, *weights], -np.inf, scale * (1.0 - cost.constant / limit)))
     matrix = sparse.csr_array(
         (
             np.concatenate([row[1] for row in rows]),
@@ -96,7 +103,7 @@ def _solve(
     integrality = np.zeros(columns)
     integrality[: int(starts[-1])] = 1
     lower, upper = np.zeros(columns), np.ones(columns)
-    lower[excess], upper[excess] = -scale, np.inf
+    lower[excess], upper[excess] = scale * least, np.inf
     result = optimize.milp(
         objective,
         integrality=integrality,

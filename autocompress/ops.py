@@ -8,6 +8,7 @@ the same few questions. Nothing needs to be registered.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -76,6 +77,31 @@ class OpSpec(ABC):
     def size_bytes(self) -> int:
         """Bytes of the parameters in 32-bit floats."""
         return BYTES_PER_PARAMETER * self.params
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """Elements of each tensor that quantization stores in few bits: kernels and matrices.
+
+        By default all parameters, as one tensor; an operation with biases or norms says otherwise.
+        """
+        return (self.params,) if self.params else ()
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """Elements of each other parameter tensor: biases, scale and shift of norms.
+
+        By default what `weight_tensors` leaves of `params`, as one tensor.
+        """
+        rest = self.params - sum(self.weight_tensors)
+        return (rest,) if rest else ()
+
+    @property
+    def peak_elements(self) -> int:
+        """Elements for one image that are alive at the worst moment while it runs.
+
+        By default input and output; an operation that holds more in between says how much in all.
+        """
+        return math.prod(self.in_shape) + math.prod(self.out_shape)
 
     @property
     def key(self) -> str:
@@ -172,6 +198,16 @@ class Conv2d(OpSpec):
         """Weights, bias, and batch norm's scale and shift."""
         return self._weights + self.out_channels * (self.bias + 2 * self.norm)
 
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """The kernel."""
+        return (self._weights,)
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """The bias, and batch norm's scale and shift."""
+        return (self.out_channels,) * (self.bias + 2 * self.norm)
+
     def module(self) -> "nn.Module":
         """Build `Sequential(conv, bn, act)`; parts that the operation lacks are absent."""
         from torch import nn
@@ -228,6 +264,25 @@ class SqueezeExcite(OpSpec):
     def params(self) -> int:
         """Weights and biases of the two convolutions."""
         return 2 * self.channels * self.hidden + self.channels + self.hidden
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """The kernels of the two convolutions."""
+        return (self.channels * self.hidden,) * 2
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """The biases of the two convolutions."""
+        return self.hidden, self.channels
+
+    @property
+    def peak_elements(self) -> int:
+        """The input, kept for the final multiplication, with one number a channel and what is made of it.
+
+        That is first the hidden numbers (before and after, from the averages to the scales), then the output.
+        """
+        elements = math.prod(self.in_shape)
+        return elements + self.channels + max(self.hidden, elements)
 
     def module(self) -> "nn.Module":
         """Build the module with its two 1x1 convolutions, `reduce` and `expand`."""
@@ -369,6 +424,11 @@ class Linear(OpSpec):
     def params(self) -> int:
         """Weights and bias."""
         return self.macs + self.out_features * self.bias
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """The matrix."""
+        return (self.macs,)
 
     def module(self) -> "nn.Module":
         """Build `Sequential(flatten, linear, act)`."""

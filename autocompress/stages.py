@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
-from autocompress.cost import OPERATION_METRICS, AdditiveCost, operation_cost
+from autocompress.cost import OPERATION_METRICS, Cost, operation_cost
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
@@ -28,6 +28,7 @@ from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
+from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings, TrainSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
@@ -128,10 +129,17 @@ def describe_table(table: LatencyTable) -> str:
     )
 
 
-def costs(run: Run, shown: Shown) -> list[AdditiveCost]:
-    """Return every cost of the run: MACs, parameters, bytes, latency."""
+def costs(run: Run, shown: Shown) -> list[Cost]:
+    """Return every cost of the run: MACs, parameters, bytes, peak of activations, latency."""
     table = profile(run, shown)
-    return [*(operation_cost(run.space, metric) for metric in OPERATION_METRICS), table.cost(run.space)]
+    return [*untimed_costs(run.space, target(run)), table.cost(run.space)]
+
+
+def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
+    """Return the costs that need no latency table; activations are those of the target's batch and format."""
+    element_bytes = ELEMENT_BYTES[target.number_format]
+    peak = peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch)
+    return [*(operation_cost(space, metric) for metric in OPERATION_METRICS), peak]
 
 
 def constraints(run: Run, shown: Shown) -> Constraints:

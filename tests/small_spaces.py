@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from hypothesis import strategies as st
 
-from autocompress.cost import AdditiveCost, Factor
+from autocompress.cost import AdditiveCost, Cost, Factor, MaximumCost
 from autocompress.ops import Linear, Ops
 from autocompress.space import Block, Choice, Codes, SearchSpace
 
@@ -85,11 +85,35 @@ def costs(draw: st.DrawFn, metric: str = "latency_ms") -> AdditiveCost:
 
 
 @st.composite
-def costs_over(draw: st.DrawFn, counts: tuple[int, ...], metric: str = "latency_ms") -> AdditiveCost:
-    """Random factors over these choices."""
+def maxima(draw: st.DrawFn, metric: str = "peak_activation_bytes") -> MaximumCost:
+    """As `costs`, of which the greatest counts."""
+    counts = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=5)))
+    return draw(maxima_over(counts, metric))
+
+
+@st.composite
+def maxima_over(
+    draw: st.DrawFn, counts: tuple[int, ...], metric: str = "peak_activation_bytes"
+) -> MaximumCost:
+    """Random factors over these choices, of few different values: the greatest is often reached twice."""
+    scope_list, rng = draw(_scopes(counts))
+    factors = tuple(
+        Factor(s, rng.integers(1, 9, size=[counts[p] for p in s]).astype(float)) for s in scope_list
+    )
+    return MaximumCost(metric, counts, float(rng.integers(1, 5)), factors)
+
+
+@st.composite
+def _scopes(draw: st.DrawFn, counts: tuple[int, ...]) -> tuple[list[tuple[int, ...]], np.random.Generator]:
     scopes = st.sets(st.integers(0, len(counts) - 1), min_size=1, max_size=min(3, len(counts)))
     scope_list = draw(st.lists(scopes.map(lambda scope: tuple(sorted(scope))), max_size=4, unique=True))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return scope_list, np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+
+@st.composite
+def costs_over(draw: st.DrawFn, counts: tuple[int, ...], metric: str = "latency_ms") -> AdditiveCost:
+    """Random factors over these choices."""
+    scope_list, rng = draw(_scopes(counts))
     factors = tuple(Factor(s, rng.exponential(size=[counts[position] for position in s])) for s in scope_list)
     return AdditiveCost(metric, counts, float(rng.exponential()), factors)
 
@@ -99,9 +123,9 @@ def all_codes(counts: tuple[int, ...]) -> Codes:
     return np.array(list(itertools.product(*map(range, counts))), dtype=np.int64)
 
 
-def slow_cost(cost: AdditiveCost, row: tuple[int, ...]) -> float:
-    """The definition: the constant plus one entry of every factor."""
-    total = cost.constant
+def slow_cost(cost: Cost, row: tuple[int, ...]) -> float:
+    """The definition: the constant and one entry of every factor, added up or the greatest of them."""
+    parts = [cost.constant]
     for factor in cost.factors:
-        total += float(factor.values[tuple(row[position] for position in factor.positions)])
-    return total
+        parts.append(float(factor.values[tuple(row[position] for position in factor.positions)]))
+    return max(parts) if isinstance(cost, MaximumCost) else sum(parts)

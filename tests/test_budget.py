@@ -11,12 +11,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
-from small_spaces import all_codes, costs_over
+from small_spaces import all_codes, costs_over, maxima_over
 
 from autocompress.budget import Budget, Constraints, Limit, _up, parse_limit
-from autocompress.cost import AdditiveCost, Factor
+from autocompress.cost import AdditiveCost, Cost, Factor, MaximumCost, operation_cost
 from autocompress.errors import BudgetError, InfeasibleBudgetError
 from autocompress.milp import least_excess
+from autocompress.peak_memory import peak_activation_bytes, peak_activation_cost
 from autocompress.space import Choice, SearchSpace
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
@@ -29,10 +30,13 @@ def plain_space(counts: tuple[int, ...]) -> SearchSpace:
 
 
 @st.composite
-def problems(draw: st.DrawFn, metrics: int = 2) -> tuple[SearchSpace, list[AdditiveCost]]:
+def problems(draw: st.DrawFn, metrics: int = 2) -> tuple[SearchSpace, list[Cost]]:
     counts = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=5)))
     names = ("latency_ms", "params")[:metrics]
-    return plain_space(counts), [draw(costs_over(counts, name)) for name in names]
+    # Budgets do not ask whether a metric adds up or is a maximum.
+    return plain_space(counts), [
+        draw(st.one_of(costs_over(counts, name), maxima_over(counts, name))) for name in names
+    ]
 
 
 # Two choices of three options. Cheap in one metric is dear in the other, and no row is at both minima.
@@ -72,6 +76,8 @@ PARAMS = AdditiveCost(
         ("size_bytes", "512kB", Limit("size_bytes", 512e3)),
         ("size_bytes", "7B", Limit("size_bytes", 7.0)),
         ("size_bytes", "120%", Limit("size_bytes", 120.0, percent=True)),
+        ("peak_activation_bytes", "256KiB", Limit("peak_activation_bytes", 256 * 2**10)),
+        ("peak_activation_bytes", "60%", Limit("peak_activation_bytes", 60.0, percent=True)),
     ],
 )
 def test_a_limit_is_read_in_the_metric_s_own_unit(metric: str, text: Any, limit: Limit) -> None:
@@ -81,13 +87,19 @@ def test_a_limit_is_read_in_the_metric_s_own_unit(metric: str, text: Any, limit:
 @pytest.mark.parametrize(
     ("metric", "value", "message"),
     [
-        ("energy", "3", "a budget limits latency_ms, macs, params, size_bytes or flops .*, not 'energy'"),
+        (
+            "energy",
+            "3",
+            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes or flops .*'energy'",
+        ),
         ("latency", "3ms", "not 'latency'"),
         ("latency_ms", "3M", "latency_ms takes no unit, 'ms', 'us', 's' or '%', got 'M' in '3M'"),
         ("latency_ms", "3 MS", "got 'MS' in '3 MS'"),
         ("macs", "3ms", "macs takes no unit, 'k', 'K', 'M', 'G' or '%', got 'ms'"),
         ("macs", "300m", "got 'm' in '300m'"),
         ("size_bytes", "4mib", "got 'mib' in '4mib'"),
+        ("peak_activation_bytes", "4ms", "peak_activation_bytes takes no unit, .*, got 'ms'"),
+        ("peak_memory_bytes", "4MB", "peak_activation_bytes or flops .*, not 'peak_memory_bytes'"),
         ("macs", "", "macs must be a number such as 300, '60%' or '300M', got ''"),
         ("macs", "M", "must be a number such as .*, got 'M'"),
         ("macs", "-300M", "must be a number such as .*, got '-300M'"),
@@ -154,7 +166,7 @@ def test_percent_is_of_the_network_with_the_last_option_of_every_choice() -> Non
 
 @given(problems(), st.floats(0.01, 3), st.floats(0.01, 3))
 def test_feasible_violation_and_prices_say_the_same_of_every_row(
-    problem: tuple[SearchSpace, list[AdditiveCost]], first: float, second: float
+    problem: tuple[SearchSpace, list[Cost]], first: float, second: float
 ) -> None:
     space, costs = problem
     limits = {"latency_ms": first, "params": second}
@@ -217,7 +229,7 @@ def test_limits_that_can_be_met_one_by_one_only_are_refused_with_the_nearest_tha
 
 @given(problems(), st.floats(0.01, 20), st.floats(0.01, 20))
 def test_the_least_joint_excess_is_that_of_all_rows(
-    problem: tuple[SearchSpace, list[AdditiveCost]], first: float, second: float
+    problem: tuple[SearchSpace, list[Cost]], first: float, second: float
 ) -> None:
     _, costs = problem
     by_metric = {cost.metric: cost for cost in costs}
@@ -232,7 +244,7 @@ def test_the_least_joint_excess_is_that_of_all_rows(
 
 @given(problems(), st.floats(0.2, 1.5), st.floats(0.2, 1.5))
 def test_a_budget_is_refused_exactly_if_no_row_fits_and_the_nearest_one_is_then_accepted(
-    problem: tuple[SearchSpace, list[AdditiveCost]], first: float, second: float
+    problem: tuple[SearchSpace, list[Cost]], first: float, second: float
 ) -> None:
     space, costs = problem
     # Around the minima, where feasibility is decided.
@@ -279,7 +291,7 @@ def test_the_error_reaches_another_process_with_its_nearest_budget() -> None:
 
 @given(problems(), st.floats(1, 2), st.floats(1, 2), SEEDS)
 def test_samples_are_feasible_canonical_and_depend_on_the_seed_alone(
-    problem: tuple[SearchSpace, list[AdditiveCost]], first: float, second: float, seed: int
+    problem: tuple[SearchSpace, list[Cost]], first: float, second: float, seed: int
 ) -> None:
     space, costs = problem
     limits = {"latency_ms": first * costs[0].minimum, "params": second * costs[1].minimum}
@@ -294,10 +306,49 @@ def test_samples_are_feasible_canonical_and_depend_on_the_seed_alone(
     assert np.array_equal(rows, constraints.sample(7, np.random.default_rng(seed)))
 
 
+def test_a_joint_limit_on_a_maximum_forbids_settings_one_by_one() -> None:
+    # The peak is over 2 wherever one is the third option, and there latency is least.
+    peak = MaximumCost(
+        "peak_activation_bytes",
+        (3, 3),
+        1.0,
+        (Factor((0,), np.array([1.0, 2.0, 3.0])), Factor((1,), np.array([1.0, 2.0, 4.0]))),
+    )
+    latency = AdditiveCost(
+        "latency_ms",
+        (3, 3),
+        1.0,
+        (Factor((0,), np.array([9.0, 6.0, 0.0])), Factor((1,), np.array([13.0, 7.0, 0.0]))),
+    )
+    space, both = plain_space((3, 3)), [peak, latency]
+    constraints = Budget.parse("peak_activation_bytes=2,latency_ms=14").resolve(space, both)
+    assert constraints.sample(5, np.random.default_rng(0)).tolist() == [[1, 1]] * 5
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        Budget.parse("peak_activation_bytes=2,latency_ms=8").resolve(space, both)
+    # Row (2, 1) has a peak of 3, half more, and 8 ms; row (1, 1) has 14 ms, three quarters more.
+    assert raised.value.nearest == pytest.approx({"peak_activation_bytes": 3.0, "latency_ms": 8.0})
+
+
+def test_peak_activations_macs_and_parameters_can_be_limited_jointly_on_a_space_of_ten_to_the_nineteen() -> (
+    None
+):
+    space = mobilenet_v3(resolutions=(128, 160, 192, 224))
+    costs = [peak_activation_cost(space), *(operation_cost(space, metric) for metric in ("macs", "params"))]
+    text = "peak_activation_bytes=60%,macs=40%,params=70%"
+    constraints = Budget.parse(text).resolve(space, costs)
+    rows = constraints.sample(20, np.random.default_rng(0))
+    largest = peak_activation_bytes(space.operations(space.largest()))
+    peaks = [peak_activation_bytes(space.operations(row)) for row in rows]
+    assert max(peaks) <= 0.6 * largest * (1 + 1e-9)
+    # Fewer MACs than any network has: the solver says what fits jointly.
+    least = {"peak_activation_bytes": costs[0].minimum, "macs": costs[1].minimum * 0.9}
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        Budget.of(least).resolve(space, costs)
+    Budget.of(raised.value.nearest).resolve(space, costs)
+
+
 @pytest.mark.parametrize("metric", ["macs", "params", "size_bytes"])
 def test_sampling_ends_for_a_budget_at_the_minimum_of_a_space_of_ten_to_the_nineteen(metric: str) -> None:
-    from autocompress.cost import operation_cost
-
     space = mobilenet_v3()
     cost = operation_cost(space, metric)
     constraints = Budget.of({metric: cost.minimum}).resolve(space, [cost])

@@ -9,9 +9,17 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from small_spaces import all_codes, costs, every_row, slow_cost, spaces
+from small_spaces import all_codes, costs, every_row, maxima, slow_cost, spaces
 
-from autocompress.cost import AdditiveCost, Factor, compile_cost, operation_cost
+from autocompress.cost import (
+    AdditiveCost,
+    Cost,
+    Factor,
+    MaximumCost,
+    compile_cost,
+    compile_maximum,
+    operation_cost,
+)
 from autocompress.errors import CostError
 from autocompress.ops import Conv2d, GlobalAvgPool, Linear, Ops
 from autocompress.space import Block, Choice, SearchSpace
@@ -87,8 +95,8 @@ def test_a_price_of_one_s_own_is_paid_once_a_block_and_not_for_absent_ones(
     assert cost.metric == "latency_ms"
 
 
-@given(costs())
-def test_values_are_the_constant_plus_one_entry_of_every_factor(cost: AdditiveCost) -> None:
+@given(st.one_of(costs(), maxima()))
+def test_values_are_the_constant_and_one_entry_of_every_factor(cost: Cost) -> None:
     rows = all_codes(cost.counts)
     np.testing.assert_allclose(cost.of(rows), [slow_cost(cost, row) for row in rows.tolist()], rtol=1e-12)
 
@@ -111,27 +119,28 @@ def test_factors_over_the_same_choices_are_one() -> None:
     assert cost.of(np.array([[1, 2]])).tolist() == [5 * 1000]
 
 
-@given(costs(), st.floats(0.5, 2), st.floats(-1, 1))
-def test_a_scaled_cost_is_scaled_everywhere(cost: AdditiveCost, scale: float, constant: float) -> None:
+@given(st.one_of(costs(), maxima()), st.floats(0.5, 2), st.floats(-1, 1))
+def test_a_scaled_cost_is_scaled_everywhere(cost: Cost, scale: float, constant: float) -> None:
     rows = all_codes(cost.counts)
     scaled = cost.scaled(scale, constant)
     np.testing.assert_allclose(scaled.of(rows), scale * cost.of(rows) + constant, rtol=1e-12, atol=1e-12)
     assert scaled.metric == cost.metric
+    assert type(scaled) is type(cost)
 
 
 # Bounds ------------------------------------------------------------------------------------------------
 
 
-@given(costs())
-def test_minimum_and_maximum_are_those_of_all_rows(cost: AdditiveCost) -> None:
+@given(st.one_of(costs(), maxima()))
+def test_minimum_and_maximum_are_those_of_all_rows(cost: Cost) -> None:
     values = cost.of(all_codes(cost.counts))
     assert math.isclose(cost.minimum, values.min(), rel_tol=1e-12)
     assert math.isclose(cost.maximum, values.max(), rel_tol=1e-12)
     assert cost.of(cost.argmin()).tolist() == [cost.minimum]
 
 
-@given(costs())
-def test_the_lower_bound_of_a_prefix_is_the_cheapest_of_all_its_completions(cost: AdditiveCost) -> None:
+@given(st.one_of(costs(), maxima()))
+def test_the_lower_bound_of_a_prefix_is_the_cheapest_of_all_its_completions(cost: Cost) -> None:
     rows = all_codes(cost.counts)
     values = cost.of(rows)
     for length in range(len(cost.counts) + 1):
@@ -152,6 +161,66 @@ def test_bounds_need_small_tables_only_where_shared_choices_come_first() -> None
         CostError, match=r"bounding latency_ms joins choices \[0, 1, 2, 3, 4, 5\] .*share first"
     ):
         _ = AdditiveCost("latency_ms", (40,) * 6, 0.0, tuple(turned)).minimum
+
+
+# Maxima ------------------------------------------------------------------------------------------------
+
+
+@given(spaces(), st.sampled_from(["macs", "params"]))
+def test_a_maximum_over_a_space_is_the_greatest_price_of_a_block_of_each_network(
+    space: SearchSpace, metric: str
+) -> None:
+    def price(ops: Ops) -> float:
+        return sum(getattr(op, metric) for op in ops)
+
+    rows = every_row(space)
+    by_block = [max([price(ops) for _, ops in space.operations(row)], default=0) for row in rows]
+    cost = compile_maximum(space, price, "peak_activation_bytes")
+    assert cost.of(rows).tolist() == by_block
+    assert (cost.minimum, cost.maximum) == (min(by_block), max(by_block))
+    assert cost.metric == "peak_activation_bytes"
+
+
+def test_the_maximum_of_a_row_by_hand() -> None:
+    cost = compile_maximum(PAIR, lambda ops: max(op.macs for op in ops), "peak_activation_bytes")
+    assert cost.of(np.array([[0, 0], [1, 2]])).tolist() == [300, 1000]
+    assert cost.constant == 40
+    assert cost.argmin().tolist() == [[0, 0]]
+    assert cost.lower_bound(np.array([[0], [1]])).tolist() == [300, 600]
+
+
+def test_of_factors_over_the_same_choices_a_maximum_keeps_the_greater_entries() -> None:
+    blocks = tuple(Block(f"b{k}", ("second", "first"), linear) for k in range(5))
+    space = SearchSpace("many", PAIR.choices, blocks)
+    cost = compile_maximum(space, lambda ops: ops[0].macs, "peak_activation_bytes")
+    assert [factor.positions for factor in cost.factors] == [(0, 1)]
+    assert cost.of(np.array([[1, 2]])).tolist() == [1000]
+
+
+def test_the_expectation_of_a_maximum_is_refused_with_the_reason() -> None:
+    cost = MaximumCost("peak_activation_bytes", (2,), 0.0, (Factor((0,), np.array([1.0, 2.0])),))
+    with pytest.raises(CostError, match="peak_activation_bytes is a maximum over blocks, whose expectation"):
+        cost.expected([np.array([0.5, 0.5])])
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan")])
+def test_a_maximum_scaled_by_less_than_nothing_is_refused(scale: float) -> None:
+    with pytest.raises(CostError, match="scale of a maximum must be 0 or more, got"):
+        MaximumCost("peak_activation_bytes", (2,), 0.0, ()).scaled(scale, 0.0)
+
+
+def test_a_maximum_of_negative_prices_is_refused() -> None:
+    with pytest.raises(CostError, match=r"absent blocks are 0: prices must be 0 or more, got -1\.0"):
+        compile_maximum(PAIR, lambda ops: -1.0, "peak_activation_bytes")
+
+
+def test_costs_of_no_rows_and_of_no_factors_are_no_special_cases() -> None:
+    for kind in (AdditiveCost, MaximumCost):
+        constant = kind("macs", (2, 3), 3.0, ())
+        assert constant.of(all_codes((2, 3))).tolist() == [3.0] * 6
+        assert (constant.minimum, constant.maximum) == (3.0, 3.0)
+        one = kind("macs", (2, 3), 3.0, (Factor((1,), np.ones(3)),))
+        assert one.of(np.zeros((0, 2), dtype=np.int64)).shape == (0,)
 
 
 # Expectation -------------------------------------------------------------------------------------------

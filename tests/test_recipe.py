@@ -216,7 +216,10 @@ def test_what_yaml_reads_as_a_truth_value_is_no_number_or_name(text: str, path: 
 @pytest.mark.parametrize(
     ("budget", "reason"),
     [
-        ({"latency": "60%"}, "a budget limits latency_ms, macs, params, size_bytes or flops"),
+        (
+            {"latency": "60%"},
+            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes or flops",
+        ),
         ({"latency_ms": "60M"}, "latency_ms takes no unit, 'ms', 'us', 's' or '%', got 'M' in '60M'"),
         ({"macs": "3ms"}, "macs takes no unit"),
         ({"size_bytes": "4Mib"}, "got 'Mib' in '4Mib'"),

@@ -86,7 +86,7 @@ def test_a_search_pays_for_its_evaluations_within_the_budget(run: Run) -> None:
     assert len(result.trials) == run.recipe.search.evaluations == 6
     assert max(macs) <= 0.9 * largest * (1 + 1e-9)
     assert {frozenset(trial.costs) for trial in result.trials} == {
-        frozenset({"macs", "params", "size_bytes", "latency_ms"})
+        frozenset({"macs", "params", "size_bytes", "peak_activation_bytes", "latency_ms"})
     }
     assert result.notes is not None
     assert result.notes["data"] == run.data.fingerprint
@@ -236,7 +236,11 @@ def test_a_network_that_was_never_searched_can_be_finetuned_by_its_architecture(
     ("limits", "error", "message"),
     [
         ({"macs": 10}, InfeasibleBudgetError, "nearest feasible budget is macs <="),
-        ({"energy": 3}, BudgetError, "a budget limits latency_ms, macs, params, size_bytes or flops"),
+        (
+            {"energy": 3},
+            BudgetError,
+            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes or flops",
+        ),
     ],
 )
 def test_a_selection_that_is_not_there_is_refused(
