@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from autocompress.cost import AdditiveCost, Price, compile_cost
 from autocompress.errors import CostError, TableError
 from autocompress.latency.correction import Figures, figures
+from autocompress.latency.strict import Node
 from autocompress.ops import Add, Ops, OpSpec
 from autocompress.space import SearchSpace
 
@@ -169,31 +170,25 @@ class Roofline:
             TableError: It is of another schema or version, a key is missing or not known, or a number is not
                 finite, positive (`per_op_ms`: at least 0) or not a number; names the key.
         """
-        if not isinstance(payload, dict):
-            raise TableError(f"a roofline must be a JSON object, got {payload!r}")
+        node = Node(payload, "")
         # Before the names: another version may have other ones.
-        for name, wanted in (("schema", SCHEMA), ("version", VERSION)):
-            value = payload.get(name)
-            if type(value) is not type(wanted) or value != wanted:
-                raise TableError(f"{name} of a roofline must be {wanted!r}, got {value!r}")
-        names = {"schema", "version", *(entry.name for entry in fields(Roofline))}
-        for name in sorted(names ^ payload.keys()):
-            raise TableError(f"{name} of a roofline is {'missing' if name in names else 'not known'}")
-        rates = payload["macs_per_ms"]
-        if not isinstance(rates, dict):
-            raise TableError(f"macs_per_ms of a roofline must be a JSON object, got {rates!r}")
+        node.object()
+        node.member("schema").equal(SCHEMA)
+        node.member("version").equal(VERSION)
+        members = node.object(("schema", "version", *(entry.name for entry in fields(Roofline))))
+        rates = members["macs_per_ms"].object()
         for bits in rates:
             # One spelling of a number: '08' beside '8' would hide one of two rates.
             if not (isinstance(bits, str) and re.fullmatch("[1-9][0-9]{0,3}", bits)):
-                raise TableError(f"macs_per_ms of a roofline must have numbers of bits as keys, got {bits!r}")
+                raise members["macs_per_ms"].wrong("an object with numbers of bits as keys")
         try:
             return Roofline(
-                {int(bits): rate for bits, rate in rates.items()},
-                payload["bytes_per_ms"],
-                payload["per_op_ms"],
+                {int(bits): rate.value for bits, rate in rates.items()},
+                members["bytes_per_ms"].value,
+                members["per_op_ms"].value,
             )
         except CostError as error:
-            raise TableError(f"damaged roofline: {error}") from None
+            raise TableError(str(error)) from None
 
 
 @dataclass(frozen=True)
