@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, str] = {
 
 BYTES_PER_PARAMETER = 4
 
+SEPARATOR = " > "
+"""Between operations in the key of a block."""
+
 
 @dataclass(frozen=True)
 class OpSpec(ABC):
@@ -116,7 +119,7 @@ class OpSpec(ABC):
 
 def block_key(ops: Iterable[OpSpec]) -> str:
     """Return the key of a latency-table row: the keys of the operations of a block, in order."""
-    return " > ".join(op.key for op in ops)
+    return SEPARATOR.join(op.key for op in ops)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

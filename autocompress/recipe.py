@@ -83,6 +83,8 @@ class ProfileSettings(_Settings):
     Otherwise its rows are kept, missing ones measured, and the correction is fitted anew to this space."""
     networks: Annotated[int, Field(ge=8, strict=True)] = 40
     """Whole sub-networks that are measured to correct and to check the table."""
+    granularity: Literal["auto", "block", "op"] = "auto"
+    """What is summed to price a network; `auto` measures both and takes what predicts networks better."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
     min_rounds: Positive = 15

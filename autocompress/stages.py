@@ -24,6 +24,7 @@ from autocompress.engine import search as run_search
 from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetError, StorageError, TableError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
+from autocompress.latency.correction import ErrorReport
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
@@ -101,6 +102,7 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
             folder=run.folder,
             networks=settings.networks,
             seed=settings.seed,
+            granularity=settings.granularity,
             tolerance=settings.tolerance,
             min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
@@ -116,7 +118,7 @@ def describe_table(table: LatencyTable) -> str:
     report = table.error_report
     if report is None:
         return f"latency table: {len(table.rows)} rows, not checked against whole networks"
-    figures = report.forms[report.chosen]
+    figures = report.figures
     doubtful = figures.mape_percent > DOUBTFUL_MAPE_PERCENT or (figures.spearman or 0.0) < DOUBTFUL_SPEARMAN
     warning = "; WARNING: too uncertain to rank networks by, measure more rounds on a quieter machine"
     return (
@@ -124,9 +126,18 @@ def describe_table(table: LatencyTable) -> str:
         f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
         f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
         f"{figures.spearman or 0.0:.3f}, Kendall {figures.kendall or 0.0:.3f}; repeat noise "
-        f"{report.repeat_noise_percent:.1f} %"
+        f"{report.repeat_noise_percent:.1f} %; priced by {report.granularity}{_other(report)}"
         f"{warning if doubtful else ''}"
     )
+
+
+def _other(report: ErrorReport) -> str:
+    """Say what the other granularity would have given."""
+    if not report.other_forms:
+        return ""
+    name = "op" if report.granularity == "block" else "block"
+    least = min(figures.mape_percent for figures in report.other_forms.values())
+    return f" (by {name} {least:.1f} %)"
 
 
 def costs(run: Run, shown: Shown) -> list[Cost]:
@@ -319,7 +330,7 @@ def describe_error(table: LatencyTable) -> str:
     report = table.error_report
     if report is None:
         return ""
-    return f"; predicted latencies are {report.forms[report.chosen].mape_percent:.1f} % off on average"
+    return f"; predicted latencies are {report.figures.mape_percent:.1f} % off on average"
 
 
 def describe_costs(found: Mapping[str, float]) -> str:

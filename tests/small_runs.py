@@ -83,7 +83,7 @@ def table_by_hand(space: SearchSpace, target: Target | None = None) -> LatencyTa
     rows = {}
     for key, ops in distinct_blocks(space).items():
         milliseconds = 0.05 + sum(op.macs for op in ops) / 1e6
-        rows[key] = Measurement(milliseconds, 0.0, milliseconds, 10)
+        rows[key] = Measurement(milliseconds, milliseconds, milliseconds, 0.0, milliseconds, 10)
     assert all(key == block_key(ops) for key, ops in distinct_blocks(space).items())
     provenance = {"device": describe_device()}
     return LatencyTable(target or load_target(), rows, Correction(), None, provenance)

@@ -431,9 +431,9 @@ def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:
             ],
         ),
         (
-                "targets",
-                ["pytorch-cpu  pytorch, cpu, float32; integer bits: none; eager PyTorch, CPU, channels_last"],
-            ),
+            "targets",
+            ["pytorch-cpu  pytorch, cpu, float32; integer bits: none; eager PyTorch, CPU, channels_last"],
+        ),
     ],
 )
 def test_what_a_recipe_can_name_is_listed(what: str, lines: list[str]) -> None:

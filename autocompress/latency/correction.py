@@ -7,8 +7,8 @@ each block. Whole networks, measured in the same rounds, say how much.
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -18,26 +18,29 @@ from autocompress.errors import TableError
 
 Vector = NDArray[np.float64]
 
-Form = Literal["raw", "scale", "affine", "affine_per_block"]
-"""From fewest to most parameters: 0, 1 (scale), 2 (and a constant), 3 (and a term for each block)."""
+Form = Literal["raw", "scale", "affine", "affine_per_row"]
+"""From fewest to most parameters: 0, 1 (scale), 2 (and a constant), 3 (and a term for each summed row)."""
 
-PARAMETERS: Final[dict[Form, int]] = {"raw": 0, "scale": 1, "affine": 2, "affine_per_block": 3}
+Granularity = Literal["block", "op"]
+"""What a row is when a network is priced: a whole block as the runtime fuses it, or one operation."""
+
+PARAMETERS: Final[dict[Form, int]] = {"raw": 0, "scale": 1, "affine": 2, "affine_per_row": 3}
 CURVE_SIZES: Final = (5, 10, 15, 20, 30, 40, 60, 80)
 CURVE_REPEATS: Final = 20
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Predicted ms of a network: `scale * sum of medians + per_block_ms * blocks + constant_ms`."""
+    """Predicted ms of a network: `scale * sum of medians + per_row_ms * rows + constant_ms`."""
 
     form: Form = "raw"
     scale: float = 1.0
-    per_block_ms: float = 0.0
+    per_row_ms: float = 0.0
     constant_ms: float = 0.0
 
-    def __call__(self, sums_ms: Vector, blocks: Vector) -> Vector:
-        """Return predictions in ms for sums and numbers of blocks, each `(n,)`."""
-        return self.scale * sums_ms + self.per_block_ms * blocks + self.constant_ms
+    def __call__(self, sums_ms: Vector, rows: Vector) -> Vector:
+        """Return predictions in ms for sums and numbers of summed rows, each `(n,)`."""
+        return self.scale * sums_ms + self.per_row_ms * rows + self.constant_ms
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +48,22 @@ class Checks:
     """Whole networks with what the table says of them.
 
     Attributes:
-        sums_ms: `(n,)`, the sum of the medians of the blocks of each network.
-        blocks: `(n,)`, how many blocks it runs.
+        sums_ms: `(n,)`, the sum of the medians of the rows of each network.
+        rows: `(n,)`, how many rows that were: blocks, or operations.
         measured_ms: `(n,)`, the median of the whole network, positive.
-        least_ms: The least median of any block of the table: no block may get a negative price.
+        least_ms: The least median of any such row of the table: none may get a negative price.
+        names: `n` names of networks, for the report.
     """
 
     sums_ms: Vector
-    blocks: Vector
+    rows: Vector
     measured_ms: Vector
     least_ms: float
+    names: tuple[str, ...] = ()
 
-    def rows(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Checks":
+    def some(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Checks":
         """Return some of the networks."""
-        return Checks(self.sums_ms[which], self.blocks[which], self.measured_ms[which], self.least_ms)
+        return Checks(self.sums_ms[which], self.rows[which], self.measured_ms[which], self.least_ms)
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,18 @@ class Figures:
 
 @dataclass(frozen=True)
 class CheckedNetwork:
-    """One measured network; its prediction comes from a correction that was fitted without it."""
+    """One measured network; its prediction comes from a correction that was fitted without it.
 
-    blocks: int
+    Attributes:
+        name: What it runs, as `autocompress.latency.profile.network_name`.
+        rows: How many rows its sum has.
+        sum_ms: Sum of the medians of its rows.
+        measured_ms: Median of the whole network.
+        predicted_ms: By the correction of the others.
+    """
+
+    name: str
+    rows: int
     sum_ms: float
     measured_ms: float
     predicted_ms: float
@@ -101,7 +115,9 @@ class ErrorReport:
     Attributes:
         method: `"leave-one-out"`: each network is predicted by a correction fitted on the others.
         networks: The measured networks.
+        granularity: What was summed.
         forms: Figures of each form of correction.
+        other_forms: The same for the other granularity; empty if only one was measured.
         chosen: The form with the least mean absolute error; it is used for prices, fitted on all networks.
         repeat_noise_percent: Median over networks of the difference between the medians of the first and the
             second half of the samples, in % of the median: what no prediction can be expected to beat.
@@ -109,6 +125,8 @@ class ErrorReport:
             the others, mean of 20 random splits.
         drift_percent: Greatest difference between quarters of time of the sentinel, a block that ran in every
             round; `None` if it ran fewer than 8 times.
+        disturbed_percent: Share of samples that were discarded because the machine was then much slower than
+            it typically is.
         unstable_rows: Rows whose median is less certain than the tolerance asked for.
     """
 
@@ -119,7 +137,15 @@ class ErrorReport:
     learning_curve: tuple[tuple[int, float], ...]
     drift_percent: float | None
     unstable_rows: int
+    disturbed_percent: float = 0.0
+    granularity: Granularity = "block"
+    other_forms: dict[Form, Figures] = field(default_factory=dict)
     method: Literal["leave-one-out"] = "leave-one-out"
+
+    @property
+    def figures(self) -> Figures:
+        """The figures of the form that is used."""
+        return self.forms[self.chosen]
 
     def upper_factor(self, confidence: float) -> float:
         """Return by what a prediction is multiplied so that a measurement stays below it with a probability.
@@ -149,10 +175,10 @@ class ErrorReport:
 
 
 def fit(form: Form, checks: Checks) -> Correction:
-    """Fit a correction by least squares of relative errors; no block gets a negative price.
+    """Fit a correction by least squares of relative errors; no row gets a negative price.
 
-    With `base = least_ms * blocks` the prediction is `scale * (sum - base) + floor * blocks + constant`,
-    scale and floor at least 0: `floor` is the price of the cheapest block.
+    With `base = least_ms * rows` the prediction is `scale * (sum - base) + floor * rows + constant`,
+    scale and floor at least 0: `floor` is the price of the cheapest row.
 
     Raises:
         TableError: Fewer networks than parameters.
@@ -168,9 +194,9 @@ def fit(form: Form, checks: Checks) -> Correction:
     weight = 1 / checks.measured_ms
     constant = np.ones(count)
     target = np.ones(count)
-    if form == "affine_per_block":
-        base = checks.least_ms * checks.blocks
-        design = np.column_stack([checks.sums_ms - base, checks.blocks, constant]) * weight[:, None]
+    if form == "affine_per_row":
+        base = checks.least_ms * checks.rows
+        design = np.column_stack([checks.sums_ms - base, checks.rows, constant]) * weight[:, None]
         solution = lsq_linear(design, target, bounds=([0, 0, -np.inf], np.inf), method="bvls")
         scale, floor, offset = solution.x.tolist()
         return Correction(form, scale, floor - scale * checks.least_ms, offset)
@@ -207,9 +233,9 @@ def leave_one_out(form: Form, checks: Checks) -> Vector:
     count = len(checks.measured_ms)
     predicted = np.empty(count)
     for index in range(count):
-        correction = fit(form, checks.rows(np.arange(count) != index))
-        one = checks.rows(np.array([index]))
-        predicted[index] = correction(one.sums_ms, one.blocks)[0]
+        correction = fit(form, checks.some(np.arange(count) != index))
+        one = checks.some(np.array([index]))
+        predicted[index] = correction(one.sums_ms, one.rows)[0]
     return predicted
 
 
@@ -239,9 +265,9 @@ def learning_curve(form: Form, checks: Checks, *, seed: int = 0) -> tuple[tuple[
         errors = []
         for _ in range(CURVE_REPEATS):
             order = rng.permutation(count)
-            correction = fit(form, checks.rows(order[:size]))
-            rest = checks.rows(order[size:])
-            predicted = correction(rest.sums_ms, rest.blocks)
+            correction = fit(form, checks.some(order[:size]))
+            rest = checks.some(order[size:])
+            predicted = correction(rest.sums_ms, rest.rows)
             errors.append(figures(predicted, rest.measured_ms).mape_percent)
         result.append((size, float(np.mean(errors))))
     return tuple(result)
@@ -253,6 +279,7 @@ def assess(
     *,
     drift_percent: float | None = None,
     unstable_rows: int = 0,
+    disturbed_percent: float = 0.0,
 ) -> tuple[Correction, ErrorReport]:
     """Choose the form of correction with the least leave-one-out error, fit it, and report.
 
@@ -263,6 +290,7 @@ def assess(
         samples_ms: All samples of each network, in the order of time.
         drift_percent: Of the sentinel.
         unstable_rows: How many rows of the table are less certain than asked for.
+        disturbed_percent: Share of samples that were discarded.
 
     Raises:
         TableError: Fewer than 2 networks, or a time that is not positive.
@@ -280,9 +308,14 @@ def assess(
     # Of equals the first, which has the fewest parameters.
     chosen = min(telling, key=lambda form: compared[form].mape_percent)
     networks = tuple(
-        CheckedNetwork(int(blocks), float(total), float(measured), float(prediction))
-        for blocks, total, measured, prediction in zip(
-            checks.blocks, checks.sums_ms, checks.measured_ms, predicted[chosen], strict=True
+        CheckedNetwork(name, int(rows), float(total), float(measured), float(prediction))
+        for name, rows, total, measured, prediction in zip(
+            checks.names or [""] * count,
+            checks.rows,
+            checks.sums_ms,
+            checks.measured_ms,
+            predicted[chosen],
+            strict=True,
         )
     )
     report = ErrorReport(
@@ -293,5 +326,21 @@ def assess(
         learning_curve=learning_curve(chosen, checks),
         drift_percent=drift_percent,
         unstable_rows=unstable_rows,
+        disturbed_percent=disturbed_percent,
     )
     return fit(chosen, checks), report
+
+
+Assessed = tuple[Correction, ErrorReport]
+
+
+def choose(assessed: Mapping[Granularity, Assessed]) -> Assessed:
+    """Return the granularity with the least mean absolute error; its report has the other one's figures.
+
+    Args:
+        assessed: Of at least one granularity; of equals the first is taken.
+    """
+    best = min(assessed, key=lambda name: assessed[name][1].figures.mape_percent)
+    correction, report = assessed[best]
+    others = [found.forms for name, (_, found) in assessed.items() if name != best]
+    return correction, replace(report, granularity=best, other_forms=others[0] if others else {})

@@ -31,7 +31,12 @@ def group_medians(values: Vector, groups: NDArray[np.int64], count: int) -> Vect
     return middle
 
 
-def without_drift(samples_ms: Sequence[float], items: Sequence[int]) -> Vector:
+DISTURBED: Final = 1.5
+"""By what the machine must be slower than it typically is for a stretch of samples to be discarded: what
+computes and what moves memory then slow down by different factors, and no one factor restores both."""
+
+
+def without_drift(samples_ms: Sequence[float], items: Sequence[int]) -> tuple[Vector, Vector]:
     """Return samples as they would be at the typical speed of the machine, in ms.
 
     The logarithm of a sample is that of its item, plus that of the machine in that moment, plus noise.
@@ -46,11 +51,12 @@ def without_drift(samples_ms: Sequence[float], items: Sequence[int]) -> Vector:
         items: Position of the item of each sample, from 0.
 
     Returns:
-        The shape of the samples; unchanged if there are too few for a window.
+        The samples, unchanged if there are too few for a window; and by what the machine was slower in each
+        moment than it typically was, a factor. Both have the shape of the samples.
     """
     values = np.log(np.maximum(np.asarray(samples_ms, dtype=np.float64), LEAST_MS))
     if len(values) <= 2 * NEIGHBOURS:
-        return np.exp(values)
+        return np.exp(values), np.ones(len(values))
     _, groups = np.unique(np.asarray(items, dtype=np.int64), return_inverse=True)
     groups = groups.astype(np.int64)
     count = int(groups.max()) + 1
@@ -62,8 +68,7 @@ def without_drift(samples_ms: Sequence[float], items: Sequence[int]) -> Vector:
         others = np.delete(windows, NEIGHBOURS, axis=1)
         machine = np.median(others, axis=1)
         machine = machine - np.median(machine)
-    steady: Vector = np.exp(values - machine)
-    return steady
+    return np.exp(values - machine), np.exp(machine)
 
 
 def drift_percent(reference_ms: Sequence[float]) -> float | None:

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from autocompress.errors import TableError
-from autocompress.latency.drift import without_drift
+from autocompress.latency.drift import DISTURBED, without_drift
 from autocompress.latency.runtime import Run, background, pinned, prepare_onnx
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.target import Target
@@ -36,8 +36,8 @@ WARM_UP_RUNS: Final = 3
 MIN_ITEMS_IN_ROUND: Final = 48
 EVICTED_BYTES: Final = 2**20
 BACKGROUND_RUNS: Final = 6
-NORMAL_QUANTILE: Final = 1.96
-"""Of the 95 % interval."""
+CONFIDENCE: Final = 0.95
+"""Of intervals of medians."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,23 @@ class Measurement:
 
     Attributes:
         median_ms: Median.
+        low_ms: Lower end of the 95 % bootstrap interval of the median.
+        high_ms: Upper end.
         spread_ms: Interquartile range.
         p95_ms: 95th percentile.
         count: Number of runs.
     """
 
     median_ms: float
+    low_ms: float
+    high_ms: float
     spread_ms: float
     p95_ms: float
     count: int
 
 
 def summarize(samples_ms: Sequence[float]) -> Measurement:
-    """Return median, interquartile range and 95th percentile (linear interpolation), in ms.
+    """Return median, its interval, interquartile range and 95th percentile (linear interpolation), in ms.
 
     Raises:
         TableError: There are no samples.
@@ -66,27 +70,43 @@ def summarize(samples_ms: Sequence[float]) -> Measurement:
     if not samples_ms:
         raise TableError("a median needs at least one sample, got none")
     low, middle, high, tail = np.percentile(samples_ms, [25, 50, 75, 95]).tolist()
-    return Measurement(middle, high - low, tail, len(samples_ms))
+    bounds = bootstrap_positions(len(samples_ms))
+    least, most = (sorted(samples_ms)[position] for position in bounds)
+    return Measurement(middle, least, most, high - low, tail, len(samples_ms))
+
+
+@lru_cache(maxsize=4096)
+def bootstrap_positions(count: int) -> tuple[int, int]:
+    """Return which of `count` samples, in ascending order, bound the 95 % bootstrap interval of their median.
+
+    The bootstrap distribution of a median needs no resampling: the r-th of n resampled values is at most the
+    k-th sample with the probability that a binomial (n, k/n) is at least r. Of an even number the lower
+    middle bounds the interval below and the upper middle above.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 2 and problem 2.4 (percentile
+    interval of an order statistic).
+    """
+    from scipy.stats import binom
+
+    ranks = np.arange(1, count + 1)
+    lower_middle = binom.sf((count + 1) // 2 - 1, count, ranks / count)
+    upper_middle = binom.sf(count // 2, count, ranks / count)
+    outside = (1 - CONFIDENCE) / 2
+    return int(np.argmax(lower_middle >= outside)), int(np.argmax(upper_middle >= 1 - outside))
 
 
 def half_width(ordered_ms: Sequence[float]) -> float:
-    """Return half the width of the 95 % confidence interval of the median, relative to the median.
+    """Return half the width of the 95 % bootstrap interval of the median, relative to the median.
 
-    The interval reaches from one order statistic to another, whatever the distribution: the number of
-    samples below the median is binomial (n, 1/2), here in its normal approximation. Infinite below 6
-    samples: no such interval has 95 % then.
+    Infinite below 6 samples, of which no such interval says anything.
 
     Args:
         ordered_ms: Ascending, positive.
-
-    Source: Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2.
     """
     count = len(ordered_ms)
     if count < 6:
         return math.inf
-    reach = NORMAL_QUANTILE * math.sqrt(count) / 2
-    low = max(0, math.floor(count / 2 - reach))
-    high = min(count - 1, math.ceil(count / 2 + reach))
+    low, high = bootstrap_positions(count)
     middle = (ordered_ms[(count - 1) // 2] + ordered_ms[count // 2]) / 2
     return (ordered_ms[high] - ordered_ms[low]) / 2 / middle if middle > 0 else 0.0
 
@@ -143,10 +163,6 @@ class Stopping:
         """Whether the median is known well enough."""
         return len(ordered_ms) >= self.min_rounds and half_width(ordered_ms) <= self.tolerance
 
-    def finished(self, ordered_ms: Sequence[float]) -> bool:
-        """Whether to measure no more: stable, or as often as allowed."""
-        return len(ordered_ms) >= self.max_rounds or self.stable(ordered_ms)
-
 
 @dataclass(frozen=True)
 class Sampled:
@@ -154,7 +170,8 @@ class Sampled:
 
     Attributes:
         raw_ms: As the timer gave it.
-        steady_ms: Without the drift of the machine (`autocompress.latency.drift`).
+        steady_ms: Without the drift of the machine, and without the samples of stretches in which it was
+            disturbed (`autocompress.latency.drift`).
     """
 
     raw_ms: tuple[float, ...] = ()
@@ -300,7 +317,10 @@ class _State:
             if key not in self.finished
             and key != REFERENCE
             and counts[position] >= self._stopping.min_rounds
-            and self._stopping.finished(sorted(steady[key].steady_ms))
+            and (
+                counts[position] >= self._stopping.max_rounds
+                or self._stopping.stable(sorted(steady[key].steady_ms))
+            )
         ]
         if new and self._file:
             self._file.finish(new, self._stopping.tolerance)
@@ -322,14 +342,20 @@ class _State:
 
     def result(self) -> dict[str, Sampled]:
         """Return the samples of each item."""
-        steady = without_drift(self._samples, self._items).tolist()
+        steady, slower = without_drift(self._samples, self._items)
         raw_ms: list[list[float]] = [[] for _ in self._positions]
         steady_ms: list[list[float]] = [[] for _ in self._positions]
-        for position, raw, value in zip(self._items, self._samples, steady, strict=True):
+        kept_ms: list[list[float]] = [[] for _ in self._positions]
+        for position, raw, value, factor in zip(
+            self._items, self._samples, steady.tolist(), slower.tolist(), strict=True
+        ):
             raw_ms[position].append(raw)
             steady_ms[position].append(value)
+            if factor < DISTURBED:
+                kept_ms[position].append(value)
+        # Of an item that was only seen in bad moments, what was seen is all there is.
         return {
-            key: Sampled(tuple(raw_ms[position]), tuple(steady_ms[position]))
+            key: Sampled(tuple(raw_ms[position]), tuple(kept_ms[position] or steady_ms[position]))
             for key, position in self._positions.items()
         }
 

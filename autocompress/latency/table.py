@@ -14,7 +14,14 @@ from typing import Any, Final, get_args
 from autocompress.atomic import read_json, write_json
 from autocompress.cost import AdditiveCost, compile_cost
 from autocompress.errors import MissingRowError, TableError
-from autocompress.latency.correction import CheckedNetwork, Correction, ErrorReport, Figures, Form
+from autocompress.latency.correction import (
+    CheckedNetwork,
+    Correction,
+    ErrorReport,
+    Figures,
+    Form,
+    Granularity,
+)
 from autocompress.latency.measure import Measurement
 from autocompress.latency.strict import Node
 from autocompress.latency.target import Target, describe_device, read_target
@@ -25,6 +32,9 @@ SCHEMA: Final = "autocompress.latency_table"
 VERSION: Final = 2
 UNIT: Final = "ms"
 METRIC: Final = "latency_ms"
+KEYS: Final = (
+    "schema", "version", "unit", "target", "provenance", "granularity", "correction", "error_report", "rows",
+)  # fmt: skip
 # A fitted price of the cheapest block may come out a rounding error below zero.
 ROUNDING_MS: Final = 1e-9
 
@@ -35,7 +45,8 @@ class LatencyTable:
 
     Attributes:
         target: Device, runtime, threads, batch and number format.
-        rows: Key of a block (`autocompress.ops.block_key`) to what its single runs took.
+        rows: Key of a block or of one operation (`autocompress.ops.block_key`) to what its single runs took.
+        granularity: Which of them networks are priced from.
         correction: From sums of rows to whole networks.
         error_report: How far predictions can be trusted; `None` if no whole network was measured.
         provenance: Device, versions, date and space: where the numbers come from.
@@ -46,6 +57,11 @@ class LatencyTable:
     correction: Correction
     error_report: ErrorReport | None
     provenance: Mapping[str, Any]
+    granularity: Granularity = "block"
+
+    def row_keys(self, ops: Ops) -> list[str]:
+        """Return the keys of the rows that a block is priced from: its own, or one for each operation."""
+        return [block_key(ops)] if self.granularity == "block" else [block_key((op,)) for op in ops]
 
     def price(self, ops: Ops) -> float:
         """Return the predicted ms of one block within a network; the constant of a network comes apart.
@@ -53,13 +69,13 @@ class LatencyTable:
         Raises:
             MissingRowError: The table has no row for the block.
         """
-        key = block_key(ops)
-        if key not in self.rows:
-            raise self._missing([key])
-        return self._corrected(self.rows[key])
+        missing = [key for key in self.row_keys(ops) if key not in self.rows]
+        if missing:
+            raise self._missing(missing)
+        return sum(self._corrected(self.rows[key]) for key in self.row_keys(ops))
 
     def _corrected(self, row: Measurement) -> float:
-        return self.correction.scale * row.median_ms + self.correction.per_block_ms
+        return self.correction.scale * row.median_ms + self.correction.per_row_ms
 
     def cost(self, space: SearchSpace) -> AdditiveCost:
         """Compile the predicted latency of every architecture of a space, in ms.
@@ -71,15 +87,15 @@ class LatencyTable:
         missing: list[str] = []
 
         def price(ops: Ops) -> float:
-            row = self.rows.get(block_key(ops))
-            if row is None:
-                missing.append(block_key(ops))
+            try:
+                return self.price(ops)
+            except MissingRowError:
+                missing.extend(key for key in self.row_keys(ops) if key not in self.rows)
                 return 0.0
-            return self._corrected(row)
 
         cost = compile_cost(space, price, METRIC)
         if missing:
-            raise self._missing(missing)
+            raise self._missing(list(dict.fromkeys(missing)))
         return cost.scaled(1.0, self.correction.constant_ms)
 
     def _missing(self, keys: list[str]) -> MissingRowError:
@@ -119,6 +135,7 @@ class LatencyTable:
             "unit": UNIT,
             "target": self.target.describe(),
             "provenance": dict(self.provenance),
+            "granularity": self.granularity,
             "correction": asdict(self.correction),
             "error_report": None if self.error_report is None else asdict(self.error_report),
             "rows": {key: asdict(row) for key, row in self.rows.items()},
@@ -152,9 +169,7 @@ def _read(node: Node) -> LatencyTable:
     node.object()
     node.member("schema").equal(SCHEMA)
     node.member("version").equal(VERSION)
-    top = node.object(
-        ("schema", "version", "unit", "target", "provenance", "correction", "error_report", "rows")
-    )
+    top = node.object(KEYS)
     top["unit"].equal(UNIT)
     target = read_target(top["target"])
     provenance = {name: member.value for name, member in top["provenance"].object().items()}
@@ -162,13 +177,16 @@ def _read(node: Node) -> LatencyTable:
     rows = {key: _read_row(row) for key, row in top["rows"].object().items()}
     correction = _read_correction(top["correction"], rows)
     report = None if top["error_report"].value is None else _read_report(top["error_report"])
-    return LatencyTable(target, rows, correction, report, provenance)
+    granularity = top["granularity"].equal(*get_args(Granularity))
+    return LatencyTable(target, rows, correction, report, provenance, granularity)
 
 
 def _read_row(node: Node) -> Measurement:
     row = node.object(field.name for field in fields(Measurement))
     return Measurement(
         row["median_ms"].number(),
+        row["low_ms"].number(),
+        row["high_ms"].number(),
         row["spread_ms"].number(),
         row["p95_ms"].number(),
         row["count"].integer(1),
@@ -180,12 +198,12 @@ def _read_correction(node: Node, rows: Mapping[str, Measurement]) -> Correction:
     correction = Correction(
         members["form"].equal(*get_args(Form)),
         members["scale"].number(),
-        members["per_block_ms"].number(-math.inf),
+        members["per_row_ms"].number(-math.inf),
         members["constant_ms"].number(-math.inf),
     )
     least = min((row.median_ms for row in rows.values()), default=0.0)
-    if rows and correction.scale * least + correction.per_block_ms < -ROUNDING_MS:
-        raise members["per_block_ms"].wrong("such that no row gets a negative price")
+    if rows and correction.scale * least + correction.per_row_ms < -ROUNDING_MS:
+        raise members["per_row_ms"].wrong("such that no row gets a negative price")
     return correction
 
 
@@ -196,27 +214,14 @@ def _read_report(node: Node) -> ErrorReport:
         network = entry.object(field.name for field in fields(CheckedNetwork))
         networks.append(
             CheckedNetwork(
-                network["blocks"].integer(1),
+                network["name"].text(),
+                network["rows"].integer(1),
                 network["sum_ms"].number(),
                 network["measured_ms"].number(),
                 network["predicted_ms"].number(-math.inf),
             )
         )
-    forms: dict[Form, Figures] = {}
-    for name, entry in members["forms"].object().items():
-        form: Form = Node(name, entry.path).equal(*get_args(Form))
-        values = entry.object(field.name for field in fields(Figures))
-        forms[form] = Figures(
-            values["bias_percent"].number(-math.inf),
-            values["mape_percent"].number(),
-            values["max_error_percent"].number(),
-            values["within_5_percent"].number(),
-            values["within_10_percent"].number(),
-            *(
-                None if values[name].value is None else values[name].number(-1 - 1e-9)
-                for name in ("spearman", "kendall")
-            ),
-        )
+    forms = _read_forms(members["forms"])
     curve = []
     for entry in members["learning_curve"].list():
         pair = entry.list()
@@ -232,5 +237,36 @@ def _read_report(node: Node) -> ErrorReport:
         learning_curve=tuple(curve),
         drift_percent=None if drift.value is None else drift.number(),
         unstable_rows=members["unstable_rows"].integer(),
+        disturbed_percent=members["disturbed_percent"].number(),
+        granularity=members["granularity"].equal(*get_args(Granularity)),
+        other_forms=_read_forms(members["other_forms"]),
         method=members["method"].equal("leave-one-out"),
+    )
+
+
+def _read_forms(node: Node) -> dict[Form, Figures]:
+    forms: dict[Form, Figures] = {}
+    for name, entry in node.object().items():
+        form: Form = Node(name, entry.path).equal(*get_args(Form))
+        forms[form] = read_figures(entry)
+    return forms
+
+
+def read_figures(node: Node) -> Figures:
+    """Read the figures of an error report.
+
+    Raises:
+        TableError: A key is missing or unknown, or a number is wrong.
+    """
+    values = node.object(field.name for field in fields(Figures))
+    return Figures(
+        values["bias_percent"].number(-math.inf),
+        values["mape_percent"].number(),
+        values["max_error_percent"].number(),
+        values["within_5_percent"].number(),
+        values["within_10_percent"].number(),
+        *(
+            None if values[name].value is None else values[name].number(-1 - 1e-9)
+            for name in ("spearman", "kendall")
+        ),
     )

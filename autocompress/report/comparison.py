@@ -24,7 +24,7 @@ from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.memory import peak_memory_bytes
-from autocompress.latency.profile import check_networks
+from autocompress.latency.profile import check_networks, network_keys, network_name
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
@@ -196,7 +196,9 @@ def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
     if then is None:
         return {}
     codes = check_networks(run.space, settings.networks, seed=settings.seed)
-    if [len(run.space.operations(row)) for row in codes] != [net.blocks for net in then.networks]:
+    if [network_name(network_keys(run.space.operations(row))) for row in codes] != [
+        net.name for net in then.networks
+    ]:
         return {}  # a table that was taken over, checked on other networks
     chosen = np.unique(np.linspace(0, len(codes) - 1, CHECKED_AGAIN).round().astype(np.int64))
     return {f"check {i}": (run.space.operations(codes[i]), then.networks[i].measured_ms) for i in chosen}

@@ -46,9 +46,9 @@ def samples_of(checks: Checks) -> list[list[float]]:
 
 @given(st.floats(0.2, 2), st.floats(-0.15, 0.5), st.floats(-0.5, 3))
 def test_known_coefficients_are_recovered(scale: float, per_block: float, constant: float) -> None:
-    correction = fit("affine_per_block", networks(scale, per_block, constant))
+    correction = fit("affine_per_row", networks(scale, per_block, constant))
     assert correction.scale == pytest.approx(scale, abs=1e-6)
-    assert correction.per_block_ms == pytest.approx(per_block, abs=1e-6)
+    assert correction.per_row_ms == pytest.approx(per_block, abs=1e-6)
     assert correction.constant_ms == pytest.approx(constant, abs=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_known_coefficients_are_recovered(scale: float, per_block: float, consta
         ("raw", (1.0, 0.0, 0.0)),
         ("scale", (0.7, 0.0, 0.0)),
         ("affine", (0.7, 0.0, 2.0)),
-        ("affine_per_block", (1.2, -0.4, 2.0)),
+        ("affine_per_row", (1.2, -0.4, 2.0)),
     ],
 )
 def test_the_simplest_form_that_is_right_is_chosen(
@@ -71,7 +71,7 @@ def test_the_simplest_form_that_is_right_is_chosen(
     assert all(
         report.forms[other].mape_percent > 0.1 for other in get_args(Form)[: get_args(Form).index(form)]
     )
-    predicted = correction(checks.sums_ms, checks.blocks)
+    predicted = correction(checks.sums_ms, checks.rows)
     np.testing.assert_allclose(predicted, checks.measured_ms, rtol=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_no_block_gets_a_negative_price(seed: int) -> None:
     for form in get_args(Form):
         correction = fit(form, checks)
         assert correction.scale >= 0
-        assert correction.scale * 1.0 + correction.per_block_ms >= -1e-9
+        assert correction.scale * 1.0 + correction.per_row_ms >= -1e-9
 
 
 def test_each_network_is_predicted_without_having_been_seen() -> None:
@@ -110,7 +110,7 @@ def test_each_network_is_predicted_without_having_been_seen() -> None:
             # However wrong this one measurement is, its own prediction must not notice.
             wrong = checks.measured_ms.copy()
             wrong[index] *= 50
-            others = Checks(checks.sums_ms, checks.blocks, wrong, checks.least_ms)
+            others = Checks(checks.sums_ms, checks.rows, wrong, checks.least_ms)
             assert leave_one_out(form, others)[index] == pytest.approx(predicted[index])
 
 
@@ -176,7 +176,7 @@ def test_a_fit_needs_as_many_networks_as_parameters() -> None:
 
 
 def report_of(measured_over_predicted: list[float]) -> ErrorReport:
-    networks = tuple(CheckedNetwork(3, 1.0, ratio, 1.0) for ratio in measured_over_predicted)
+    networks = tuple(CheckedNetwork("", 3, 1.0, ratio, 1.0) for ratio in measured_over_predicted)
     return ErrorReport(networks, {}, "raw", 0.0, (), None, 0)
 
 

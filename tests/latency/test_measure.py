@@ -16,6 +16,7 @@ from autocompress.latency.measure import (
     REFERENCE,
     Item,
     Stopping,
+    bootstrap_positions,
     half_width,
     measure,
     measure_networks,
@@ -72,11 +73,21 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for row in np.sort(rng.exponential(size=(1000, 40)), axis=1):
-        reach = 1.96 * np.sqrt(40) / 2
-        low, high = row[int(20 - reach)], row[int(np.ceil(20 + reach))]
+        low, high = row[list(bootstrap_positions(40))]
         assert half_width(row.tolist()) == pytest.approx((high - low) / 2 / np.median(row))
         covered += low <= np.log(2) <= high
     assert covered >= 930
+
+
+@pytest.mark.parametrize("count", [7, 24, 41, 60])
+def test_the_interval_is_that_of_resampled_medians(count: int) -> None:
+    """A second implementation: 20,000 resamples, whose lower and upper middles are looked at one by one."""
+    resampled = np.sort(np.random.default_rng(0).integers(count, size=(20_000, count)), axis=1)
+    low, high = bootstrap_positions(count)
+    noise = 4 * np.sqrt(0.025 * 0.975 / 20_000)
+    lower, upper = resampled[:, (count - 1) // 2], resampled[:, count // 2]
+    assert (lower < low).mean() - noise <= 0.025 <= (lower <= low).mean() + noise
+    assert (upper < high).mean() - noise <= 0.975 <= (upper <= high).mean() + noise
 
 
 @given(st.floats(0.001, 1000), st.lists(st.floats(0.5, 2), min_size=6, max_size=50))

@@ -24,13 +24,13 @@ from autocompress.space import SearchSpace
 def table(space: SearchSpace) -> LatencyTable:
     """Row number k has a median of 2^k ms."""
     rows = {
-        key: Measurement(2.0**number, 0.1, 3.0**number, 20 + number)
+        key: Measurement(2.0**number, 1.9**number, 2.1**number, 0.1, 3.0**number, 20 + number)
         for number, key in enumerate(distinct_blocks(space))
     }
     sums = np.arange(10.0, 20.0)
     checks = Checks(sums, np.full(10, 4.0), 0.5 * sums + 1 + np.sin(sums), 1.0)
     _, report = assess(checks, [[1.0, 1.1]] * 10, drift_percent=2.5, unstable_rows=1)
-    correction = Correction("affine_per_block", 0.5, -0.25, 1.0)
+    correction = Correction("affine_per_row", 0.5, -0.25, 1.0)
     provenance = {"device": describe_device(), "measured": "2026-01-01T00:00:00+00:00"}
     return LatencyTable(load_target(), rows, correction, report, provenance)
 
@@ -159,7 +159,7 @@ def drop(*path: str) -> Change:
         (drop("provenance", "device"), "provenance.device must be a JSON object"),
         (put("correction", "form", "cubic"), "correction.form must be 'raw' or 'scale'"),
         (put("correction", "scale", -0.1), "correction.scale must be at least 0"),
-        (put("correction", "per_block_ms", -0.6), "per_block_ms must be such that no row gets a negative"),
+        (put("correction", "per_row_ms", -0.6), "per_row_ms must be such that no row gets a negative"),
         (put("correction", "constant_ms", None), "correction.constant_ms must be a finite number, got None"),
         (put("error_report", "method", "in sample"), "error_report.method must be 'leave-one-out'"),
         (put("error_report", "forms", "cubic", {}), "forms.cubic must be 'raw' or 'scale'"),
@@ -167,7 +167,7 @@ def drop(*path: str) -> Change:
             put("error_report", "forms", "raw", "mape_percent", -1),
             r"forms\.raw\.mape_percent must be at least",
         ),
-        (put("error_report", "networks", 0, "blocks", 0), r"networks\[0\]\.blocks must be an integer >= 1"),
+        (put("error_report", "networks", 0, "rows", 0), r"networks\[0\]\.rows must be an integer >= 1"),
         (put("error_report", "learning_curve", 0, [5]), r"learning_curve\[0\] must be a pair"),
     ],
 )

@@ -18,7 +18,7 @@ from autocompress.budget import Constraints
 from autocompress.errors import StorageError
 from autocompress.latency.correction import Checks, assess
 from autocompress.latency.measure import Measurement
-from autocompress.latency.profile import check_networks
+from autocompress.latency.profile import check_networks, network_keys, network_name
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
 from autocompress.run import Run, Shown
@@ -28,7 +28,7 @@ SILENT = Shown()
 
 
 def measured_by_hand(runs: Mapping[str, Any], **more: Any) -> dict[str, Measurement]:
-    return {name: Measurement(1.0 + i, 0.1, 2.0 + i, 7) for i, name in enumerate(runs)}
+    return {name: Measurement(1.0 + i, 1.0 + i, 1.0 + i, 0.1, 2.0 + i, 7) for i, name in enumerate(runs)}
 
 
 def some_candidates(limits: Constraints) -> Codes:
@@ -205,7 +205,8 @@ def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
     codes = check_networks(run.space, run.recipe.profile.networks, seed=run.recipe.profile.seed)
     nets = [run.space.operations(row) for row in codes]
     then_ms = np.array([2.0 * len(net) for net in nets])
-    checks = Checks(then_ms, np.array([float(len(net)) for net in nets]), then_ms, 0.05)
+    names = tuple(network_name(network_keys(net)) for net in nets)
+    checks = Checks(then_ms, np.array([float(len(net)) for net in nets]), then_ms, 0.05, names)
     _, report = assess(checks, [[ms] * 8 for ms in then_ms])
     monkeypatch.setattr(comparison, "profile", lambda run, shown: replace(table, error_report=report))
     checked = comparison._checked(run, SILENT)
@@ -213,7 +214,7 @@ def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
     assert all(blocks in nets for blocks, _ in checked.values())
 
     def now(runs: Mapping[str, Any], **more: Any) -> dict[str, Measurement]:
-        return {n: Measurement(1.5 * checked[n][1] if n in checked else 7.0, 0, 9, 9) for n in runs}
+        return {n: Measurement(1.5 * checked[n][1] if n in checked else 7.0, 0, 9, 0, 9, 9) for n in runs}
 
     monkeypatch.setattr(comparison, "measure_networks", now)
     arch = stages.search(run, SILENT).best().architecture
