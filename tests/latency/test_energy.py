@@ -85,6 +85,9 @@ def test_arithmetic_by_width() -> None:
     integers = EnergyModel(floating=False)
     assert mac(32, integers) == pytest.approx(3.2)
     assert mac(16, integers) == pytest.approx(0.2 * 4 + 0.03 * 2)
+    # A fitted scale holds for published and for assumed widths.
+    assert mac(8, EnergyModel(compute_scale=3)) == pytest.approx(3 * 0.23)
+    assert mac(4, EnergyModel(compute_scale=3)) == pytest.approx(3 * 0.065)
     # The wider one counts.
     assert MODEL.mac_pj(weight_bits=2, activation_bits=8) == pytest.approx(0.23)
     assert MODEL.mac_pj(weight_bits=32, activation_bits=8) == pytest.approx(4.6)
