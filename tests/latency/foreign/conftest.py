@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
-# Two rows of the Note10 table at 224 pixels (once-for-all, MIT), one made up; `expand` is a number of channels.
+# Two rows of the Note10 table at 224 pixels (once-for-all, MIT), one made up; `expand` counts channels.
 OFA = {
     "Conv-input:224x224x3-output:112x112x24": {"mean": 0.994418, "std": 0.01726798413249215, "count": 500},
     "expanded_conv-input:112x112x24-output:56x56x32-expand:144-kernel:3-stride:2-idskip:0-se:0-hs:0": {
