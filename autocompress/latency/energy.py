@@ -23,10 +23,10 @@ from autocompress.latency.roofline import (
     check_rows,
     check_setting,
     nonnegative_least_squares,
-    weight_bytes,
 )
 from autocompress.ops import Ops
 from autocompress.space import SearchSpace
+from autocompress.weight_bytes import weight_bytes
 
 METRIC: Final = "energy_mj"
 PJ_PER_MJ: Final = 1e9
@@ -57,7 +57,7 @@ class EnergyEstimate:
     Attributes:
         compute_mj: Multiply-accumulates.
         sram_mj: Activations of operations whose activations fit the SRAM.
-        dram_mj: Weights, and all other activations, at the middle of the range of DRAM.
+        dram_mj: Parameters, and all other activations, at the middle of the range of DRAM.
         low_mj: All of it, with DRAM at the low end of its range.
         high_mj: All of it, with DRAM at the high end.
         assumed: What is not from the published figures but from a rule of this module.
@@ -90,7 +90,7 @@ class EnergyModel:
     - Assumed: any other integer width scales int8, the multiplier with the square of the bits, the adder in
       proportion. The rule gives 3.2 and 0.12 pJ at 32 bits, where 3.1 and 0.1 are published. With `floating`
       it holds up to 15 bits; wider formats other than fp16 and fp32 have no energy.
-    - Weights are read from DRAM once a run, whatever the batch: nothing is kept between runs.
+    - Parameters are read from DRAM once a run, whatever the batch: nothing is kept between runs.
     - Activations, each once in and once out, are read from and written to SRAM if those of the operation, for
       the whole batch, fit it together; otherwise to DRAM, all of them. A write takes as much as a read.
     - Assumed: between the published sizes the energy of SRAM is a straight line in logarithms; beyond them it
@@ -191,7 +191,7 @@ class EnergyModel:
         Args:
             ops: What runs.
             batch: Images a run.
-            weight_bits: Bits of every parameter, biases and batch norm too.
+            weight_bits: Bits of weights; biases and norms have 4 bytes (`autocompress.weight_bytes`).
             activation_bits: Bits of every activation.
             sram_bytes: Size of the memory on the chip that holds activations.
 
@@ -201,10 +201,9 @@ class EnergyModel:
         mac_pj = self.mac_pj(weight_bits=weight_bits, activation_bits=activation_bits)
         sram_pj = self.sram_pj_per_byte(sram_bytes)
         check_setting(batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
-        macs, near, far = 0, 0.0, 0.0
+        macs, near, far = 0, 0.0, float(weight_bytes(ops, weight_bits=weight_bits))
         for op in ops:
             macs += batch * op.macs
-            far += weight_bytes(op, bits=weight_bits)
             moved = activation_bytes(op, batch=batch, bits=activation_bits)
             if moved <= sram_bytes:
                 near += moved

@@ -25,6 +25,7 @@ from autocompress.latency.correction import Figures, figures
 from autocompress.latency.strict import Node
 from autocompress.ops import Add, Ops, OpSpec
 from autocompress.space import SearchSpace
+from autocompress.weight_bytes import weight_bytes
 
 Vector = NDArray[np.float64]
 
@@ -49,15 +50,6 @@ def activation_bytes(op: OpSpec, *, batch: int = 1, bits: int = 32) -> float:
     return batch * (inputs * math.prod(op.in_shape) + math.prod(op.out_shape)) * bits / 8
 
 
-def weight_bytes(op: OpSpec, *, bits: int = 32) -> float:
-    """Return the bytes of the parameters, whatever the batch.
-
-    All of `params` count at `bits`, biases and batch norm too: an operation does not say which of them are
-    weights, and they are few.
-    """
-    return op.params * bits / 8
-
-
 def check_setting(*, batch: int, weight_bits: int, activation_bits: int) -> None:
     """Refuse a batch or a number of bits that is not an integer of at least 1.
 
@@ -77,7 +69,8 @@ class Roofline:
     Attributes:
         macs_per_ms: Number of bits to multiply-accumulates per ms at these bits. With weights and activations
             of different widths the wider one counts: the narrower operand is widened before it is multiplied.
-        bytes_per_ms: Bytes of activations and weights moved per ms.
+        bytes_per_ms: Bytes of activations and parameters moved per ms (`activation_bytes`, and
+            `autocompress.weight_bytes`: biases and norms have 4 bytes at any width of the weights).
         per_op_ms: What each operation takes besides, at least 0.
 
     Raises:
@@ -137,7 +130,7 @@ class Roofline:
         total = 0.0
         for op in ops:
             moved = activation_bytes(op, batch=batch, bits=activation_bits)
-            moved += weight_bytes(op, bits=weight_bits)
+            moved += weight_bytes((op,), weight_bits=weight_bits)
             total += self.per_op_ms + max(batch * op.macs / rate, moved / self.bytes_per_ms)
         return total
 
@@ -354,7 +347,8 @@ class _Work:
     def of(rows: Sequence[Ops], batch: int, weight_bits: int, activation_bits: int) -> "_Work":
         ops = [op for row in rows for op in row]
         moved = [
-            activation_bytes(op, batch=batch, bits=activation_bits) + weight_bytes(op, bits=weight_bits)
+            activation_bytes(op, batch=batch, bits=activation_bits)
+            + weight_bytes((op,), weight_bits=weight_bits)
             for op in ops
         ]
         macs = batch * np.array([op.macs for op in ops], dtype=np.float64)

@@ -22,7 +22,6 @@ from autocompress.latency.roofline import (
     fit_macs_only,
     held_out,
     nonnegative_least_squares,
-    weight_bytes,
 )
 from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, OpSpec, Shape
 from autocompress.space import SearchSpace
@@ -86,14 +85,16 @@ def test_addition_reads_two_operands_and_pooling_one() -> None:
 def test_bits_count_for_what_they_store_and_the_wider_one_for_the_rate() -> None:
     op = Linear(10, 20)
     assert activation_bytes(op, batch=3, bits=4) == 3 * 30 / 2
-    assert weight_bytes(op, bits=2) == 55
     compute = Custom(8000)
     assert MODEL.price((compute,), weight_bits=8, activation_bits=8) == 0.5 + 2
     assert MODEL.price((compute,), weight_bits=2, activation_bits=8) == 0.5 + 2
     assert MODEL.price((compute,), weight_bits=8, activation_bits=32) == 0.5 + 8
     assert MODEL.price((compute,), weight_bits=32, activation_bits=8) == 0.5 + 8
-    # 10 + 20 values of 1 byte and 220 parameters of half a byte.
-    assert MODEL.price((op,), weight_bits=4, activation_bits=8) == pytest.approx(0.5 + 140 / 125)
+    # 10 + 20 values of 1 byte, 200 weights of half a byte and 20 biases of 4 bytes.
+    assert MODEL.price((op,), weight_bits=4, activation_bits=8) == pytest.approx(0.5 + 210 / 125)
+    # Of a user's own operation all parameters are weights.
+    own = Custom(0, 15, 220)
+    assert MODEL.price((own,), weight_bits=4, activation_bits=8) == pytest.approx(0.5 + 140 / 125)
 
 
 def test_a_width_without_a_rate_is_refused_with_those_that_have_one() -> None:
