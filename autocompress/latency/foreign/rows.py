@@ -1,19 +1,20 @@
-"""Rows of foreign tables by block key, and the price of a space by them."""
+"""Rows of foreign tables by block key, and the latency table that they make."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from autocompress.cost import AdditiveCost, compile_cost
-from autocompress.errors import MissingRowError
-from autocompress.ops import Ops, block_key
-from autocompress.space import SearchSpace
+from autocompress.latency.correction import Correction
+from autocompress.latency.measure import Measurement
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target
 
-METRIC: Final = "latency_ms"
+# Of a normal distribution, in standard deviations: interquartile range, 95th percentile, and the half width
+# of the 95 % interval of the median of n runs times the root of n.
 QUARTILES_PER_DEVIATION: Final = 1.3490
-"""Interquartile range of a normal distribution, in standard deviations."""
+TAIL_PER_DEVIATION: Final = 1.6449
+HALF_WIDTH_PER_DEVIATION: Final = 1.9600 * math.sqrt(math.pi / 2)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class ForeignRow:
     spread_ms: float | None = None
     count: int | None = None
 
+    def measurement(self) -> Measurement:
+        """Return the row as our own tables have it, its runs taken to be normally distributed.
+
+        A spread that is not known is written as 0, a count that is not known as 1.
+        """
+        deviation = (self.spread_ms or 0.0) / QUARTILES_PER_DEVIATION
+        count = self.count or 1
+        half = HALF_WIDTH_PER_DEVIATION * deviation / math.sqrt(count)
+        return Measurement(
+            median_ms=self.ms,
+            low_ms=max(0.0, self.ms - half),
+            high_ms=self.ms + half,
+            spread_ms=self.spread_ms or 0.0,
+            p95_ms=self.ms + TAIL_PER_DEVIATION * deviation,
+            count=count,
+        )
+
 
 def one_after_the_other(rows: Sequence[ForeignRow]) -> ForeignRow:
     """Return the row of parts that run in sequence and whose times vary independently."""
@@ -42,26 +60,25 @@ def one_after_the_other(rows: Sequence[ForeignRow]) -> ForeignRow:
     )
 
 
-def rows_cost(space: SearchSpace, rows: Mapping[str, ForeignRow]) -> AdditiveCost:
-    """Compile the latency of every architecture of a space, in ms: the plain sum of its rows.
+def latency_table(
+    rows: Mapping[str, ForeignRow], target: Target, *, source: str, device: Mapping[str, Any]
+) -> LatencyTable:
+    """Make a latency table of foreign rows: their plain sum, without correction and without error report.
 
     Args:
-        space: Where the blocks come from.
         rows: Key of a block (`autocompress.ops.block_key`) to its row.
-
-    Raises:
-        MissingRowError: A block of the space has no row; names the nearest one.
-        CostError: A block of the space depends on too many options.
+        target: What the times were measured for.
+        source: Where they are from, for the provenance.
+        device: What they were measured on; `LatencyTable.check_target` compares it.
     """
-
-    def price(ops: Ops) -> float:
-        key = block_key(ops)
-        if key not in rows:
-            nearest = next(iter(difflib.get_close_matches(key, rows, n=1, cutoff=0.0)), None)
-            raise MissingRowError(
-                f"the foreign table has no row for block {key!r}; the nearest row is {nearest!r}; add "
-                "what is missing"
-            )
-        return rows[key].ms
-
-    return compile_cost(space, price, METRIC)
+    unknown = {
+        "rows_without_spread": sum(row.spread_ms is None for row in rows.values()),
+        "rows_without_count": sum(row.count is None for row in rows.values()),
+    }
+    return LatencyTable(
+        target,
+        {key: row.measurement() for key, row in rows.items()},
+        Correction(),
+        None,
+        {"device": dict(device), "source": source, "distribution": "normal (assumed)", **unknown},
+    )

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from autocompress.cost import compile_cost
 from autocompress.errors import MissingRowError, TableError
 from autocompress.latency.foreign.ofa import block_table, ofa_price, read_ofa
 from autocompress.latency.foreign.ofa_keys import meaning_of_expand, ofa_keys
-from autocompress.latency.foreign.rows import rows_cost
+from autocompress.latency.foreign.rows import latency_table
+from autocompress.latency.target import Target
 from autocompress.ops import Activation, Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite, block_key
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
@@ -302,11 +305,24 @@ def test_every_block_of_the_space_has_its_rows(tmp_path: Path) -> None:
     codes = space.sample(20, np.random.default_rng(0))
     by_hand = [sum(blocks[block_key(ops)].ms for _, ops in space.operations(row)) for row in codes]
     np.testing.assert_allclose(cost.of(codes), by_hand)
-    np.testing.assert_allclose(rows_cost(space, blocks).of(codes), by_hand)
+    ours = latency_table(blocks, Target("phone", ""), source="made up", device={})
+    np.testing.assert_allclose(ours.cost(space).of(codes), by_hand)
     del rows[keys[40]]
     path.write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(MissingRowError, match=keys[40]):
         block_table(space, read_ofa(path))
+
+
+def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {key: {"mean": 1.0, "std": 0.1, "count": 9} for key in published_keys(224)}
+    (tmp_path / "note10.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[3] / "docs" / "foreign-tables.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, page.name, "exec"), names)
+    # Stem, first block, five stages of two to four blocks, and four rows of the head.
+    assert (names["milliseconds"].minimum, names["milliseconds"].maximum) == (2 + 10 + 4, 2 + 20 + 4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Plain CSV: the header says the unit, keys are block keys."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def test_times_are_converted_from_the_unit_of_the_header(folder: Path) -> None:
     rows = read_plain_csv(folder / "plain.csv")
     head = block_key((GlobalAvgPool(8, 8, 8), Linear(8, 3)))
     assert rows == {KEY: ForeignRow(0.25, 0.0105, 30), head: ForeignRow(0.1, 0.0, 20)}
+
+
+def test_the_sample_of_the_docs_is_a_table(tmp_path: Path) -> None:
+    page = Path(__file__).parents[3] / "docs" / "foreign-tables.md"
+    (sample,) = re.findall(r"```\n(key,.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "plain.csv").write_text(sample, encoding="utf-8")
+    assert read_plain_csv(tmp_path / "plain.csv") == {KEY: ForeignRow(0.25, 0.0105, 30)}
 
 
 @pytest.mark.parametrize(
