@@ -83,6 +83,7 @@ def _solve(costs: Mapping[str, Cost], limits: Mapping[str, float], scale: float)
             sums.append((cells.ravel().tolist(), values.ravel().tolist()))
         if maximum:
             rows += [([excess, *used], [-1.0, *weights], -np.inf, scale) for used, weights in sums]
+            # No network is below: the solver need not look further once it is there.
             least = max(least, cost.minimum / limit - 1.0)
         else:
             used = [column for part, _ in sums for column in part]

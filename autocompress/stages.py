@@ -30,6 +30,7 @@ from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
+from autocompress.peak_memory import METRIC as PEAK
 from autocompress.recipe import FinetuneSettings, TrainSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
@@ -335,10 +336,12 @@ def describe_error(table: LatencyTable) -> str:
 
 def describe_costs(found: Mapping[str, float]) -> str:
     """Return the costs of a network in a line."""
-    return (
+    line = (
         f"{found['latency_ms']:.3f} ms (predicted), {found['macs'] / 1e6:.2f} M MACs, "
         f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
     )
+    peak = found.get(PEAK)  # results of earlier releases lack it
+    return line if peak is None else f"{line}, activations of at most {peak / 1e6:.2f} MB"
 
 
 def resolution(run: Run, arch: Architecture) -> tuple[int, int]:
