@@ -341,7 +341,7 @@ def describe_costs(found: Mapping[str, float]) -> str:
         f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
     )
     peak = found.get(PEAK)  # results of earlier releases lack it
-    return line if peak is None else f"{line}, activations of at most {peak / 1e6:.2f} MB"
+    return line if peak is None else f"{line}, activations of at most {peak / 1e3:.0f} kB"
 
 
 def resolution(run: Run, arch: Architecture) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from autocompress.errors import (
 from autocompress.latency.correction import CheckedNetwork, ErrorReport, Figures
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
+from autocompress.peak_memory import peak_activation_bytes
 from autocompress.progress import Progress
 from autocompress.result import load_result
 from autocompress.run import Run, Shown
@@ -99,6 +100,24 @@ def test_predicted_latencies_are_those_of_the_table(run: Run) -> None:
         macs = sum(op.macs for _, ops in blocks for op in ops)
         assert trial.costs["latency_ms"] == pytest.approx(0.05 * len(blocks) + macs / 1e6)
         assert trial.costs["macs"] == macs
+
+
+def test_a_budget_of_activations_is_of_the_batch_and_number_format_of_the_target(run: Run) -> None:
+    blocks = run.space.operations(run.space.largest())
+    largest = peak_activation_bytes(blocks)
+    limits = stages.resolve(run, SILENT, Budget.parse("peak_activation_bytes=80%,macs=90%")).limits
+    assert limits["peak_activation_bytes"] == pytest.approx(0.8 * largest)
+    where = replace(load_target(batch=3), number_format="int8")
+    peak = {cost.metric: cost for cost in stages.untimed_costs(run.space, where)}["peak_activation_bytes"]
+    assert peak.of(run.space.largest()).tolist() == [3 * largest / 4]
+
+
+def test_a_line_of_costs_names_the_peak_of_activations_where_a_result_has_it() -> None:
+    found = {"latency_ms": 1.5, "macs": 2e6, "params": 3e3, "size_bytes": 12e3}
+    line = "1.500 ms (predicted), 2.00 M MACs, 3 k parameters, 0.01 MB"
+    assert stages.describe_costs(found) == line
+    found["peak_activation_bytes"] = 6e4
+    assert stages.describe_costs(found) == f"{line}, activations of at most 60 kB"
 
 
 def test_stages_that_are_done_start_nothing_and_write_nothing(run: Run) -> None:
