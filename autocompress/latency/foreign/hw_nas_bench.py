@@ -96,7 +96,10 @@ def read_hw_nas_bench(blocks: Path, base: Path, *, layers: int = FBNET_LAYERS) -
             for device in devices
         }
     with reading("HW-NAS-Bench base latencies", base):
-        base_ms = {name: cost_of(node) for name, node in parse_json(read_text(base)).object(devices).items()}
+        members = parse_json(read_text(base)).object()
+        if set(members) != set(devices):
+            raise TableError(f"must have the devices of {blocks}: {sorted(devices)}, got {sorted(members)}")
+        base_ms = {device: cost_of(members[device]) for device in devices}
     return HwNasBench(str(blocks), operations, base_ms, deltas)
 
 
