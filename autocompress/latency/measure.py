@@ -8,7 +8,7 @@ networks alike, so that each meets the cache as it is in use and drift of the ma
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -342,22 +342,39 @@ class _State:
 
     def result(self) -> dict[str, Sampled]:
         """Return the samples of each item."""
-        steady, slower = without_drift(self._samples, self._items)
-        raw_ms: list[list[float]] = [[] for _ in self._positions]
-        steady_ms: list[list[float]] = [[] for _ in self._positions]
-        kept_ms: list[list[float]] = [[] for _ in self._positions]
-        for position, raw, value, factor in zip(
-            self._items, self._samples, steady.tolist(), slower.tolist(), strict=True
-        ):
-            raw_ms[position].append(raw)
-            steady_ms[position].append(value)
-            if factor < DISTURBED:
-                kept_ms[position].append(value)
-        # Of an item that was only seen in bad moments, what was seen is all there is.
-        return {
-            key: Sampled(tuple(raw_ms[position]), tuple(kept_ms[position] or steady_ms[position]))
-            for key, position in self._positions.items()
-        }
+        return _steady(list(self._positions), self._samples, self._items)
+
+
+def steady_samples(rounds: Iterable[Mapping[str, float]], keys: Sequence[str]) -> dict[str, Sampled]:
+    """Take the drift of the machine out of rounds that were measured elsewhere, or before.
+
+    Args:
+        rounds: Item to ms, each in the order of time.
+        keys: Of the items; samples of others are left out.
+
+    Returns:
+        Samples of each item by key, none of an item that no round has.
+    """
+    positions = {key: position for position, key in enumerate(keys)}
+    taken = [(positions[key], ms) for row in rounds for key, ms in row.items() if key in positions]
+    return _steady(keys, [ms for _, ms in taken], [position for position, _ in taken])
+
+
+def _steady(keys: Sequence[str], samples_ms: Sequence[float], items: Sequence[int]) -> dict[str, Sampled]:
+    steady, slower = without_drift(samples_ms, items)
+    raw_ms: list[list[float]] = [[] for _ in keys]
+    steady_ms: list[list[float]] = [[] for _ in keys]
+    kept_ms: list[list[float]] = [[] for _ in keys]
+    for position, raw, value, factor in zip(items, samples_ms, steady.tolist(), slower.tolist(), strict=True):
+        raw_ms[position].append(raw)
+        steady_ms[position].append(value)
+        if factor < DISTURBED:
+            kept_ms[position].append(value)
+    # Of an item that was only seen in bad moments, what was seen is all there is.
+    return {
+        key: Sampled(tuple(raw_ms[position]), tuple(kept_ms[position] or steady_ms[position]))
+        for position, key in enumerate(keys)
+    }
 
 
 def measure_networks(
