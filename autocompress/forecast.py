@@ -11,7 +11,7 @@ import torch
 from autocompress.budget import Budget
 from autocompress.elastic.supernet import Supernet
 from autocompress.evaluation.supernet import SupernetEvaluator
-from autocompress.latency.profile import distinct_blocks
+from autocompress.latency.plan import distinct_blocks
 from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.target import Target, load_target
 from autocompress.recipe import Recipe

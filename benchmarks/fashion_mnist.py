@@ -40,7 +40,7 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.supernet import resize
 from autocompress.engine import search
 from autocompress.guided import guided_search
-from autocompress.latency.profile import check_networks
+from autocompress.latency.plan import check_networks
 from autocompress.recipe import FinetuneSettings, parse_recipe
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes

@@ -6,7 +6,7 @@ from typing import Any
 
 from autocompress.latency.correction import Correction
 from autocompress.latency.measure import Measurement
-from autocompress.latency.profile import distinct_blocks
+from autocompress.latency.plan import distinct_blocks
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, describe_device, load_target
 from autocompress.ops import block_key

@@ -8,6 +8,13 @@ from typing import Any
 from autocompress.errors import TableError
 
 
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False  # an integer of more than 308 digits
+
+
 @dataclass(frozen=True)
 class Node:
     """A value of a JSON file with its path, for messages."""
@@ -53,7 +60,7 @@ class Node:
     def number(self, minimum: float = 0.0) -> float:
         """Return a finite number that is at least `minimum`."""
         value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise self.wrong("a finite number")
         if value < minimum:
             raise self.wrong(f"at least {minimum:g}")

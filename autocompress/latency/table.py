@@ -7,7 +7,9 @@ is refused, naming the key.
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -22,10 +24,20 @@ from autocompress.latency.correction import (
     Form,
     Granularity,
 )
+from autocompress.latency.keys import parse_op
 from autocompress.latency.measure import Measurement
 from autocompress.latency.strict import Node
 from autocompress.latency.target import Target, describe_device, read_target
-from autocompress.ops import Ops, block_key
+from autocompress.latency.widths import (
+    WidthGrid,
+    WidthReport,
+    axes_of,
+    family_of,
+    grid_of_rows,
+    ms_of,
+    read_grid,
+)
+from autocompress.ops import SEPARATOR, Ops, OpSpec, block_key
 from autocompress.space import SearchSpace
 
 SCHEMA: Final = "autocompress.latency_table"
@@ -33,7 +45,8 @@ VERSION: Final = 2
 UNIT: Final = "ms"
 METRIC: Final = "latency_ms"
 KEYS: Final = (
-    "schema", "version", "unit", "target", "provenance", "granularity", "correction", "error_report", "rows",
+    "schema", "version", "unit", "target", "provenance", "granularity", "width_grid", "width_report",
+    "correction", "error_report", "rows",
 )  # fmt: skip
 # A fitted price of the cheapest block may come out a rounding error below zero.
 ROUNDING_MS: Final = 1e-9
@@ -47,6 +60,9 @@ class LatencyTable:
         target: Device, runtime, threads, batch and number format.
         rows: Key of a block or of one operation (`autocompress.ops.block_key`) to what its single runs took.
         granularity: Which of them networks are priced from.
+        grid: If given, operations of other widths are priced between the rows at its knots; such prices are
+            marked by `interpolates`.
+        width_report: How the grid was measured and how far it is off.
         correction: From sums of rows to whole networks.
         error_report: How far predictions can be trusted; `None` if no whole network was measured.
         provenance: Device, versions, date and space: where the numbers come from.
@@ -58,6 +74,13 @@ class LatencyTable:
     error_report: ErrorReport | None
     provenance: Mapping[str, Any]
     granularity: Granularity = "block"
+    grid: WidthGrid | None = None
+    width_report: WidthReport | None = None
+
+    @cached_property
+    def row_ms(self) -> Mapping[str, float]:
+        """Key of a row to its median in ms, uncorrected."""
+        return {key: row.median_ms for key, row in self.rows.items()}
 
     def row_keys(self, ops: Ops) -> list[str]:
         """Return the keys of the rows that a block is priced from: its own, or one for each operation."""
@@ -69,13 +92,24 @@ class LatencyTable:
         Raises:
             MissingRowError: The table has no row for the block.
         """
-        missing = [key for key in self.row_keys(ops) if key not in self.rows]
-        if missing:
-            raise self._missing(missing)
-        return sum(self._corrected(self.rows[key]) for key in self.row_keys(ops))
+        total = 0.0
+        for key in self.row_keys(ops):
+            ms = ms_of(key, self.row_ms, self.grid)
+            if ms is None:
+                raise self._missing([key])
+            total += self.correction.scale * ms + self.correction.per_row_ms
+        return total
 
-    def _corrected(self, row: Measurement) -> float:
-        return self.correction.scale * row.median_ms + self.correction.per_row_ms
+    def interpolates(self, ops: Ops) -> bool:
+        """Whether the price of a block comes from rows of other widths, in part or wholly."""
+        return any(key not in self.rows for key in self.row_keys(ops))
+
+    def interpolated(self) -> "LatencyTable":
+        """Return the table with permission to price widths between those it has, where they form a grid.
+
+        Rows of whole blocks are never interpolated; nothing is extrapolated.
+        """
+        return self if self.grid else replace(self, grid=grid_of_rows(self.row_ms))
 
     def cost(self, space: SearchSpace) -> AdditiveCost:
         """Compile the predicted latency of every architecture of a space, in ms.
@@ -90,7 +124,9 @@ class LatencyTable:
             try:
                 return self.price(ops)
             except MissingRowError:
-                missing.extend(key for key in self.row_keys(ops) if key not in self.rows)
+                missing.extend(
+                    key for key in self.row_keys(ops) if ms_of(key, self.row_ms, self.grid) is None
+                )
                 return 0.0
 
         cost = compile_cost(space, price, METRIC)
@@ -136,6 +172,8 @@ class LatencyTable:
             "target": self.target.describe(),
             "provenance": dict(self.provenance),
             "granularity": self.granularity,
+            "width_grid": None if self.grid is None else asdict(self.grid),
+            "width_report": None if self.width_report is None else asdict(self.width_report),
             "correction": asdict(self.correction),
             "error_report": None if self.error_report is None else asdict(self.error_report),
             "rows": {key: asdict(row) for key, row in self.rows.items()},
@@ -175,10 +213,46 @@ def _read(node: Node) -> LatencyTable:
     provenance = {name: member.value for name, member in top["provenance"].object().items()}
     top["provenance"].member("device").object()
     rows = {key: _read_row(row) for key, row in top["rows"].object().items()}
-    correction = _read_correction(top["correction"], rows)
+    granularity: Granularity = top["granularity"].equal(*get_args(Granularity))
+    priced = {key: row for key, row in rows.items() if (SEPARATOR in key) == (granularity == "block")}
+    correction = _read_correction(top["correction"], priced)
     report = None if top["error_report"].value is None else _read_report(top["error_report"])
-    granularity = top["granularity"].equal(*get_args(Granularity))
-    return LatencyTable(target, rows, correction, report, provenance, granularity)
+    grid = None if top["width_grid"].value is None else read_grid(top["width_grid"])
+    if grid is not None:
+        _check_grid(grid, rows, top["width_grid"])
+    widths = None if top["width_report"].value is None else _read_width_report(top["width_report"])
+    return LatencyTable(target, rows, correction, report, provenance, granularity, grid, widths)
+
+
+def _check_grid(grid: WidthGrid, rows: Mapping[str, Measurement], node: Node) -> None:
+    """Refuse a grid that has no row for one of its knots: it could not be interpolated."""
+    examples: dict[str, OpSpec] = {}
+    for key in rows:
+        if SEPARATOR not in key:
+            with suppress(TableError):
+                op = parse_op(key)
+                examples.setdefault(family_of(op), op)
+    for family in grid.knots:
+        if family not in examples or len(grid.knots[family]) != len(axes_of(examples[family])):
+            raise node.member("knots").member(family).wrong("of a family that has rows, one list an axis")
+        # Before they are enumerated: lists of a damaged file could have any number of combinations.
+        if math.prod(len(axis) for axis in grid.knots[family]) > len(rows):
+            raise node.member("knots").member(family).wrong("of no more combinations than there are rows")
+    absent = [key for key in grid.operations(examples.values()) if key not in rows]
+    if absent:
+        raise TableError(f"{node.path}: the grid has a knot at {absent[0]!r}, for which there is no row")
+
+
+def _read_width_report(node: Node) -> WidthReport:
+    members = node.object(field.name for field in fields(WidthReport))
+    return WidthReport(
+        measured_rows=members["measured_rows"].integer(),
+        priced_rows=members["priced_rows"].integer(),
+        families=members["families"].integer(1),
+        seconds=members["seconds"].number(),
+        held_out_rows=members["held_out_rows"].integer(1),
+        held_out=read_figures(members["held_out"]),
+    )
 
 
 def _read_row(node: Node) -> Measurement:

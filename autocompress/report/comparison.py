@@ -24,7 +24,7 @@ from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.memory import peak_memory_bytes
-from autocompress.latency.profile import check_networks, network_keys, network_name
+from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes

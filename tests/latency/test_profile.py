@@ -9,13 +9,8 @@ import pytest
 
 from autocompress.cost import operation_cost
 from autocompress.errors import StorageError, TableError
-from autocompress.latency.profile import (
-    SAMPLES_FILE,
-    TABLE_FILE,
-    check_networks,
-    distinct_blocks,
-    profile,
-)
+from autocompress.latency.plan import check_networks, distinct_blocks
+from autocompress.latency.profile import SAMPLES_FILE, TABLE_FILE, profile
 from autocompress.latency.runtime import Run
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target

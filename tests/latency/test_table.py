@@ -13,7 +13,7 @@ import pytest
 from autocompress.errors import MissingRowError, StorageError, TableError
 from autocompress.latency.correction import Checks, Correction, assess
 from autocompress.latency.measure import Measurement
-from autocompress.latency.profile import distinct_blocks
+from autocompress.latency.plan import distinct_blocks
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import describe_device, load_target
 from autocompress.ops import block_key

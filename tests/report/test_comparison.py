@@ -18,7 +18,7 @@ from autocompress.budget import Constraints
 from autocompress.errors import StorageError
 from autocompress.latency.correction import Checks, assess
 from autocompress.latency.measure import Measurement
-from autocompress.latency.profile import check_networks, network_keys, network_name
+from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
 from autocompress.run import Run, Shown

@@ -1,0 +1,125 @@
+"""From samples to a table: rows, the correction fitted to whole networks, and the error report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from autocompress.errors import TableError
+from autocompress.latency.correction import (
+    Assessed,
+    Checks,
+    Correction,
+    Granularity,
+    assess,
+    choose,
+    figures,
+)
+from autocompress.latency.drift import drift_percent
+from autocompress.latency.measure import REFERENCE, Measurement, Sampled, half_width, summarize
+from autocompress.latency.plan import NetworkKeys, Plan, network_name, row_name
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target
+from autocompress.latency.widths import WidthGrid, WidthReport, ms_of
+from autocompress.ops import SEPARATOR
+
+
+def assemble(
+    target: Target,
+    samples: Mapping[str, Sampled],
+    networks: Sequence[NetworkKeys],
+    measured: Sequence[str],
+    known: Mapping[str, Measurement],
+    tolerance: float,
+    provenance: Mapping[str, Any],
+    *,
+    grid: WidthGrid | None = None,
+) -> LatencyTable:
+    """Make a table of samples: rows, the correction fitted to whole networks, and the error report.
+
+    Args:
+        target: What was measured.
+        samples: By item: `row_name(key)`, `network_name(keys)` and `REFERENCE`.
+        networks: The measured networks.
+        measured: Keys of the rows among the samples.
+        known: Rows of an older table, kept.
+        tolerance: Rows whose interval is wider are counted as unstable.
+        provenance: Of the table.
+        grid: If given, what has no row is interpolated.
+
+    Raises:
+        TableError: A row or network was never measured, or a network took no time.
+    """
+    for name in (*map(row_name, measured), *map(network_name, networks)):
+        if name not in samples or not samples[name].steady_ms:
+            raise TableError(f"there are no samples of {name!r}: the measurement is not complete, run it on")
+    rows = {**known, **{key: summarize(samples[row_name(key)].steady_ms) for key in measured}}
+    row_ms = {key: row.median_ms for key, row in rows.items()}
+    if not networks:
+        granularity: Granularity = "block" if any(SEPARATOR in key for key in rows) else "op"
+        return LatencyTable(target, rows, Correction(), None, provenance, granularity, grid)
+    network_samples = [samples[network_name(keys)].steady_ms for keys in networks]
+    medians = np.array([summarize(taken).median_ms for taken in network_samples])
+    assessed: dict[Granularity, Assessed] = {}
+    for name in get_args(Granularity):
+        used = [[ms_of(key, row_ms, grid) for key in _rows_of(keys, name)] for keys in networks]
+        priced = [[ms for ms in network_ms if ms is not None] for network_ms in used]
+        if priced != used:
+            continue
+        checks = Checks(
+            sums_ms=np.array([sum(network_ms) for network_ms in priced]),
+            rows=np.array([float(len(network_ms)) for network_ms in priced]),
+            measured_ms=medians,
+            # Also rows that none of these networks has: none may get a negative price.
+            least_ms=min(ms for key, ms in row_ms.items() if name == "block" or SEPARATOR not in key),
+            names=tuple(network_name(keys) for keys in networks),
+        )
+        assessed[name] = assess(
+            checks,
+            network_samples,
+            drift_percent=drift_percent(samples[REFERENCE].raw_ms) if REFERENCE in samples else None,
+            unstable_rows=sum(
+                half_width(sorted(samples[row_name(key)].steady_ms)) > tolerance for key in measured
+            ),
+            disturbed_percent=_disturbed_percent(samples),
+        )
+    if not assessed:
+        raise TableError("the measured networks run blocks and operations that have no rows")
+    correction, report = choose(assessed)
+    return LatencyTable(target, rows, correction, report, provenance, report.granularity, grid)
+
+
+def width_report(
+    table: LatencyTable,
+    grid: WidthGrid,
+    plan: Plan,
+    held_out: Mapping[str, Measurement],
+    seconds: float,
+) -> WidthReport | None:
+    """Return how far the grid is off between its knots; `None` if no operation is between them."""
+    predicted = {key: grid.price(plan.rows[key][0], table.row_ms) for key in held_out}
+    compared = {key: ms for key, ms in predicted.items() if ms is not None}
+    if not compared:
+        return None
+    return WidthReport(
+        measured_rows=len(plan.rows) - len(plan.held_out),
+        priced_rows=plan.priced,
+        families=len(grid.knots),
+        seconds=seconds,
+        held_out_rows=len(compared),
+        held_out=figures(
+            np.array(list(compared.values())), np.array([held_out[key].median_ms for key in compared])
+        ),
+    )
+
+
+def _rows_of(network: NetworkKeys, granularity: Granularity) -> list[str]:
+    if granularity == "op":
+        return [op for block in network for op in block]
+    return [SEPARATOR.join(block) for block in network]
+
+
+def _disturbed_percent(samples: Mapping[str, Sampled]) -> float:
+    taken = sum(len(sampled.raw_ms) for sampled in samples.values())
+    kept = sum(len(sampled.steady_ms) for sampled in samples.values())
+    return 100 * (1 - kept / taken)

@@ -1,0 +1,189 @@
+"""What is measured of a space: distinct blocks and operations, or a grid of widths, and whole networks."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+
+from autocompress.cost import operation_cost
+from autocompress.errors import TableError
+from autocompress.latency.runtime import Blocks
+from autocompress.latency.widths import Steps, WidthGrid, family_of, make_grid
+from autocompress.ops import SEPARATOR, Ops, block_key
+from autocompress.space import Codes, SearchSpace
+
+CANDIDATES: Final = 2000
+MAX_ROWS: Final = 20_000
+HELD_OUT_ROWS: Final = 100
+
+Asked = Literal["auto", "block", "op"]
+"""Which granularity to measure; `auto` measures both."""
+
+NetworkKeys = tuple[tuple[str, ...], ...]
+"""A network as the keys of the operations of each of its blocks."""
+
+
+def distinct_blocks(space: SearchSpace) -> dict[str, Ops]:
+    """Return each different active block of a space once, by its key."""
+    result: dict[str, Ops] = {}
+    known: set[Ops] = {()}
+    for block in space.blocks:
+        for setting in space.block_settings(block):
+            ops = block.operations(*setting)
+            if ops not in known:
+                known.add(ops)
+                result.setdefault(block_key(ops), ops)
+    return result
+
+
+def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
+    """Return different architectures, evenly spread in MACs from the smallest to the largest one.
+
+    Random networks cover a narrow middle; here half of the candidates are drawn between random ones and the
+    smallest or the largest, each with its own share of genes.
+
+    Args:
+        space: Where they come from.
+        n: How many; fewer are returned if the space has fewer, or the candidates do.
+        seed: Of the candidates.
+
+    Returns:
+        `(m, choices)`, from least to most MACs; with m >= 2 the smallest and the largest are among them.
+    """
+    if n < 1:
+        return np.zeros((0, len(space.choices)), dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    drawn = space.sample(CANDIDATES, rng)
+    extremes = np.concatenate([space.smallest(), space.largest()])
+    towards = extremes[rng.integers(2, size=CANDIDATES // 2)]
+    share = rng.random((CANDIDATES // 2, 1))
+    moved = np.where(rng.random(towards.shape) < share, towards, drawn[: len(towards)])
+    pool = np.unique(space.canonical(np.concatenate([extremes, drawn, moved])), axis=0)
+    macs = operation_cost(space, "macs").of(pool)
+    ends = operation_cost(space, "macs").of(extremes)
+    free = np.ones(len(pool), dtype=np.bool_)
+    chosen: list[int] = []
+    for extreme in extremes:
+        index = int((pool == extreme).all(axis=1).argmax())
+        if free[index] and len(chosen) < n:
+            free[index] = False
+            chosen.append(index)
+    for goal in np.linspace(ends[0], ends[1], n)[1:-1]:
+        if not free.any():
+            break
+        index = int(np.where(free, np.abs(macs - goal), np.inf).argmin())
+        free[index] = False
+        chosen.append(index)
+    return pool[sorted(chosen, key=lambda index: float(macs[index]))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of a space.
+
+    Attributes:
+        rows: Blocks, operations alone, or both, by key.
+        networks: Whole networks that correct and check the sums of rows.
+        codes: The same networks as rows of codes.
+        grid: If widths are interpolated, where they are measured.
+        held_out: Keys of rows that check the interpolation and never take part in it.
+        priced: How many different operations the grid prices.
+    """
+
+    rows: Mapping[str, Ops]
+    networks: tuple[Blocks, ...]
+    codes: Codes
+    grid: WidthGrid | None = None
+    held_out: tuple[str, ...] = ()
+    priced: int = 0
+
+    @property
+    def keys(self) -> tuple[NetworkKeys, ...]:
+        """The networks as keys."""
+        return tuple(network_keys(network) for network in self.networks)
+
+
+def make_plan(space: SearchSpace, granularity: Asked, networks: int, seed: int) -> Plan:
+    """Return what has to be measured to price a space.
+
+    Args:
+        space: Its distinct blocks or operations become rows.
+        granularity: `"block"`, `"op"`, or `"auto"` for both.
+        networks: How many whole networks; 0 for none.
+        seed: Of the networks.
+
+    Raises:
+        TableError: `networks` is 1 or negative, or the granularity is another.
+    """
+    if networks < 0 or networks == 1:
+        raise TableError(f"networks must be 0 or at least 2, got {networks}")
+    if granularity not in get_args(Asked):
+        raise TableError(f"granularity must be one of {', '.join(get_args(Asked))}, got {granularity!r}")
+    blocks = distinct_blocks(space)
+    rows = dict(blocks) if granularity in ("auto", "block") else {}
+    if granularity in ("auto", "op"):
+        rows.update({block_key((op,)): (op,) for ops in blocks.values() for op in ops})
+    if len(rows) > MAX_ROWS:
+        raise TableError(
+            f"space {space.name!r} has {len(rows)} different blocks and operations; at most {MAX_ROWS} are "
+            "measured one by one: measure a grid of widths instead (profile.widths: grid)"
+        )
+    codes = check_networks(space, networks, seed=seed)
+    return Plan(rows, tuple(space.operations(row) for row in codes), codes)
+
+
+def plan_widths(space: SearchSpace, networks: int, seed: int, *, knots: int, steps: Steps) -> Plan:
+    """Return what has to be measured to price a space whose operations differ in widths above all.
+
+    Args:
+        space: Its operations are measured on a grid of their widths.
+        networks: How many whole networks; 0 for none.
+        seed: Of the networks and of the rows that check the grid.
+        knots: Measured widths an axis.
+        steps: Of the device.
+
+    Raises:
+        TableError: `networks` is 1 or negative, or there are too many rows.
+    """
+    if networks < 0 or networks == 1:
+        raise TableError(f"networks must be 0 or at least 2, got {networks}")
+    ops = {op.key: op for ops in distinct_blocks(space).values() for op in ops}
+    grid = make_grid(ops.values(), knots=knots, steps=steps)
+    rows = grid.operations(ops.values())
+    # What the grid does not know, operations of a user's own, is measured as it is.
+    rows.update({key: op for key, op in ops.items() if family_of(op) not in grid.knots})
+    between = [key for key in ops if key not in rows]
+    order = np.random.default_rng(seed).permutation(len(between))[:HELD_OUT_ROWS]
+    held_out = tuple(between[index] for index in sorted(order))
+    if len(rows) > MAX_ROWS:
+        raise TableError(
+            f"a grid of {knots} knots an axis has {len(rows)} rows in space {space.name!r}; at most "
+            f"{MAX_ROWS} are measured: use fewer knots"
+        )
+    codes = check_networks(space, networks, seed=seed)
+    return Plan(
+        {key: (op,) for key, op in rows.items()} | {key: (ops[key],) for key in held_out},
+        tuple(space.operations(row) for row in codes),
+        codes,
+        grid,
+        held_out,
+        len(ops),
+    )
+
+
+def row_name(key: str) -> str:
+    """Name a row among samples."""
+    return f"block {key}"
+
+
+def network_name(network: NetworkKeys) -> str:
+    """Name a network by what it runs, so that another space of the same name cannot take its samples."""
+    text = "\n".join(SEPARATOR.join(block) for block in network)
+    return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def network_keys(network: Blocks) -> NetworkKeys:
+    """Return the keys of the operations of each block of a network."""
+    return tuple(tuple(op.key for op in ops) for _, ops in network)

@@ -1,0 +1,143 @@
+"""Staircases: how many channels a device computes at once, learned from times over widths.
+
+Kernels that work on vectors of 8, 16 or 32 channels take as long for 49 channels as for 64. Which step a
+device has is learned from rows that differ in one width only; `probe_operations` lists rows worth measuring.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import TableError
+from autocompress.latency.keys import parse_op
+from autocompress.latency.widths import Axis, at_widths, axes_of, family_of, widths_of
+from autocompress.ops import SEPARATOR, Conv2d, OpSpec
+
+Vector = NDArray[Any]
+
+CANDIDATES: Final = (1, 2, 4, 8, 16, 32, 64)
+MIN_WIDTHS: Final = 8
+# Errors within this factor of the least are alike.
+SIMILAR: Final = 1.2
+PROBE_FROM, PROBE_TO, PROBE_BY, PROBE_FIXED, PROBE_SIZE = 32, 96, 4, 64, 16
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """Times over one width, all else equal.
+
+    Attributes:
+        family: What was varied, with `*` for every width.
+        axis: Which width.
+        fixed: The other widths.
+        widths: Ascending.
+        median_ms: Of the rows.
+        step: The number of channels that cost the same; 1 for an even rise.
+        error_percent: Mean error of each width predicted by the others on its step (by its neighbours where
+            the step is 1), in %.
+        even_error_percent: Mean error of each width interpolated between its two neighbours, in %.
+    """
+
+    family: str
+    axis: Axis
+    fixed: tuple[int, ...]
+    widths: tuple[int, ...]
+    median_ms: tuple[float, ...]
+    step: int
+    error_percent: float
+    even_error_percent: float
+
+
+def learn_steps(row_ms: Mapping[str, float]) -> list[Staircase]:
+    """Find the step of every line of rows that differ in one width only and have enough widths.
+
+    Args:
+        row_ms: Key of a row to its ms. Rows of whole blocks, and operations of a user's own, say nothing of
+            single widths and are left out.
+    """
+    lines: defaultdict[tuple[str, Axis, tuple[int, ...]], dict[int, float]] = defaultdict(dict)
+    for key, ms in row_ms.items():
+        if SEPARATOR in key:
+            continue
+        try:
+            op = parse_op(key)
+        except TableError:
+            continue
+        widths = widths_of(op)
+        for index, (axis, _) in enumerate(axes_of(op)):
+            fixed = (*widths[:index], *widths[index + 1 :])
+            lines[family_of(op), axis, fixed][widths[index]] = ms
+    return [
+        _fit(family, axis, fixed, times)
+        for (family, axis, fixed), times in lines.items()
+        if len(times) >= MIN_WIDTHS
+    ]
+
+
+def _fit(family: str, axis: Axis, fixed: tuple[int, ...], times: Mapping[int, float]) -> Staircase:
+    widths = np.array(sorted(times))
+    ms = np.array([times[width] for width in widths])
+    even = _even_error(widths, ms)
+    errors = {1: even, **{step: _step_error(widths, ms, step) for step in CANDIDATES[1:]}}
+    # Within a true step, every finer one explains the times as well.
+    good = SIMILAR * min(errors.values())
+    step = max(step for step, error in errors.items() if error <= good)
+    return Staircase(
+        family,
+        axis,
+        fixed,
+        tuple(widths.tolist()),
+        tuple(ms.tolist()),
+        step,
+        100 * errors[step],
+        100 * even,
+    )
+
+
+def _even_error(widths: Vector, ms: Vector) -> float:
+    """Return the mean relative error of each width when it is interpolated between its two neighbours."""
+    between = (widths[1:-1] - widths[:-2]) / (widths[2:] - widths[:-2])
+    predicted = ms[:-2] + between * (ms[2:] - ms[:-2])
+    return float(np.abs(predicted / ms[1:-1] - 1).mean())
+
+
+def _step_error(widths: Vector, ms: Vector, step: int) -> float:
+    """Return the mean relative error of each width when it is predicted by the others on its step.
+
+    Infinite if less than half of the widths share their step with another.
+    """
+    levels = np.ceil(widths / step)
+    errors = []
+    for index, level in enumerate(levels):
+        others = levels == level
+        others[index] = False
+        if others.any():
+            errors.append(abs(np.median(ms[others]) / ms[index] - 1))
+    return float(np.mean(errors)) if len(errors) >= len(widths) / 2 else float("inf")
+
+
+def steps_of(staircases: Iterable[Staircase]) -> dict[Axis, int]:
+    """Return one step an axis: the one that most staircases of that axis have, the finer one of equals."""
+    votes: dict[Axis, list[int]] = {axis: [] for axis in get_args(Axis)}
+    for staircase in staircases:
+        votes[staircase.axis].append(staircase.step)
+    return {axis: max(sorted(set(steps)), key=steps.count) if steps else 1 for axis, steps in votes.items()}
+
+
+def probe_operations() -> list[OpSpec]:
+    """Return operations whose times show the steps of a device: some 80 rows, seconds to measure."""
+    size, fixed = PROBE_SIZE, PROBE_FIXED
+    dense = [Conv2d(fixed, fixed, size, size, kernel=k, activation="relu") for k in (1, 3)]
+    depthwise = Conv2d(fixed, fixed, size, size, kernel=3, groups=fixed, activation="relu")
+    found: dict[str, OpSpec] = {}
+    for op in (*dense, depthwise):
+        base = widths_of(op)
+        for index in range(len(base)):
+            for width in range(PROBE_FROM, PROBE_TO + 1, PROBE_BY):
+                varied = at_widths(op, (*base[:index], width, *base[index + 1 :]))
+                found[varied.key] = varied
+    return list(found.values())
