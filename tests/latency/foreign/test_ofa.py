@@ -103,6 +103,10 @@ def test_the_keys_of_proxylessnas_have_the_ratio_and_no_attention() -> None:
         (inverted(24, 24, 144)[:2], "not expansion, depthwise convolution and linear projection"),
         ((*inverted(24, 24, 144)[:2], Conv2d(144, 24, 56, 56, activation="relu")), "linear projection"),
         (inverted(24, 24, 144, activation="silu"), "activation is not one of relu, relu6, hard_swish"),
+        (
+            (Conv2d(24, 144, 56, 56, activation="relu"), *inverted(24, 24, 144)[1:]),
+            "its activation is not one",
+        ),
         (ATTENTIVE, "do not say squeeze-excite and hard swish"),
         (inverted(24, 24, 144, activation="hard_swish"), "do not say squeeze-excite and hard swish"),
         (inverted(24, 24, 132), "132 is no whole multiple of 24 channels"),
@@ -252,6 +256,23 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TableError, match=r"must be a JSON object|at least one row|stands twice"):
         read_ofa(path)
+
+
+def test_a_resolution_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    rows = {"Conv-input:9x9x3-output:9x9x8": {"mean": 7}}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"224": rows, "0224": rows}), encoding="utf-8")
+    with pytest.raises(TableError, match="resolution 224 stands twice; remove one"):
+        read_ofa(path, expand="channels")
+
+
+def test_yaml_that_was_cut_within_a_number_is_refused(folder: Path) -> None:
+    text = (folder / "proxyless.yaml").read_text(encoding="utf-8")
+    cut = text[: text.index("mean: 2.5") + len("mean: 2")]
+    (folder / "proxyless.yaml").write_text(cut, encoding="utf-8")
+    assert yaml.safe_load(cut)  # it is YAML, with another time
+    with pytest.raises(TableError, match="end of a line, got .*: it may be truncated"):
+        read_ofa(folder / "proxyless.yaml")
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
