@@ -271,7 +271,7 @@ def test_yaml_that_was_cut_within_a_number_is_refused(folder: Path) -> None:
     cut = text[: text.index("mean: 2.5") + len("mean: 2")]
     (folder / "proxyless.yaml").write_text(cut, encoding="utf-8")
     assert yaml.safe_load(cut)  # it is YAML, with another time
-    with pytest.raises(TableError, match="end of a line, got .*: it may be truncated"):
+    with pytest.raises(TableError, match=r"end of a line, got .*: it may be truncated"):
         read_ofa(folder / "proxyless.yaml")
 
 
