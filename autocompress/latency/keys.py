@@ -21,7 +21,8 @@ from autocompress.ops import (
 KINDS: Final[dict[str, type[OpSpec]]] = {
     kind.__name__: kind for kind in (Conv2d, SqueezeExcite, GlobalAvgPool, MaxPool, Linear, Add)
 }
-FORM: Final = re.compile(r"(\w+)\(((?:\w+=\w+,?)*)\)")
+# One repetition only: nested ones take exponential time on a key that somebody made up.
+FORM: Final = re.compile(r"(\w+)\(([\w=,]*)\)")
 LONGEST_KEY: Final = 10_000
 
 
@@ -36,7 +37,7 @@ def parse_op(key: str) -> OpSpec:
     kind = KINDS.get(match[1]) if match else None
     if match is None or kind is None:
         raise TableError(f"{key[:100]!r} is no key of an operation of {', '.join(KINDS)}")
-    known = {field.name: field for field in dataclasses.fields(kind)}
+    known = {field.name: field.type for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for part in filter(None, match[2].split(",")):
         name, _, text = part.partition("=")
@@ -44,7 +45,7 @@ def parse_op(key: str) -> OpSpec:
             raise TableError(
                 f"{key[:100]!r}: {name!r} is unknown or there twice; allowed: {', '.join(known)}"
             )
-        values[name] = _value(text)
+        values[name] = _value(text, known[name])
     try:
         op = kind(**values)
     except (TypeError, SpaceError) as error:
@@ -63,8 +64,9 @@ def parse_block(key: str) -> Ops:
     return tuple(parse_op(part) for part in key.split(SEPARATOR))
 
 
-def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
+def _value(text: str, wanted: object) -> Any:
+    """Return the value of a field of this type; one of another type stays a text, which no field takes."""
+    if wanted is bool:
+        return text == "True"  # anything else is not as it would be written
     # Twelve digits: no width or size is longer, and Python refuses to read thousands.
-    return int(text) if text.isdecimal() and len(text) <= 12 else text
+    return int(text) if wanted is int and text.isdecimal() and len(text) <= 12 else text
