@@ -2,20 +2,29 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autocompress.console import (
+    RecipeArgument,
+    RunOption,
+    SetOption,
+    echo_unless,
+    new_recipe,
+    on_screen,
+    read_recipe,
+    stage,
+    with_changes,
+)
 from autocompress.errors import AutocompressError, RecipeError
+from autocompress.table_commands import table_commands
 
 if TYPE_CHECKING:
     from autocompress.latency.target import Target
-    from autocompress.progress import Progress
     from autocompress.recipe import Recipe
-    from autocompress.run import Run, Shown
+    from autocompress.run import Run
 
 app = typer.Typer(
     help="Find the best network that fits a budget on your device.",
@@ -23,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(table_commands, name="table")
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one
 # takes longer than most operations of a small network; to spin for long, the default, holds up other
@@ -51,11 +62,6 @@ DEMO: dict[str, Any] = {
     "finetune": {"epochs": 12, "learning_rate": 0.03},
 }
 
-RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
-RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set search.seed=1.")
-]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Forecast time and memory; write nothing.")]
 
 
@@ -78,87 +84,6 @@ def main() -> None:
         raise
 
 
-@contextmanager
-def _stage(title: str) -> Iterator["Progress"]:
-    """Show a bar with the time left on a terminal, and nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None, note="")
-
-        def advance(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
-
-        yield advance
-
-
-def _shown(said: list[str] | None = None) -> "Shown":
-    """Show stages on the screen; what they say is also added to `said`."""
-    from autocompress.run import Shown
-
-    def say(text: str) -> None:
-        typer.echo(text)
-        if said is not None:
-            said.append(text)
-
-    return Shown(stage=_stage, say=say)
-
-
-def _echo_unless(said: list[str], text: str) -> None:
-    if text not in said:
-        typer.echo(text)
-
-
-def _changed(payload: Any, changes: list[str] | None) -> Any:
-    """Apply `key.path=value` to a recipe as it was read; values are YAML."""
-    import yaml
-
-    payload = {} if payload is None else payload
-    for change in changes or []:
-        path, equals, text = change.partition("=")
-        if not equals:
-            raise RecipeError(f"--set takes key.path=value, got {change!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {path}: {text!r} is no YAML: {error}") from None
-        parent = payload
-        *parents, last = path.split(".")
-        for key in parents:
-            parent = parent.setdefault(key, {})
-            if not isinstance(parent, dict):
-                raise RecipeError(f"--set {path}: {key} holds a value, not keys")
-        parent[last] = value
-    return payload
-
-
-def _recipe(path: Path | None, changes: list[str] | None, run: Path | None = None) -> "Recipe | None":
-    """Read a recipe with its changes; without a path, changes are of the recipe of the run."""
-    from autocompress.recipe import load_recipe, parse_recipe
-
-    if path is None:
-        if not changes:
-            return None
-        if run is None or not (run / "recipe.yaml").exists():
-            raise RecipeError(f"--set changes a recipe: name one, or a run that exists (not {run})")
-        path = run / "recipe.yaml"
-    if not changes:
-        return load_recipe(path)
-    original = load_recipe(path)
-    return parse_recipe(
-        _changed(original.model_dump(mode="json", exclude_unset=True), changes), f"recipe {path}"
-    )
-
-
 def _open(folder: Path, recipe: "Recipe | None") -> "Run":
     from autocompress.run import Run
 
@@ -176,7 +101,7 @@ def demo(
 
     from autocompress.recipe import parse_recipe
 
-    recipe = parse_recipe(_changed(copy.deepcopy(DEMO), set_), "the demo's recipe")
+    recipe = parse_recipe(with_changes(copy.deepcopy(DEMO), set_), "the demo's recipe")
     if dry_run:
         _forecast(recipe)
         return
@@ -191,7 +116,7 @@ def run_(
     dry_run: DryOption = False,
 ) -> None:
     """Run every stage of a recipe, from the data to the comparison."""
-    parsed = _recipe(recipe, set_)
+    parsed = read_recipe(recipe, set_)
     if dry_run:
         _forecast(parsed)
         return
@@ -205,15 +130,75 @@ def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
 
 
 @app.command()
-def profile(recipe: RecipeArgument = None, run: RunOption = Path("runs/run"), set_: SetOption = None) -> None:
+def profile(
+    recipe: RecipeArgument = None,
+    run: RunOption = Path("runs/run"),
+    set_: SetOption = None,
+    space: Annotated[
+        str | None, typer.Option(help="Without a recipe: the search space; its arguments by --set.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Name or JSON file; see `autocompress list targets`.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the target.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Of the target.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="A table to add missing rows to; those it has are not measured.")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Measure nothing: write what another device has to measure, as a zip file."),
+    ] = None,
+) -> None:
     """Measure the blocks of the space on the target: the latency table and its error report."""
     from autocompress import stages
 
-    opened = _open(run, _recipe(recipe, set_, run))
+    options = {
+        "space.name": space,
+        "target.name": target,
+        "target.threads": threads,
+        "target.batch": batch,
+        "profile.table": None if table is None else str(table.resolve()),
+    }
+    changes = [*(set_ or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    fresh = recipe is None and not (run / "recipe.yaml").exists()
+    parsed = new_recipe(None, changes) if fresh and space else read_recipe(recipe, changes, run)
+    if bundle is not None:
+        _bundle(bundle, parsed or read_recipe(run / "recipe.yaml", None))
+        return
+    opened = _open(run, parsed)
     said: list[str] = []
     with opened.locked():
-        _echo_unless(said, stages.describe_table(stages.profile(opened, _shown(said))))
+        echo_unless(said, stages.describe_table(stages.profile(opened, on_screen(said))))
     typer.echo(f"written to {opened.path(stages.TABLE)}")
+
+
+def _bundle(path: Path, recipe: "Recipe | None") -> None:
+    from autocompress.latency.bundle import write_bundle
+    from autocompress.latency.target import load_target
+    from autocompress.run import load_recipe_data, make_space
+
+    if recipe is None:
+        raise RecipeError("profile --bundle needs a recipe, a run that exists, or --space")
+    where, settings = recipe.target, recipe.profile
+    with stage(f"bundle {where.name}") as progress:
+        written = write_bundle(
+            path,
+            make_space(recipe, lambda: load_recipe_data(recipe)),
+            load_target(where.name, threads=where.threads, batch=where.batch),
+            networks=settings.networks,
+            seed=settings.seed,
+            granularity=settings.granularity,
+            tolerance=settings.tolerance,
+            min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+            progress=lambda done, total: progress(done, total),
+        )
+    typer.echo(f"{written}")
+    typer.echo(
+        f"copy {path} to the device and run `python3 {path.name}` there (it needs numpy and onnxruntime); "
+        f"then here `autocompress table import samples.jsonl --bundle {path} --output table.json`"
+    )
 
 
 @app.command()
@@ -227,13 +212,13 @@ def train(
     from autocompress import stages
     from autocompress.recipe import load_recipe
 
-    parsed = _recipe(recipe, set_, run)
+    parsed = read_recipe(recipe, set_, run)
     if dry_run:
         _forecast(parsed or load_recipe(run / "recipe.yaml"))
         return
     opened = _open(run, parsed)
     with opened.locked():
-        stages.train(opened, _shown())
+        stages.train(opened, on_screen())
     typer.echo(f"written to {opened.path(stages.CHECKPOINT)}")
 
 
@@ -257,7 +242,7 @@ def search(
 
     if confidence is not None:
         set_ = [*(set_ or []), f"search.confidence={confidence}"]
-    parsed = _recipe(recipe, set_, run)
+    parsed = read_recipe(recipe, set_, run)
     if again:
         before = _open(run, None)
         with before.locked():
@@ -265,13 +250,13 @@ def search(
                 refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
                 before.recipe = parsed
                 # A wrong budget or option must not cost the search that is there.
-                stages.proposer(before, _shown())
+                stages.proposer(before, on_screen())
             aside = before.put_search_aside()
         if aside is not None:
             typer.echo(f"the last search was put aside in {aside}")
     opened = _open(run, parsed)
     with opened.locked():
-        result = stages.search(opened, _shown())
+        result = stages.search(opened, on_screen())
         metrics = list(result.limits)
         front = result.pareto(metrics)
     typer.echo(f"Pareto front of {result.objective} and {', '.join(metrics)}, {len(front)} networks:")
@@ -303,7 +288,7 @@ def select(
     opened = _open(run, None)
     with opened.locked():
         trial = stages.select(
-            opened, _shown(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
+            opened, on_screen(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
         )
     score = trial.metrics[opened.task.metric]
     typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {stages.describe_costs(trial.costs)}")
@@ -316,8 +301,8 @@ def finetune(run: RunOption = Path("runs/run")) -> None:
 
     opened = _open(run, None)
     with opened.locked():
-        arch = stages.selected(opened, _shown())
-        _, scored = stages.finetune(opened, _shown(), arch)
+        arch = stages.selected(opened, on_screen())
+        _, scored = stages.finetune(opened, on_screen(), arch)
     typer.echo(f"{arch.key}: validation {opened.task.metric} {scored.mean:.4f}")
 
 
@@ -329,7 +314,7 @@ def export(run: RunOption = Path("runs/run")) -> None:
     opened = _open(run, None)
     said: list[str] = []
     with opened.locked():
-        _echo_unless(said, f"exported to {stages.export(opened, _shown(said))}")
+        echo_unless(said, f"exported to {stages.export(opened, on_screen(said))}")
 
 
 @app.command()
@@ -401,7 +386,7 @@ def _whole(run: "Run") -> None:
     from autocompress.report.show import markdown, notes, table
 
     with run.locked():
-        content = report(run, _shown())
+        content = report(run, on_screen())
         write_text(run.path("report.md"), markdown(content))
     headers, rows = table(content)
     shown = Table(*headers)

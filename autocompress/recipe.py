@@ -89,6 +89,11 @@ class ProfileSettings(_Settings):
     """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
     min_rounds: Positive = 15
     max_rounds: Positive = 60
+    widths: Literal["all", "grid"] = "all"
+    """`grid` is for spaces of channel counts: it measures some widths of every layer and prices the others
+    between them, piecewise linearly along the steps of the device."""
+    knots: Annotated[int, Field(ge=2, strict=True)] = 6
+    """Measured widths an axis of such a grid."""
     seed: Count = 0
 
     @model_validator(mode="after")
@@ -285,4 +290,7 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.profile.table is not None:
         table = (folder / recipe.profile.table.expanduser()).resolve()
         updates["profile"] = recipe.profile.model_copy(update={"table": table})
+    if recipe.target.name.endswith(".json"):
+        name = str((folder / Path(recipe.target.name).expanduser()).resolve())
+        updates["target"] = recipe.target.model_copy(update={"name": name})
     return recipe.model_copy(update=updates)

@@ -107,6 +107,8 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
             tolerance=settings.tolerance,
             min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
+            widths=settings.widths,
+            knots=settings.knots,
             table=given,
             progress=lambda done, total: progress(done, total),
         )

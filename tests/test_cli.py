@@ -19,7 +19,7 @@ from click.testing import Result
 from small_runs import RECIPE, small_payload, small_recipe, with_table
 from typer.testing import CliRunner
 
-from autocompress import cli, stages
+from autocompress import cli, console, stages
 from autocompress.errors import AutocompressError, InfeasibleBudgetError, RecipeError
 from autocompress.run import Run
 
@@ -124,7 +124,7 @@ def test_a_finished_run_is_shown_again_and_nothing_is_done_again(finished: tuple
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["profile"], "latency table: 2"),
+        (["profile"], "latency table: 95 rows"),
         (["train"], "written to "),
         (["search"], "Pareto front of accuracy and macs, "),
         (["finetune"], "validation accuracy "),
@@ -147,7 +147,7 @@ def test_the_front_is_shown_by_cost_with_keys_that_can_be_found(finished: tuple[
     assert lines[0].endswith(f"{len(shown)} networks:")
     scores = [float(words[0]) for words in shown]
     assert scores == sorted(scores)
-    keys = {trial.architecture.key for trial in stages.search(Run(folder), cli._shown()).trials}
+    keys = {trial.architecture.key for trial in stages.search(Run(folder), console.on_screen()).trials}
     assert {words[-1] for words in shown} <= keys
 
 
@@ -355,7 +355,7 @@ def test_changes_without_a_recipe_are_of_the_run_s_recipe(searched: Path, tmp_pa
 
 def test_a_change_reaches_keys_that_the_recipe_does_not_have() -> None:
     payload = {"train": {"epochs": 3}}
-    changed = cli._changed(
+    changed = console.with_changes(
         payload, ["search.options.population=7", "train.phases=[]", "export.formats=[onnx]"]
     )
     assert changed == {
@@ -594,7 +594,7 @@ def test_a_terminal_shows_title_count_and_note(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with terminal() as leader:
-        with cli._stage("train the supernet") as progress:
+        with console.stage("train the supernet") as progress:
             progress(3, 12, "loss 0.123")
         shown = ""
         while select.select([leader], [], [], 0.5)[0]:  # a read returns what is there, not all of it
@@ -605,7 +605,7 @@ def test_a_terminal_shows_title_count_and_note(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_a_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._stage("train the supernet") as progress:
+    with console.stage("train the supernet") as progress:
         progress(3, 12, "loss 0.123")
     assert tuple(capsys.readouterr()) == ("", "")
 

@@ -7,7 +7,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from autocompress.cost import operation_cost
+from autocompress.cost import AdditiveCost, operation_cost
 from autocompress.errors import TableError
 from autocompress.latency.runtime import Blocks
 from autocompress.latency.widths import Steps, WidthGrid, family_of, make_grid
@@ -38,8 +38,10 @@ def distinct_blocks(space: SearchSpace) -> dict[str, Ops]:
     return result
 
 
-def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
-    """Return different architectures, evenly spread in MACs from the smallest to the largest one.
+def check_networks(
+    space: SearchSpace, n: int = 40, *, seed: int = 0, cost: AdditiveCost | None = None
+) -> Codes:
+    """Return different architectures, evenly spread in a cost from the smallest to the largest one.
 
     Random networks cover a narrow middle; here half of the candidates are drawn between random ones and the
     smallest or the largest, each with its own share of genes.
@@ -48,9 +50,10 @@ def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
         space: Where they come from.
         n: How many; fewer are returned if the space has fewer, or the candidates do.
         seed: Of the candidates.
+        cost: In which they are spread; MACs by default.
 
     Returns:
-        `(m, choices)`, from least to most MACs; with m >= 2 the smallest and the largest are among them.
+        `(m, choices)`, from least to most of it; with m >= 2 the smallest and the largest are among them.
     """
     if n < 1:
         return np.zeros((0, len(space.choices)), dtype=np.int64)
@@ -61,8 +64,9 @@ def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
     share = rng.random((CANDIDATES // 2, 1))
     moved = np.where(rng.random(towards.shape) < share, towards, drawn[: len(towards)])
     pool = np.unique(space.canonical(np.concatenate([extremes, drawn, moved])), axis=0)
-    macs = operation_cost(space, "macs").of(pool)
-    ends = operation_cost(space, "macs").of(extremes)
+    cost = operation_cost(space, "macs") if cost is None else cost
+    spread = cost.of(pool)
+    ends = cost.of(extremes)
     free = np.ones(len(pool), dtype=np.bool_)
     chosen: list[int] = []
     for extreme in extremes:
@@ -73,10 +77,10 @@ def check_networks(space: SearchSpace, n: int = 40, *, seed: int = 0) -> Codes:
     for goal in np.linspace(ends[0], ends[1], n)[1:-1]:
         if not free.any():
             break
-        index = int(np.where(free, np.abs(macs - goal), np.inf).argmin())
+        index = int(np.where(free, np.abs(spread - goal), np.inf).argmin())
         free[index] = False
         chosen.append(index)
-    return pool[sorted(chosen, key=lambda index: float(macs[index]))]
+    return pool[sorted(chosen, key=lambda index: float(spread[index]))]
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def profile(
     return result
 
 
-def open_samples(folder: Path, target: Target) -> SampleFile:
+def open_samples(folder: Path, target: Target, name: str = SAMPLES_FILE) -> SampleFile:
     """Open or begin the file of samples of a target on this machine.
 
     Raises:
@@ -160,7 +160,7 @@ def open_samples(folder: Path, target: Target) -> SampleFile:
         StorageError: It cannot be read or written.
     """
     subject = {"target": target.conditions(), "device": describe_device(target.device)}
-    return SampleFile(folder / SAMPLES_FILE, subject)
+    return SampleFile(folder / name, subject)
 
 
 def take_samples(

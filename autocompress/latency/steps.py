@@ -7,6 +7,7 @@ device has is learned from rows that differ in one width only; `probe_operations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, get_args
 
 import numpy as np
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 from autocompress.errors import TableError
 from autocompress.latency.keys import parse_op
+from autocompress.latency.measure import Item, Progress, Stopping, Timer, measure, summarize, time_once
+from autocompress.latency.runtime import pinned, prepare
+from autocompress.latency.target import Target
 from autocompress.latency.widths import Axis, at_widths, axes_of, family_of, widths_of
 from autocompress.ops import SEPARATOR, Conv2d, OpSpec
 
@@ -126,6 +130,17 @@ def steps_of(staircases: Iterable[Staircase]) -> dict[Axis, int]:
     for staircase in staircases:
         votes[staircase.axis].append(staircase.step)
     return {axis: max(sorted(set(steps)), key=steps.count) if steps else 1 for axis, steps in votes.items()}
+
+
+def probe_steps(
+    target: Target, *, rounds: int = 24, timer: Timer = time_once, progress: Progress | None = None
+) -> dict[str, float]:
+    """Measure the probe operations on a target of this machine; key to median ms."""
+    ops = probe_operations()
+    items = [Item(op.key, partial(prepare, [("block", (op,))], target)) for op in ops]
+    with pinned(target):
+        samples = measure(items, stopping=Stopping(0.02, rounds, rounds), timer=timer, progress=progress)
+    return {op.key: summarize(samples[op.key].steady_ms).median_ms for op in ops}
 
 
 def probe_operations() -> list[OpSpec]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from autocompress.atomic import read_json, write_json
+from autocompress.atomic import write_json
 from autocompress.cost import AdditiveCost, compile_cost
 from autocompress.errors import MissingRowError, TableError
 from autocompress.latency.correction import (
@@ -26,6 +26,7 @@ from autocompress.latency.correction import (
 )
 from autocompress.latency.keys import parse_op
 from autocompress.latency.measure import Measurement
+from autocompress.latency.reading import parse_json, read_text, reading
 from autocompress.latency.strict import Node
 from autocompress.latency.target import Target, describe_device, read_target
 from autocompress.latency.widths import (
@@ -195,11 +196,8 @@ class LatencyTable:
             TableError: The file is absent, damaged, of another schema, version or unit, or a number in it is
                 negative, not finite or not a number; names the key.
         """
-        payload = read_json(path, TableError, "latency table")
-        try:
-            return _read(Node(payload, ""))
-        except TableError as error:
-            raise TableError(f"latency table {path}: {error}") from None
+        with reading("latency table", path, described="docs/latency-table.md"):
+            return _read(parse_json(read_text(path)))
 
 
 def _read(node: Node) -> LatencyTable:

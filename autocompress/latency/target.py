@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from autocompress.atomic import read_json
 from autocompress.errors import PluginError, TableError
+from autocompress.latency.reading import parse_json, read_text, reading
 from autocompress.latency.strict import Node
 
 SCHEMA: Final = "autocompress.target"
@@ -162,10 +162,8 @@ def load_target_file(path: Path) -> Target:
     Raises:
         TableError: It is absent, damaged, of another schema or version, or a value in it is wrong.
     """
-    try:
-        return read_target(Node(read_json(path, TableError, "target"), ""))
-    except TableError as error:
-        raise TableError(f"target {path}: {error}") from None
+    with reading("target", path, described="docs/latency.md"):
+        return read_target(parse_json(read_text(path)))
 
 
 @cache

@@ -147,8 +147,8 @@ def drop(*path: str) -> Change:
         (put("surprise", 1), "surprise is not known; allowed: schema"),
         (put("rows", []), r"rows must be a JSON object, got \[\]"),
         (put("rows", "*", "median_ms", -1.0), r"rows\.Conv2d.*\.median_ms must be at least 0, got -1"),
-        (put("rows", "*", "median_ms", math.nan), r"median_ms must be a finite number, got nan"),
-        (put("rows", "*", "p95_ms", math.inf), r"p95_ms must be a finite number, got inf"),
+        (put("rows", "*", "median_ms", math.nan), r"a number must be finite, got NaN"),
+        (put("rows", "*", "p95_ms", math.inf), r"a number must be finite, got Infinity"),
         (put("rows", "*", "spread_ms", "0.1"), r"spread_ms must be a finite number, got '0.1'"),
         (put("rows", "*", "count", 0), r"count must be an integer >= 1, got 0"),
         (put("rows", "*", "count", 1.5), r"count must be an integer >= 1, got 1.5"),
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path: Path, text: str) -
 
 
 def test_an_absent_table_is_said_to_be_absent(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="latency table not found"):
+    with pytest.raises(TableError, match=r"latency table .*: not found"):
         LatencyTable.load(tmp_path / "table.json")
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from autocompress.errors import TableError
 from autocompress.latency.foreign.bit_table import MAX_BITS, BitTable
-from autocompress.latency.foreign.reading import cost_of, expect_columns, parse_csv, read_text, reading, shown
+from autocompress.latency.reading import cost_of, expect_columns, parse_csv, read_text, reading, shown
 from autocompress.latency.strict import Node
 from autocompress.ops import Conv2d
 

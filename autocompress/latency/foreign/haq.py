@@ -15,7 +15,7 @@ import numpy as np
 
 from autocompress.errors import TableError
 from autocompress.latency.foreign.bit_table import BitTable
-from autocompress.latency.foreign.reading import MAX_COST, read_bytes, reading, shown
+from autocompress.latency.reading import MAX_COST, read_bytes, reading, shown
 
 BITS: Final = 8
 UNIT: Final = "cycles (assumed)"

@@ -12,7 +12,7 @@ from typing import Final
 
 from autocompress.errors import TableError
 from autocompress.latency.foreign.bit_table import BitTable, Widths
-from autocompress.latency.foreign.reading import cost_of, parse_json, read_text, reading
+from autocompress.latency.reading import cost_of, parse_json, read_text, reading
 from autocompress.latency.strict import Node
 
 WIDTHS: Final = (4, 8)

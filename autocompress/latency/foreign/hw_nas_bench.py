@@ -14,7 +14,7 @@ import numpy as np
 
 from autocompress.cost import AdditiveCost, Factor, Values
 from autocompress.errors import TableError
-from autocompress.latency.foreign.reading import (
+from autocompress.latency.reading import (
     cost_of,
     expect_columns,
     parse_csv,

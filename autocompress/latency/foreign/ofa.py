@@ -18,9 +18,9 @@ from autocompress.latency.foreign.ofa_keys import (
     meaning_of_expand,
     ofa_keys,
 )
-from autocompress.latency.foreign.reading import cost_of, parse_json, read_text, reading
 from autocompress.latency.foreign.rows import QUARTILES_PER_DEVIATION, ForeignRow, one_after_the_other
 from autocompress.latency.foreign.strict_yaml import parse_yaml
+from autocompress.latency.reading import cost_of, parse_json, read_text, reading
 from autocompress.latency.strict import Node
 from autocompress.ops import Ops, block_key
 from autocompress.space import SearchSpace

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Final
 
 from autocompress.errors import TableError
-from autocompress.latency.foreign.reading import cost_of, parse_csv, read_text, reading, shown, text_of
 from autocompress.latency.foreign.rows import ForeignRow
+from autocompress.latency.reading import cost_of, parse_csv, read_text, reading, shown, text_of
 
 MS_PER_UNIT: Final = {"ms": 1.0, "us": 1e-3, "s": 1e3}
 OPERATION: Final = r"[A-Za-z_][A-Za-z0-9_]*\([^()<>]*\)"

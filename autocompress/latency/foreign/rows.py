@@ -9,6 +9,7 @@ from autocompress.latency.correction import Correction
 from autocompress.latency.measure import Measurement
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target
+from autocompress.ops import SEPARATOR
 
 # Of a normal distribution, in standard deviations: interquartile range, 95th percentile, and the half width
 # of the 95 % interval of the median of n runs times the root of n.
@@ -81,4 +82,5 @@ def latency_table(
         Correction(),
         None,
         {"device": dict(device), "source": source, "distribution": "normal (assumed)", **unknown},
+        "block" if any(SEPARATOR in key for key in rows) else "op",
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 import yaml
 
 from autocompress.errors import TableError
-from autocompress.latency.foreign.reading import number_or_text, shown, stands_twice
+from autocompress.latency.reading import number_or_text, shown, stands_twice
 from autocompress.latency.strict import Node
 
 # {resolution: {key: {mean: number}}} is the deepest structure of any format.

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from autocompress.errors import TableError
-from autocompress.latency.foreign import reading
-from autocompress.latency.foreign.reading import (
+from autocompress.latency import reading
+from autocompress.latency.foreign.strict_yaml import parse_yaml
+from autocompress.latency.reading import (
     MAX_BYTES,
     cost_of,
     number_or_text,
@@ -17,7 +18,6 @@ from autocompress.latency.foreign.reading import (
     read_bytes,
     read_text,
 )
-from autocompress.latency.foreign.strict_yaml import parse_yaml
 from autocompress.latency.strict import Node
 
 

@@ -1,6 +1,6 @@
-"""What the readers of foreign tables share: bytes, text, JSON and CSV, read strictly, never executed.
+"""What the readers of tables share: bytes, text, JSON and CSV, read strictly, never executed.
 
-A foreign file is not trusted: its size is known before it is read, nothing in it is unpickled or constructed,
+A file is not trusted: its size is known before it is read, nothing in it is unpickled or constructed,
 and whatever is wrong with it is a `TableError` that names the file.
 """
 
@@ -28,14 +28,12 @@ INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @contextmanager
-def reading(what: str, path: Path) -> Iterator[None]:
+def reading(what: str, path: Path, *, described: str = "docs/foreign-tables.md") -> Iterator[None]:
     """Put the kind of file, its path and where its format is described into every `TableError`."""
     try:
         yield
     except TableError as error:
-        raise TableError(
-            f"{what} {path}: {error}; the format is described in docs/foreign-tables.md"
-        ) from None
+        raise TableError(f"{what} {path}: {error}; the format is described in {described}") from None
 
 
 def shown(value: object) -> str:

@@ -1,0 +1,111 @@
+"""What commands share: bars and lines on the screen, and recipes from files and options."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autocompress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from autocompress.progress import Progress
+    from autocompress.recipe import Recipe
+    from autocompress.run import Shown
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
+RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set search.seed=1.")
+]
+
+
+@contextmanager
+def stage(title: str) -> Iterator["Progress"]:
+    """Show a bar with the time left on a terminal, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def on_screen(said: list[str] | None = None) -> "Shown":
+    """Show stages on the screen; what they say is also added to `said`."""
+    from autocompress.run import Shown
+
+    def say(text: str) -> None:
+        typer.echo(text)
+        if said is not None:
+            said.append(text)
+
+    return Shown(stage=stage, say=say)
+
+
+def echo_unless(said: list[str], text: str) -> None:
+    """Show a line that was not shown before."""
+    if text not in said:
+        typer.echo(text)
+
+
+def with_changes(payload: Any, changes: list[str] | None) -> Any:
+    """Apply `key.path=value` to a recipe as it was read; values are YAML."""
+    import yaml
+
+    payload = {} if payload is None else payload
+    for change in changes or []:
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise RecipeError(f"--set takes key.path=value, got {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {path}: {text!r} is no YAML: {error}") from None
+        parent = payload
+        *parents, last = path.split(".")
+        for key in parents:
+            parent = parent.setdefault(key, {})
+            if not isinstance(parent, dict):
+                raise RecipeError(f"--set {path}: {key} holds a value, not keys")
+        parent[last] = value
+    return payload
+
+
+def new_recipe(path: Path | None, changes: list[str] | None) -> "Recipe":
+    """Read a recipe with its changes; without a path, the changes are all that it says."""
+    from autocompress.recipe import parse_recipe
+
+    found = None if path is None else read_recipe(path, changes)
+    return found or parse_recipe(with_changes({}, changes), "what the options say")
+
+
+def read_recipe(path: Path | None, changes: list[str] | None, run: Path | None = None) -> "Recipe | None":
+    """Read a recipe with its changes; without a path, changes are of the recipe of the run."""
+    from autocompress.recipe import load_recipe, parse_recipe
+
+    if path is None:
+        if not changes:
+            return None
+        if run is None or not (run / "recipe.yaml").exists():
+            raise RecipeError(f"--set changes a recipe: name one, or a run that exists (not {run})")
+        path = run / "recipe.yaml"
+    if not changes:
+        return load_recipe(path)
+    original = load_recipe(path)
+    return parse_recipe(
+        with_changes(original.model_dump(mode="json", exclude_unset=True), changes), f"recipe {path}"
+    )
