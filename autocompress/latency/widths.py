@@ -85,7 +85,7 @@ def family_of(op: OpSpec) -> str:
 
 def rounded_up(width: int, step: int) -> int:
     """Return the end of the step that a width is on."""
-    return math.ceil(width / step) * step
+    return -(-width // step) * step
 
 
 def rounded_widths(widths: Iterable[int], step: int, *, most: int | None = None) -> tuple[int, ...]:
@@ -98,9 +98,17 @@ def rounded_widths(widths: Iterable[int], step: int, *, most: int | None = None)
 
     Returns:
         Ascending, without repetition.
+
+    Raises:
+        TableError: `step` is below 1, or `most` below one of the widths.
     """
     listed = list(widths)
-    limit = max(listed) if most is None else most
+    widest = max(listed, default=0)
+    limit = widest if most is None else most
+    if step < 1:
+        raise TableError(f"step must be at least 1, got {step}")
+    if limit < widest:
+        raise TableError(f"most must be at least the widest of the widths ({widest}), got {most}")
     return tuple(sorted({min(rounded_up(width, step), limit) for width in listed}))
 
 
@@ -117,7 +125,7 @@ class WidthGrid:
     knots: Mapping[str, tuple[tuple[int, ...], ...]]
 
     def price(self, op: OpSpec, row_ms: Mapping[str, float]) -> float | None:
-        """Return the ms of an operation, multilinear between the knots around it.
+        """Return the ms of an operation, multilinear between the steps of the knots around it.
 
         Args:
             op: Of any widths.
@@ -131,22 +139,27 @@ class WidthGrid:
             return None
         corners: list[list[tuple[int, float]]] = []
         for (axis, _), width, knots in zip(axes_of(op), widths_of(op), axes, strict=True):
-            # The last step may end beyond the greatest width there is.
-            place = min(rounded_up(width, self.steps[axis]), knots[-1])
-            if width > knots[-1] or place < knots[0]:
+            # The step of the widest knot may end beyond it: there is no wider operation to measure.
+            ends = [rounded_up(knot, self.steps[axis]) for knot in knots]
+            end = rounded_up(width, self.steps[axis])
+            if width > knots[-1] or end < ends[0]:
                 return None
-            above = bisect_left(knots, place)
-            if knots[above] == place:
-                corners.append([(place, 1.0)])
+            above = bisect_left(ends, end)
+            if ends[above] == end:
+                corners.append([(knots[above], 1.0)])
                 continue
-            low, high = knots[above - 1], knots[above]
-            share = (place - low) / (high - low)
-            corners.append([(low, 1 - share), (high, share)])
+            share = (end - ends[above - 1]) / (ends[above] - ends[above - 1])
+            corners.append([(knots[above - 1], 1 - share), (knots[above], share)])
         return sum(
             math.prod(weight for _, weight in corner)
             * row_ms[at_widths(op, [width for width, _ in corner]).key]
             for corner in itertools.product(*corners)
         )
+
+    @property
+    def size(self) -> int:
+        """Number of rows: all combinations of knots of all families."""
+        return sum(math.prod(map(len, axes)) for axes in self.knots.values())
 
     def operations(self, ops: Iterable[OpSpec]) -> dict[str, OpSpec]:
         """Return the operations at all knots, by key; `ops` has one or more of each family."""
