@@ -6,14 +6,21 @@ Line 1 says what was measured where. A line `{"id": 7, "item": "..."}` names an 
 
 import json
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from autocompress.errors import StorageError, TableError
+from autocompress.latency.reading import parse_json, read_text
+from autocompress.latency.strict import Node
 
 SCHEMA: Final = "autocompress.latency_samples"
 VERSION: Final = 1
+
+MAX_MS: Final = 3_600_000.0
+"""A run of an hour: sums of any number of such times stay finite."""
 
 
 class SampleFile:
@@ -126,3 +133,82 @@ class SampleFile:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a file of samples from elsewhere says.
+
+    Attributes:
+        header: Line 1; only schema, version and unit are checked.
+        rounds: Item to ms, in the order of time.
+        finished: Items that were measured well enough for whoever measured them.
+    """
+
+    header: Node
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    finished: set[str] = field(default_factory=set)
+
+
+def read_rounds(path: Path, items: Collection[str]) -> Rounds:
+    """Read a file of samples that was measured elsewhere, strictly; it is not changed.
+
+    Args:
+        path: Written by a `SampleFile` or by the runner of a bundle.
+        items: Those there can be.
+
+    Raises:
+        TableError: The file is absent, too large (`reading.MAX_BYTES`) or ends within a line, or a line is
+            wrong; names it.
+    """
+    first, *rest = read_text(path, whole_lines=True)[:-1].split("\n")
+    header = _parse(first, 1)
+    header.object()
+    header.member("schema").equal(SCHEMA)
+    header.member("version").equal(VERSION)
+    header.member("unit").equal("ms")
+    result = Rounds(header)
+    unnamed = set(items)
+    names: dict[str, str] = {}
+    for number, line in enumerate(rest, start=2):
+        _take(_parse(line, number), result, unnamed, names)
+    return result
+
+
+def _parse(line: str, number: int) -> Node:
+    try:
+        return Node(parse_json(line).value, f"line {number}")
+    except TableError as error:
+        raise TableError(f"line {number}: {error}") from None
+
+
+def _take(node: Node, result: Rounds, unnamed: set[str], names: dict[str, str]) -> None:
+    """Take one line; `names` are the items that lines before it have named, by their number."""
+    members = node.object()
+    if "item" in members:
+        named = node.object(("id", "item"))
+        item, identity = named["item"].text(), str(named["id"].integer())
+        if item not in unnamed:
+            raise named["item"].wrong("an item that was to be measured, named once")
+        if identity in names:
+            raise named["id"].wrong("a number that no other item has")
+        unnamed.remove(item)
+        names[identity] = item
+    elif "finished" in members:
+        listed = node.object(("finished", "tolerance"))
+        listed["tolerance"].number()
+        for entry in listed["finished"].list():
+            result.finished.add(_named(entry, str(entry.integer()), names))
+    else:
+        times = {}
+        for identity, entry in node.object(("ms",))["ms"].object().items():
+            times[_named(entry, identity, names)] = entry.number()
+            if entry.number() > MAX_MS:
+                raise entry.wrong(f"at most {MAX_MS:g} ms")
+        result.rounds.append(times)
+
+
+def _named(node: Node, identity: str, names: dict[str, str]) -> str:
+    if identity not in names:
+        raise node.wrong("of an item that a line before has named")
+    return names[identity]
