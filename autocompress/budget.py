@@ -26,6 +26,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "params": _THOUSANDS,
     "size_bytes": _THOUSANDS | _BYTES,
     "peak_activation_bytes": _THOUSANDS | _BYTES,
+    "energy_mj": {"": 1.0, "mJ": 1.0, "uJ": 1e-3, "J": 1e3},
 }
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 

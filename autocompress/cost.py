@@ -35,6 +35,7 @@ METRIC_UNITS = {
     "params": "parameters",
     "size_bytes": "bytes",
     "peak_activation_bytes": "bytes",
+    "energy_mj": "mJ",
 }
 """Every metric a budget can limit, and its unit. `macs` counts a multiply-accumulate once."""
 

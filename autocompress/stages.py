@@ -25,6 +25,7 @@ from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetEr
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.correction import ErrorReport
+from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
@@ -150,10 +151,18 @@ def costs(run: Run, shown: Shown) -> list[Cost]:
 
 
 def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
-    """Return the costs that need no latency table; activations are those of the target's batch and format."""
+    """Return the costs that need no latency table.
+
+    Activations and energy are those of the target's batch and number format; energy is an analytic estimate
+    of 45 nm hardware with 1 MiB of SRAM (`autocompress.latency.energy`), good for comparing networks.
+    """
     element_bytes = ELEMENT_BYTES[target.number_format]
-    peak = peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch)
-    return [*(operation_cost(space, metric) for metric in OPERATION_METRICS), peak]
+    bits = 8 * element_bytes
+    return [
+        *(operation_cost(space, metric) for metric in OPERATION_METRICS),
+        peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch),
+        EnergyModel().cost(space, batch=target.batch, weight_bits=bits, activation_bits=bits),
+    ]
 
 
 def constraints(run: Run, shown: Shown) -> Constraints:

@@ -48,8 +48,9 @@ def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:
 def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
     spans = re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
     text = "\n".join([*blocks(page, "sh"), *spans])
-    for name, options in re.findall(r"(?:^|&& )autocompress ([a-z]+)([^#|&\n]*)", text, re.MULTILINE):
-        shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
+    command = r"(?:^|&& )autocompress (table [a-z]+|[a-z]+)([^#|&\n]*)"
+    for name, options in re.findall(command, text, re.MULTILINE):
+        shown = CliRunner().invoke(cli.app, [*name.split(), "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, f"there is no command {name} ({page})"
         for option in re.findall(r"--[a-z-]+", options):
             assert option in re.sub(r"\x1b\[[0-9;]*m", "", shown.output), f"{name} has no {option} ({page})"

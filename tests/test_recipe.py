@@ -221,7 +221,7 @@ def test_what_yaml_reads_as_a_truth_value_is_no_number_or_name(text: str, path: 
     [
         (
             {"latency": "60%"},
-            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes or flops",
+            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes, energy_mj or flops",
         ),
         ({"latency_ms": "60M"}, "latency_ms takes no unit, 'ms', 'us', 's' or '%', got 'M' in '60M'"),
         ({"macs": "3ms"}, "macs takes no unit"),
