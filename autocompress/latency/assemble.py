@@ -45,7 +45,7 @@ def assemble(
         known: Rows of an older table, kept.
         tolerance: Rows whose interval is wider are counted as unstable.
         provenance: Of the table.
-        grid: If given, what has no row is interpolated.
+        grid: If given, operations that have no row are interpolated, and networks are priced by operation.
 
     Raises:
         TableError: A row or network was never measured, or a network took no time.
@@ -55,13 +55,15 @@ def assemble(
             raise TableError(f"there are no samples of {name!r}: the measurement is not complete, run it on")
     rows = {**known, **{key: summarize(samples[row_name(key)].steady_ms) for key in measured}}
     row_ms = {key: row.median_ms for key, row in rows.items()}
+    allowed: tuple[Granularity, ...] = get_args(Granularity) if grid is None else ("op",)
     if not networks:
-        granularity: Granularity = "block" if any(SEPARATOR in key for key in rows) else "op"
+        blocks = grid is None and any(SEPARATOR in key for key in rows)
+        granularity: Granularity = "block" if blocks else "op"
         return LatencyTable(target, rows, Correction(), None, provenance, granularity, grid)
     network_samples = [samples[network_name(keys)].steady_ms for keys in networks]
     medians = np.array([summarize(taken).median_ms for taken in network_samples])
     assessed: dict[Granularity, Assessed] = {}
-    for name in get_args(Granularity):
+    for name in allowed:
         used = [[ms_of(key, row_ms, grid) for key in _rows_of(keys, name)] for keys in networks]
         priced = [[ms for ms in network_ms if ms is not None] for network_ms in used]
         if priced != used:

@@ -155,17 +155,17 @@ def plan_widths(space: SearchSpace, networks: int, seed: int, *, knots: int, ste
         raise TableError(f"networks must be 0 or at least 2, got {networks}")
     ops = {op.key: op for ops in distinct_blocks(space).values() for op in ops}
     grid = make_grid(ops.values(), knots=knots, steps=steps)
-    rows = grid.operations(ops.values())
     # What the grid does not know, operations of a user's own, is measured as it is.
-    rows.update({key: op for key, op in ops.items() if family_of(op) not in grid.knots})
+    others = {key: op for key, op in ops.items() if family_of(op) not in grid.knots}
+    if grid.size + len(others) > MAX_ROWS:
+        raise TableError(
+            f"a grid of {knots} knots an axis has {grid.size + len(others)} rows in space {space.name!r}; at "
+            f"most {MAX_ROWS} are measured: use fewer knots"
+        )
+    rows = grid.operations(ops.values()) | others
     between = [key for key in ops if key not in rows]
     order = np.random.default_rng(seed).permutation(len(between))[:HELD_OUT_ROWS]
     held_out = tuple(between[index] for index in sorted(order))
-    if len(rows) > MAX_ROWS:
-        raise TableError(
-            f"a grid of {knots} knots an axis has {len(rows)} rows in space {space.name!r}; at most "
-            f"{MAX_ROWS} are measured: use fewer knots"
-        )
     codes = check_networks(space, networks, seed=seed)
     return Plan(
         {key: (op,) for key, op in rows.items()} | {key: (ops[key],) for key in held_out},

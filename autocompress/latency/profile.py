@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autocompress import __version__
+from autocompress.errors import TableError
 from autocompress.latency.assemble import assemble, width_report
 from autocompress.latency.measure import (
     REFERENCE,
@@ -39,7 +40,7 @@ from autocompress.latency.samples import SampleFile
 from autocompress.latency.steps import learn_steps, probe_operations, steps_of
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, describe_device
-from autocompress.latency.widths import DEFAULT_KNOTS
+from autocompress.latency.widths import DEFAULT_KNOTS, ms_of
 from autocompress.space import SearchSpace
 
 TABLE_FILE: Final = "latency_table.json"
@@ -104,12 +105,17 @@ def profile(
 
     Raises:
         TableError: The given table is of another target; the file of samples is damaged or of another
-            target; `networks` is 1 or negative.
+            target; `networks` is 1 or negative, `knots` below 2, or `widths` another text.
         StorageError: The folder cannot be written.
     """
     stopping = Stopping(tolerance, min_rounds, max_rounds)
+    if widths not in get_args(Widths):
+        raise TableError(f"widths must be one of {', '.join(get_args(Widths))}, got {widths!r}")
     if table is not None:
         table.check_target(target)
+        if space_of(table) == space.fingerprint and _complete(table, space, widths):
+            table.save(folder / TABLE_FILE)
+            return table
     file = open_samples(folder, target)
     timer = timer or time_once
     started = time.monotonic()
@@ -123,9 +129,6 @@ def profile(
     known: Mapping[str, Measurement] = {}
     if table is not None:
         known = {key: row for key, row in table.rows.items() if key not in plan.held_out}
-        if space_of(table) == space.fingerprint and _complete(table, space):
-            table.save(folder / TABLE_FILE)
-            return table
     missing = tuple(key for key in plan.rows if key not in known)
     samples = take_samples(
         plan,
@@ -227,8 +230,11 @@ def _probe(
     return {op.key: summarize(samples[row_name(op.key)].steady_ms) for op in probe_operations()}
 
 
-def _complete(table: LatencyTable, space: SearchSpace) -> bool:
-    return all(key in table.rows for ops in distinct_blocks(space).values() for key in table.row_keys(ops))
+def _complete(table: LatencyTable, space: SearchSpace, widths: Widths) -> bool:
+    """Return whether a table prices every block, by measured rows alone unless a grid is asked for."""
+    grid = table.grid if widths == "grid" else None
+    keys = {key for ops in distinct_blocks(space).values() for key in table.row_keys(ops)}
+    return all(ms_of(key, table.row_ms, grid) is not None for key in keys)
 
 
 def space_of(table: LatencyTable) -> object:

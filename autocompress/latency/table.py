@@ -233,9 +233,9 @@ def _check_grid(grid: WidthGrid, rows: Mapping[str, Measurement], node: Node) ->
     for family in grid.knots:
         if family not in examples or len(grid.knots[family]) != len(axes_of(examples[family])):
             raise node.member("knots").member(family).wrong("of a family that has rows, one list an axis")
-        # Before they are enumerated: lists of a damaged file could have any number of combinations.
-        if math.prod(len(axis) for axis in grid.knots[family]) > len(rows):
-            raise node.member("knots").member(family).wrong("of no more combinations than there are rows")
+    # Before they are enumerated: lists of a damaged file could have any number of combinations.
+    if grid.size > len(rows):
+        raise node.member("knots").wrong(f"of no more combinations than there are rows ({len(rows)})")
     absent = [key for key in grid.operations(examples.values()) if key not in rows]
     if absent:
         raise TableError(f"{node.path}: the grid has a knot at {absent[0]!r}, for which there is no row")
