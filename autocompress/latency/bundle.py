@@ -83,7 +83,7 @@ README: Final = """A bundle of autocompress {version}: space {space}, target {ta
    It writes samples.jsonl, says how long it will take, and can be stopped and started again at any time.
    Options (--max-minutes, --memory, --output):  python {name} --help
 4. Copy samples.jsonl back to where this file was made, and there:
-   autocompress table import samples.jsonl --bundle {name}
+   autocompress table import samples.jsonl --bundle {name} --output table.json
 """
 
 

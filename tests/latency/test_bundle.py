@@ -406,6 +406,26 @@ def test_networks_that_do_not_fit_into_memory_together_take_turns(tmp_path: Path
     assert min(samples.taken[REFERENCE]) >= 0
 
 
+@pytest.mark.parametrize(("network_bytes", "evictions"), [(25, 5 * 9), (1000, 0)])
+def test_caches_are_evicted_before_networks_that_take_turns_and_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network_bytes: int, evictions: int
+) -> None:
+    """Alone among small blocks a network would find its weights in the cache."""
+    sizes: list[int] = []
+
+    class Buffer:
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def max(self) -> None:
+            sizes.append(self.length)
+
+    monkeypatch.setattr(runner.np, "ones", Buffer)
+    Machine().measure(tmp_path / "samples.jsonl", network_bytes=network_bytes)
+    assert sizes.count(runner.EVICTED_BYTES // 8) >= evictions
+    assert (evictions > 0) == (runner.EVICTED_BYTES // 8 in sizes)
+
+
 def test_a_network_that_does_not_fit_is_measured_alone(tmp_path: Path) -> None:
     machine = Machine(networks=3)
     samples = machine.measure(tmp_path / "samples.jsonl", network_bytes=1)
