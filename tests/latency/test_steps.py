@@ -131,6 +131,12 @@ def test_too_few_widths_say_nothing() -> None:
     assert learn_steps({}) == []
 
 
+def test_one_pair_of_widths_on_a_step_says_nothing_of_it() -> None:
+    """The pair differs little; neighbours, far apart on a curve, predict each other badly."""
+    widths = [16, 32, 48, 64, 80, 96, 112, 127, 128]
+    assert learned(widths, lambda width: float(width**3)).step == 1
+
+
 def test_blocks_and_operations_of_a_users_own_say_nothing() -> None:
     known = rows(PROBED, stairs(16))
     others = {f"{key} > {Add(8, 2, 2).key}": 1.0 for key in known}

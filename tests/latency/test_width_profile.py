@@ -346,7 +346,7 @@ def test_what_is_not_in_the_grid_is_missed_by_its_key(table: LatencyTable) -> No
         with pytest.raises(MissingRowError) as caught:
             table.price((known, unknown))
         assert f"no row for 1 block; the first is {unknown.key!r}" in str(caught.value)
-    other = Block("more", ("first",), lambda first: (Conv2d(int(first), 8, 8, 8, kernel=5),))
+    other = Block("more", ("first",), lambda first: (known, Conv2d(int(first), 8, 8, 8, kernel=5)))
     with pytest.raises(MissingRowError, match=r"no row for 8 blocks; the first is .*in_channels=8.*kernel=5"):
         table.cost(make_space(EIGHTS, other))
 

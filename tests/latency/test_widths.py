@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from autocompress.errors import TableError
@@ -305,6 +305,7 @@ def test_rounding_to_no_step_or_below_a_width_is_refused() -> None:
         rounded_widths([24, 72], 16, most=64)
 
 
+@example(10**17 + 1, 10)
 @given(st.integers(1, 10**30), st.integers(1, 10**30))
 def test_the_end_of_a_step_is_exact_for_any_integers(width: int, step: int) -> None:
     end = rounded_up(width, step)
