@@ -63,8 +63,8 @@ def main() -> None:
         if before and after:
             grown = (after["seconds"] / after["options"]) / (before["seconds"] / before["options"])
             print(
-                f"{after['options'] / before['options']:.2f} times the options take {grown:.2f} times as long "
-                f"an option (< 2: {grown < 2})"
+                f"{after['options'] / before['options']:.2f} times the options take {grown:.2f} times as "
+                f"long an option (< 2: {grown < 2})"
             )
 
 
