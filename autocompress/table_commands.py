@@ -177,8 +177,8 @@ def steps(
 
 def _describe_staircase(found: "Staircase") -> str:
     return (
-        f"{found.axis} channels in steps of {found.step} (error {found.error_percent:.1f} %, between "
-        f"neighbours {found.even_error_percent:.1f} %), {found.widths[0]} to {found.widths[-1]}: "
+        f"{found.axis} channels in steps of {found.step} (error {found.errors_percent[found.step]:.1f} %, "
+        f"between neighbours {found.errors_percent[1]:.1f} %), {found.widths[0]} to {found.widths[-1]}: "
         f"{found.family}"
     )
 

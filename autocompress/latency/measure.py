@@ -240,7 +240,8 @@ def _load(
     others = [item for item in items if item.key not in keys]
     spare = rng.permutation(len(others))[: max(0, MIN_ITEMS_IN_ROUND - len(waiting))]
     wanted = [*waiting, *(others[index] for index in spare)]
-    runs = {item.key: item.prepare() for item in wanted}
+    # In random order: what is built last runs about 1 % faster than what is built first.
+    runs = {wanted[index].key: wanted[index].prepare() for index in rng.permutation(len(wanted))}
     if reference:
         runs[REFERENCE] = reference.prepare()
     for run in runs.values():

@@ -5,7 +5,7 @@ device has is learned from rows that differ in one width only; `probe_operations
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, get_args
@@ -44,10 +44,10 @@ class Staircase:
         fixed: The other widths.
         widths: Ascending.
         median_ms: Of the rows.
-        step: The number of channels that cost the same; 1 for an even rise.
-        error_percent: Mean error of each width predicted by the others on its step (by its neighbours where
-            the step is 1), in %.
-        even_error_percent: Mean error of each width interpolated between its two neighbours, in %.
+        step: The number of channels that cost the same; 1 for an even rise and for a flat line.
+        flat: Whether the width costs nothing that could be told from noise.
+        errors_percent: Candidate step to the mean error of each width predicted by the others on its step (by
+            its two neighbours for step 1), in %.
     """
 
     family: str
@@ -56,8 +56,8 @@ class Staircase:
     widths: tuple[int, ...]
     median_ms: tuple[float, ...]
     step: int
-    error_percent: float
-    even_error_percent: float
+    flat: bool
+    errors_percent: Mapping[int, float]
 
 
 def learn_steps(row_ms: Mapping[str, float]) -> list[Staircase]:
@@ -91,22 +91,26 @@ def _fit(family: str, axis: Axis, fixed: tuple[int, ...], times: Mapping[int, fl
     ms = np.array([times[width] for width in widths])
     even = _even_error(widths, ms)
     errors = {1: even, **{step: _step_error(widths, ms, step) for step in CANDIDATES[1:]}}
-    least = min(errors.values())
     # All steps explain a flat line, of overhead only; the widest ones have the least noise.
-    flat = abs(ms[-1] / ms[0] - 1) <= FLAT * least
-    # Within a true step, every finer one explains the times as well.
-    widest = max(step for step, error in errors.items() if error <= SIMILAR * least)
-    step = 1 if flat or even <= EVEN_SIMILAR * least else widest
+    flat = bool(abs(ms[-1] / ms[0] - 1) <= FLAT * min(errors.values()))
     return Staircase(
         family,
         axis,
         fixed,
         tuple(widths.tolist()),
         tuple(ms.tolist()),
-        step,
-        100 * errors[step],
-        100 * even,
+        1 if flat else _best_step(errors),
+        flat,
+        {step: 100 * error for step, error in errors.items()},
     )
+
+
+def _best_step(errors: Mapping[int, float]) -> int:
+    least = min(errors.values())
+    if errors[1] <= EVEN_SIMILAR * least:
+        return 1
+    # Within a true step, every finer one explains the times as well.
+    return max(step for step, error in errors.items() if error <= SIMILAR * least)
 
 
 def _even_error(widths: Vector, ms: Vector) -> float:
@@ -132,11 +136,19 @@ def _step_error(widths: Vector, ms: Vector, step: int) -> float:
 
 
 def steps_of(staircases: Iterable[Staircase]) -> dict[Axis, int]:
-    """Return one step an axis: the one that most staircases of that axis have, the finer one of equals."""
-    votes: dict[Axis, list[int]] = {axis: [] for axis in get_args(Axis)}
+    """Return one step an axis: that which explains its staircases together, flat ones left out."""
+    lines: dict[Axis, list[Staircase]] = {axis: [] for axis in get_args(Axis)}
     for staircase in staircases:
-        votes[staircase.axis].append(staircase.step)
-    return {axis: max(sorted(set(steps)), key=steps.count) if steps else 1 for axis, steps in votes.items()}
+        lines[staircase.axis].append(staircase)
+    return {axis: _common_step(found) for axis, found in lines.items()}
+
+
+def _common_step(staircases: Sequence[Staircase]) -> int:
+    rising = [found for found in staircases if not found.flat]
+    if not rising:
+        return 1
+    pooled = {step: sum(found.errors_percent[step] for found in rising) for step in CANDIDATES}
+    return _best_step(pooled)
 
 
 def probe_steps(

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.latency.steps import MIN_WIDTHS, Staircase, learn_steps, probe_operations, steps_of
+from autocompress.latency.steps import (
+    CANDIDATES,
+    MIN_WIDTHS,
+    Staircase,
+    learn_steps,
+    probe_operations,
+    steps_of,
+)
 from autocompress.latency.widths import Axis, family_of, widths_of
 from autocompress.ops import Add, Conv2d, Linear, OpSpec
 
@@ -43,8 +50,8 @@ def test_the_step_of_an_exact_staircase_is_found_however_high_its_steps_are(
     heights = np.cumsum(rise)
     found = learned(range(32, 97, by), lambda width: float(heights[math.ceil(width / step)]))
     assert found.step == step
-    assert found.error_percent == 0
-    assert found.even_error_percent > 0
+    assert found.errors_percent[found.step] == 0
+    assert found.errors_percent[1] > 0
 
 
 @given(st.floats(0.01, 100), st.floats(0, 10))
@@ -60,7 +67,7 @@ def test_a_power_of_the_width_has_no_steps(exponent: float, overhead: float) -> 
 def test_a_flat_line_has_no_steps() -> None:
     """An operation that is overhead only would do for any."""
     found = learned(PROBED, lambda width: 0.3)
-    assert (found.step, found.error_percent, found.even_error_percent) == (1, 0, 0)
+    assert (found.step, found.flat, found.errors_percent[1]) == (1, True, 0)
 
 
 def count_right(law: Callable[[int], float], step: int) -> int:
@@ -104,9 +111,9 @@ def test_errors_are_those_of_the_definition() -> None:
     found = learned(times, times.__getitem__)
     assert found.step == 8
     # 11 for 10, and 10 for 11.
-    assert found.error_percent == pytest.approx(100 * (1 / 10 + 1 / 11) / 2)
+    assert found.errors_percent[found.step] == pytest.approx(100 * (1 / 10 + 1 / 11) / 2)
     # 15 for 11 and 16.5 for 20, and so on.
-    assert found.even_error_percent == pytest.approx(100 * (4 / 11 + 3.5 / 20) / 2)
+    assert found.errors_percent[1] == pytest.approx(100 * (4 / 11 + 3.5 / 20) / 2)
 
 
 def test_widths_are_ordered_and_lines_kept_apart() -> None:
@@ -153,19 +160,32 @@ def test_rows_that_took_no_time_say_nothing() -> None:
     assert learn_steps({**known, replace(CONV, out_channels=50).key: 0.0}) == learn_steps(known)
 
 
-def voting(axis: Axis, *steps: int) -> list[Staircase]:
-    return [Staircase("", axis, (), (), (), step, 0.0, 0.0) for step in steps]
+def line(axis: Axis, step: int, *, noise: float = 0.5, flat: bool = False) -> Staircase:
+    """A staircase whose noise is 0.5 % on its steps and the finer ones, and ten times that on others."""
+    even = {1: noise if step == 1 else 10 * noise}
+    errors = {s: noise if 1 < s <= step else 10 * noise for s in CANDIDATES[1:]}
+    return Staircase("", axis, (), (), (), step, flat, even | errors)
 
 
 @pytest.mark.parametrize(
-    ("votes", "step"), [((16, 8, 16), 16), ((16, 8), 8), ((8, 16), 8), ((32, 32, 1, 1, 8), 1), ((64,), 64)]
+    ("lines", "step"),
+    [
+        ([line("out", 16), line("out", 16, noise=2)], 16),
+        # What explains both, and not the mean of their steps.
+        ([line("out", 8), line("out", 16)], 8),
+        # A clear line beats one that is all noise.
+        ([line("out", 16), line("out", 1, noise=0.1)], 16),
+        ([line("out", 16), line("out", 1, flat=True), line("out", 1, flat=True)], 16),
+        ([line("out", 1, flat=True)], 1),
+        ([line("out", 64)], 64),
+    ],
 )
-def test_most_staircases_of_an_axis_decide_and_the_finer_of_equals(votes: tuple[int, ...], step: int) -> None:
-    assert steps_of(voting("out", *votes)) == {"in": 1, "out": step, "channels": 1}
+def test_the_step_of_an_axis_explains_its_lines_together(lines: list[Staircase], step: int) -> None:
+    assert steps_of(lines) == {"in": 1, "out": step, "channels": 1}
 
 
-def test_axes_do_not_vote_for_each_other() -> None:
-    found = steps_of([*voting("in", 8), *voting("out", 16), *voting("channels", 4)])
+def test_axes_do_not_decide_for_each_other() -> None:
+    found = steps_of([line("in", 8), line("out", 16), line("channels", 4)])
     assert found == {"in": 8, "out": 16, "channels": 4}
     assert steps_of([]) == {"in": 1, "out": 1, "channels": 1}
 
