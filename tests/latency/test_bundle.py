@@ -1,6 +1,7 @@
 """A bundle is measured without autocompress, survives a kill, and comes back as a table or as an error."""
 
 import ast
+import gc
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ from autocompress.latency.assemble import assemble
 from autocompress.latency.bundle import import_samples, write_bundle
 from autocompress.latency.measure import REFERENCE, Stopping, steady_samples
 from autocompress.latency.plan import make_plan, network_name, row_name
+from autocompress.latency.runtime import prepare
 from autocompress.latency.samples import SampleFile
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import describe_device, load_target
@@ -114,6 +116,10 @@ def test_a_bundle_has_a_model_for_each_row_and_network_and_says_so(
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         models = [entry for entry in archive.infolist() if entry.filename.endswith(".onnx")]
         assert sum(entry.file_size for entry in models) == written.models_bytes
+        digests = [
+            f"{entry.filename} {hashlib.sha256(archive.read(entry)).hexdigest()}\n" for entry in models
+        ]
+        assert manifest["models_sha256"] == hashlib.sha256("".join(digests).encode()).hexdigest()
         assert archive.read("runner.py") == RUNNER.read_bytes()
         assert len(archive.read("README.txt").splitlines()) == 9
         text = archive.read("manifest.json")
@@ -182,6 +188,7 @@ def test_short_tensors_stay_and_long_ones_repeat_their_first_values() -> None:
     np.testing.assert_array_equal(flat[PERIOD:], flat[: 576 - PERIOD])
     np.testing.assert_allclose(flat[:PERIOD], before[2].ravel()[:PERIOD], rtol=1 / 16)
     assert len(np.unique(flat[:PERIOD])) > 100
+    assert not (flat.view(np.uint32) % 2**19).any()
 
 
 def test_activations_of_repeated_weights_neither_vanish_nor_overflow() -> None:
@@ -301,6 +308,36 @@ def test_the_runner_repeats_what_it_cannot_import() -> None:
     assert runner.describe_device() == describe_device()
 
 
+def test_sessions_have_the_options_of_a_profile(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class Options:
+        def __init__(self) -> None:
+            self.entries: dict[str, str] = {}
+            made.append(self)
+
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            self.entries[name] = value
+
+    class Session:
+        def __init__(self, model: bytes, options: Options, providers: list[str]) -> None:
+            options.entries["providers"] = str(providers)
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    target = replace(TARGET, threads=3)
+    write_bundle(tmp_path / "device.zip", space, target, **ROUNDS)
+    prepare(space.operations(space.smallest()[0]), target)
+    runner.Bundle(tmp_path / "device.zip").session(REFERENCE)
+    assert vars(made[0]) == vars(made[1])
+    assert made[1].intra_op_num_threads == 3
+
+
 def test_intervals_of_medians_are_those_of_a_profile() -> None:
     for count in range(1, 121):
         assert runner.bootstrap_positions(count) == measure_module.bootstrap_positions(count)
@@ -325,7 +362,9 @@ def test_a_bundle_is_measured_where_autocompress_cannot_be_imported(
 
 
 def test_a_kill_loses_no_finished_round_and_the_next_run_goes_on(space: SearchSpace, tmp_path: Path) -> None:
-    write_bundle(tmp_path / "device.zip", space, TARGET, networks=6, min_rounds=90, max_rounds=90)
+    write_bundle(
+        tmp_path / "device.zip", space, TARGET, networks=6, tolerance=0, min_rounds=90, max_rounds=90
+    )
     output = tmp_path / "samples.jsonl"
     command = without_autocompress(tmp_path / "device.zip", "--output", str(output))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -347,6 +386,8 @@ def test_a_kill_loses_no_finished_round_and_the_next_run_goes_on(space: SearchSp
     assert output.read_bytes().startswith(whole)
     table = import_samples(output, tmp_path / "device.zip")
     assert table.error_report is not None
+    # No interval is as narrow as the tolerance of this bundle.
+    assert table.error_report.unstable_rows == len(table.rows)
     counts = Counter(
         identity for line in output.read_text().splitlines() for identity in json.loads(line).get("ms", ())
     )
@@ -366,6 +407,7 @@ class Machine:
         self.manifest = {"seed": 0, "min_rounds": 9, "max_rounds": 9, "tolerance": 0.0}
         self.loads: list[list[str]] = []
         self.ran: Counter[str] = Counter()
+        self.collecting: Counter[bool] = Counter()
 
     def size(self, item: str) -> int:
         return 10 if item in self.networks else 1
@@ -374,11 +416,14 @@ class Machine:
         if not self.loads or self.loads[-1][-1] == REFERENCE:
             self.loads.append([])
         self.loads[-1].append(item)
-        return lambda: self.ran.update([item])
+        return lambda: (self.ran.update([item]), self.collecting.update([gc.isenabled()]))
 
     def measure(self, path: Path, network_bytes: int = 1000) -> runner.Samples:
         samples = runner.Samples(path, {"schema": "test"})
-        assert runner.measure(self, samples, network_bytes, math.inf, lambda waiting: None)  # type: ignore[arg-type]
+        try:
+            assert runner.measure(self, samples, network_bytes, math.inf, lambda waiting: None)  # type: ignore[arg-type]
+        finally:
+            gc.enable()
         return samples
 
 
@@ -390,8 +435,9 @@ def test_every_item_runs_once_a_round_and_all_is_built_anew_every_eight_rounds(t
         [*machine.items, REFERENCE], 9
     )
     assert [sorted(load) for load in machine.loads] == [sorted([*machine.items, REFERENCE])] * 2
-    # Each load warms up with 3 runs.
+    # Each load warms up with 3 runs; garbage is collected during the first of them only.
     assert set(machine.ran.values()) == {9 + 2 * 3}
+    assert machine.collecting == {True: 3 * 56, False: (9 + 3) * 56}
     rounds = [json.loads(line)["ms"] for line in samples._path.read_text().splitlines() if '"ms"' in line]
     assert len({tuple(times) for times in rounds}) == 9
 
@@ -403,7 +449,11 @@ def test_networks_that_do_not_fit_into_memory_together_take_turns(tmp_path: Path
     assert all(len(machine.networks & set(load)) <= 2 for load in machine.loads)
     # Blocks that are finished run untimed beside the networks that are left.
     assert all(len(load) >= runner.MIN_ITEMS_IN_ROUND for load in machine.loads)
-    assert min(samples.taken[REFERENCE]) >= 0
+    assert len(machine.loads[-1]) == runner.MIN_ITEMS_IN_ROUND + 1
+    # Those with the fewest samples come first, and no round runs for the reference alone.
+    assert set().union(*machine.loads[:3]) >= machine.networks
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["ms"]) > 1 for line in lines if '"ms"' in line)
 
 
 @pytest.mark.parametrize(("network_bytes", "evictions"), [(25, 5 * 9), (1000, 0)])
@@ -765,7 +815,8 @@ def test_what_is_no_bundle_cannot_be_imported(
     bundle: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "wrong.zip"
-    for content in (b"", b"text", bundle.read_bytes()[:-1], bundle.read_bytes()[:5000]):
+    whole = bundle.read_bytes()
+    for content in (b"", b"text", whole[:-1], whole[:5000], whole[:-2] + b"\1\0"):
         path.write_bytes(content)
         with pytest.raises(TableError, match="must be a whole zip file"):
             import_samples(samples, path)
