@@ -11,9 +11,11 @@ import torch
 from autocompress.budget import Budget
 from autocompress.elastic.supernet import Supernet
 from autocompress.evaluation.supernet import SupernetEvaluator
-from autocompress.latency.plan import distinct_blocks
+from autocompress.latency.plan import make_plan, plan_widths
 from autocompress.latency.runtime import pinned, prepare
+from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
+from autocompress.latency.widths import EVEN
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
@@ -82,12 +84,21 @@ def forecast(recipe: Recipe) -> list[str]:
 
 def _target(recipe: Recipe) -> Target:
     settings = recipe.target
+    if recipe.profile.measured == "elsewhere" and recipe.profile.table is not None:
+        return LatencyTable.load(recipe.profile.table).target
     return load_target(settings.name, threads=settings.threads, batch=settings.batch)
 
 
 def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
+    if recipe.profile.measured == "elsewhere":
+        return Estimate("profile", 0.0, "the table is of another device: nothing is measured")
     where = _target(recipe)
-    blocks = list(distinct_blocks(space).values())
+    settings = recipe.profile
+    if settings.widths == "grid":
+        plan = plan_widths(space, 0, 0, knots=settings.knots, steps=EVEN)
+    else:
+        plan = make_plan(space, settings.granularity, 0, 0)
+    blocks = list(plan.rows.values())
     sample = blocks[:: max(1, len(blocks) // TIMED_BLOCKS)]
     with pinned(where):
         start = time.perf_counter()
@@ -100,10 +111,10 @@ def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
                 run()
             rounds_s.append(time.perf_counter() - start)
         run_s = min(rounds_s) / len(sample)  # the first round allocates
-    rounds, networks = recipe.profile.max_rounds, recipe.profile.networks
+    rounds, networks = settings.max_rounds, settings.networks
     # Runtimes are built anew every 8 rounds; a network costs as much as its blocks.
     seconds = (len(blocks) + networks * len(space.blocks)) * (rounds * run_s + rounds / 8 * build_s)
-    basis = f"at most {rounds} rounds of {len(blocks)} blocks and {networks} networks"
+    basis = f"at most {rounds} rounds of {len(blocks)} blocks and operations and {networks} networks"
     return Estimate("profile", seconds, basis)
 
 

@@ -81,6 +81,9 @@ class ProfileSettings(_Settings):
     table: Path | None = None
     """An existing table of this target: taken as it is if it was measured for this space and lacks no row.
     Otherwise its rows are kept, missing ones measured, and the correction is fitted anew to this space."""
+    measured: Literal["here", "elsewhere"] = "here"
+    """`elsewhere`: the table is of another device, such as an imported one. It must have every row, nothing
+    is measured here, and the comparison shows predictions only."""
     networks: Annotated[int, Field(ge=8, strict=True)] = 40
     """Whole sub-networks that are measured to correct and to check the table."""
     granularity: Literal["auto", "block", "op"] = "auto"
@@ -88,7 +91,7 @@ class ProfileSettings(_Settings):
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
     min_rounds: Positive = 15
-    max_rounds: Positive = 60
+    max_rounds: Positive = 40
     widths: Literal["all", "grid"] = "all"
     """`grid` is for spaces of channel counts: it measures some widths of every layer and prices the others
     between them, piecewise linearly along the steps of the device."""
@@ -100,6 +103,8 @@ class ProfileSettings(_Settings):
     def _ordered(self) -> Self:
         if self.min_rounds > self.max_rounds:
             raise ValueError(f"min_rounds ({self.min_rounds}) must not exceed max_rounds ({self.max_rounds})")
+        if self.measured == "elsewhere" and self.table is None:
+            raise ValueError("measured: elsewhere needs table: the latency table of the other device")
         return self
 
 

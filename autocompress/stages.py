@@ -83,7 +83,9 @@ def largest_step(space: SearchSpace, data: DataSet, settings: TrainSettings) -> 
 
 
 def target(run: Run) -> Target:
-    """Return the target of the run."""
+    """Return the target of the run: the recipe's, or that of a table from elsewhere."""
+    if run.recipe.profile.measured == "elsewhere":
+        return _table_from_elsewhere(run).target
     settings = run.recipe.target
     return load_target(settings.name, threads=settings.threads, batch=settings.batch)
 
@@ -91,6 +93,14 @@ def target(run: Run) -> Target:
 def profile(run: Run, shown: Shown) -> LatencyTable:
     """Measure the space on the target, or read what was measured."""
     path = run.path(TABLE)
+    if run.recipe.profile.measured == "elsewhere":
+        table = _table_from_elsewhere(run)
+        if not path.exists():
+            # Before it is taken: a block without a row is an error here, not after training.
+            table.cost(run.space)
+            table.save(path)
+            shown.say(f"{describe_table(table)}; of another device: nothing is measured here")
+        return table
     if path.exists():
         table = LatencyTable.load(path)
         table.check_target(target(run))
@@ -115,6 +125,14 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
         )
     shown.say(describe_table(table))
     return table
+
+
+def _table_from_elsewhere(run: Run) -> LatencyTable:
+    """Read the table of another device: the run's copy, or the file it is taken from."""
+    path, given = run.path(TABLE), run.recipe.profile.table
+    if given is None:
+        raise TableError("profile.measured: elsewhere needs profile.table")
+    return LatencyTable.load(path if path.exists() else given)
 
 
 def describe_table(table: LatencyTable) -> str:

@@ -122,7 +122,7 @@ def measure(space: SearchSpace, target: Target, folder: Path, *, quick: bool) ->
     plan = Plan(rows.rows, tuple(nets), np.zeros((len(nets), len(space.choices)), dtype=np.int64))
     file = open_samples(folder, target)
     # OpenVINO takes 0.2 s to compile a model, and everything is built anew every 8 rounds.
-    most = 24 if target.runtime == "openvino" else 60
+    most = 24 if target.runtime == "openvino" else 40
     stopping = Stopping(0.02, 6, 6) if quick else Stopping(0.02, 24, most)
     samples = take_samples(plan, target, file, rows=tuple(plan.rows), stopping=stopping)
     keys = [network_keys(net) for net in to_fit]

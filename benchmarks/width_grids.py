@@ -88,7 +88,7 @@ def run(
     def prepared(row: Any) -> Run:
         return prepare_onnx(build(tuple(int(code) for code in row)), target)
 
-    least, most = (6, 6) if quick else (24, 60)
+    least, most = (6, 6) if quick else (24, 40)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         table = profile(

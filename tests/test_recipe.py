@@ -108,7 +108,7 @@ def test_an_amount_of_validation_is_a_share_or_a_number_of_images() -> None:
         ("target.thread", "batch, name, threads"),
         (
             "profile.rounds",
-            "granularity, knots, max_rounds, min_rounds, networks, seed, table, tolerance, widths",
+            "granularity, knots, max_rounds, measured, min_rounds, networks, seed, table, tolerance, widths",
         ),
         ("train.epoch", "batch_size, cutout, epochs, gradient_clip"),
         ("search.generations", "budget, calibration_images, candidates, confidence, evaluations, finalists"),

@@ -73,7 +73,10 @@ def assemble(
             rows=np.array([float(len(network_ms)) for network_ms in priced]),
             measured_ms=medians,
             # Also rows that none of these networks has: none may get a negative price.
-            least_ms=min(ms for key, ms in row_ms.items() if name == "block" or SEPARATOR not in key),
+            least_ms=min(
+                *(ms for network_ms in priced for ms in network_ms),
+                *(ms for key, ms in row_ms.items() if (SEPARATOR in key) == (name == "block")),
+            ),
             names=tuple(network_name(keys) for keys in networks),
         )
         assessed[name] = assess(

@@ -127,7 +127,7 @@ def write_bundle(
     granularity: Asked = "auto",
     tolerance: float = 0.02,
     min_rounds: int = 24,
-    max_rounds: int = 60,
+    max_rounds: int = 40,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write what has to be measured of a space on another device, as one zip file.

@@ -40,8 +40,8 @@ OUTPUT = "samples.jsonl"
 
 WARM_UP_RUNS = 3
 ROUNDS_PER_LOAD = 8
-# With fewer items in a round the caches would keep what the last round left; finished ones then run untimed.
-MIN_ITEMS_IN_ROUND = 48
+# Measuring ends when at most this share of items is less certain than asked.
+UNSTABLE_SHARE = 0.05
 CONFIDENCE = 0.95
 DEFAULT_MEMORY_MB = 512
 # A loaded network takes its weights, and once more what kernels have packed of them.
@@ -235,28 +235,25 @@ def half_width(times_ms: Sequence[float]) -> float:
 def load(
     bundle: Bundle, waiting: list[str], samples: Samples, network_bytes: int, rng: np.random.Generator
 ) -> dict[str, Callable[[], object]]:
-    """Load what is measured next, and some of what is finished if rounds would be too short without.
+    """Load all blocks, and as many networks as fit, those with the fewest samples first.
 
     Args:
         bundle: Where the models are.
         waiting: Items that need more samples.
-        samples: Of those that do, networks with the fewest samples come first.
+        samples: Of them all.
         network_bytes: Size of the models of all networks that are loaded together; one always is.
-        rng: Of what is chosen among equals.
+        rng: Of the order, and of what is chosen among equals.
     """
-    mixed = [waiting[index] for index in rng.permutation(len(waiting))]
-    networks = sorted((item for item in mixed if item in bundle.networks), key=samples.count)
-    finished = [item for item in bundle.items if item not in set(waiting)]
-    spare = [finished[index] for index in rng.permutation(len(finished))]
-    wanted = [item for item in mixed if item not in bundle.networks]
+    mixed = [bundle.items[index] for index in rng.permutation(len(bundle.items))]
+    networks = [item for item in mixed if item in bundle.networks]
+    networks.sort(key=lambda item: (item not in waiting, samples.count(item)))
+    chosen: list[str] = []
     left = network_bytes
-    for item in [*networks, *spare]:
-        if item in bundle.networks:
-            if bundle.size(item) > left and item not in networks[:1]:
-                continue
+    for item in networks:
+        if bundle.size(item) <= left or not chosen:
             left -= bundle.size(item)
-        if item in networks or len(wanted) < MIN_ITEMS_IN_ROUND:
-            wanted.append(item)
+            chosen.append(item)
+    wanted = [item for item in mixed if item not in bundle.networks or item in chosen]
     runs = {item: bundle.session(item) for item in [*wanted, REFERENCE]}
     for run in runs.values():
         for _ in range(WARM_UP_RUNS):
@@ -270,11 +267,12 @@ def run_round(
     rng: np.random.Generator,
     before_each: Callable[[str], object],
 ) -> dict[str, float]:
-    """Run everything once in random order; return what was timed, in ms, in that order."""
+    """Run everything once in random order; return what was timed, in ms, in that order.
+
+    What needs no more samples runs untimed: without it the others would have colder or warmer neighbours.
+    """
     timed = waiting | {REFERENCE}
-    others = [item for item in runs if item not in timed]
-    spare = rng.permutation(len(others))[: max(0, MIN_ITEMS_IN_ROUND - len(timed & set(runs)))]
-    items = [item for item in runs if item in timed] + [others[index] for index in spare]
+    items = list(runs)
     result = {}
     for index in rng.permutation(len(items)):
         run = runs[items[index]]
@@ -289,16 +287,15 @@ def run_round(
 
 
 def settle(bundle: Bundle, samples: Samples) -> list[str]:
-    """Note which items are measured well enough; return the others."""
+    """Note which items are measured well enough, all together or after the most rounds; return the others."""
     least, most = bundle.manifest["min_rounds"], bundle.manifest["max_rounds"]
     tolerance = bundle.manifest["tolerance"]
     waiting = [item for item in bundle.items if item not in samples.finished]
-    done = [
-        item
-        for item in waiting
-        if samples.count(item) >= least
-        and (samples.count(item) >= most or half_width(samples.taken[item]) <= tolerance)
-    ]
+    done = [item for item in waiting if samples.count(item) >= most]
+    if waiting and min(map(samples.count, waiting)) >= least:
+        unstable = sum(half_width(samples.taken[item]) > tolerance for item in waiting)
+        if unstable <= UNSTABLE_SHARE * len(bundle.items):
+            done = waiting
     if done:
         samples.finish(done, tolerance)
     return [item for item in waiting if item not in samples.finished]

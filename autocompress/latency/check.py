@@ -113,7 +113,7 @@ def check_table(
     profile_seed: int = 0,
     tolerance: float = 0.02,
     min_rounds: int = 24,
-    max_rounds: int = 60,
+    max_rounds: int = 40,
     timer: Timer = time_once,
     prepare: Prepare = prepare,
     progress: Progress | None = None,

@@ -67,7 +67,7 @@ def profile(
     granularity: Asked = "auto",
     tolerance: float = 0.02,
     min_rounds: int = 24,
-    max_rounds: int = 60,
+    max_rounds: int = 40,
     timer: Timer | None = None,
     table: LatencyTable | None = None,
     progress: Progress | None = None,

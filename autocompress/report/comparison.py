@@ -72,8 +72,9 @@ class Row:
         test: Mean of the metric on the test part, its 95 % interval, and the number of images.
         validation: Mean of the metric on the held-out part.
         costs: Metric to cost; latency is predicted by the table.
-        latency_ms: Measured median; rows of the same network share it.
-        latency_p95_ms: Measured 95th percentile.
+        latency_ms: Measured median; rows of the same network share it. `None` where the table is of another
+            device.
+        latency_p95_ms: Measured 95th percentile, likewise.
         peak_memory_bytes: Of the network as ONNX in 32-bit floats; `None` on other targets.
     """
 
@@ -84,8 +85,8 @@ class Row:
     test_images: int
     validation: float
     costs: Mapping[str, float]
-    latency_ms: float
-    latency_p95_ms: float
+    latency_ms: float | None
+    latency_p95_ms: float | None
     peak_memory_bytes: int | None
 
 
@@ -136,7 +137,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         for done, compared in enumerate(networks):
             progress(done, len(networks), compared[0])
             a = compared[1]
-            rows.append(_row(run, limits, compared, measured[a.key], peaks[a.key]))
+            rows.append(_row(run, limits, compared, measured.get(a.key), peaks[a.key]))
         progress(len(networks), len(networks), "")
     content = {
         "schema": SCHEMA,
@@ -209,11 +210,15 @@ def _measure(
 ) -> tuple[dict[str, Measurement], Measurement | None, float | None]:
     """Measure different architectures, the exported file and the checks, interleaved on the target.
 
+    Nothing is measured where the table is of another device.
+
     Returns:
         Measurements by key; that of the exported file; and how much longer the checks take now than when the
         table was measured, as a factor (the median over them): the speed of a shared machine changes.
     """
     where = target(run)
+    if run.recipe.profile.measured == "elsewhere":
+        return {}, None, None
     with pinned(where):
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
         if reads_onnx(where) and exported.exists():
@@ -226,7 +231,11 @@ def _measure(
 
 
 def _peak_memory(run: Run, arch: Architecture) -> int | None:
-    if target(run).runtime != "onnxruntime" or target(run).number_format != "float32":
+    where = target(run)
+    if run.recipe.profile.measured == "elsewhere" or (where.runtime, where.number_format) != (
+        "onnxruntime",
+        "float32",
+    ):
         return None
     blocks = run.space.operations(run.space.encode([arch]))
     with tempfile.TemporaryDirectory() as folder:
@@ -235,7 +244,9 @@ def _peak_memory(run: Run, arch: Architecture) -> int | None:
         return peak_memory_bytes(file, target(run))
 
 
-def _row(run: Run, limits: Constraints, compared: Compared, measured: Measurement, peak: int | None) -> Row:
+def _row(
+    run: Run, limits: Constraints, compared: Compared, measured: Measurement | None, peak: int | None
+) -> Row:
     name, arch, network = compared
     size = resolution(run, arch)
     test, validation = (
@@ -250,8 +261,8 @@ def _row(run: Run, limits: Constraints, compared: Compared, measured: Measuremen
         test_images=test.count,
         validation=validation.mean,
         costs={metric: float(values[0]) for metric, values in limits.price(run.space.encode([arch])).items()},
-        latency_ms=measured.median_ms,
-        latency_p95_ms=measured.p95_ms,
+        latency_ms=None if measured is None else measured.median_ms,
+        latency_p95_ms=None if measured is None else measured.p95_ms,
         peak_memory_bytes=peak,
     )
 

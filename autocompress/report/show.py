@@ -27,9 +27,10 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(_cells(row))
         if randoms and row is randoms[-1]:
             mean, deviation = random_summary(content["rows"])
-            latency = sum(r["latency_ms"] for r in randoms) / len(randoms)
+            measured = [r["latency_ms"] for r in randoms if r["latency_ms"] is not None]
+            latency = _ms(sum(measured) / len(measured) if measured else None)
             name = f"random, mean of {len(randoms)} (standard deviation)"
-            rows.append([name, f"{mean:.4f} ({deviation:.4f})", "", "", "", "", f"{latency:.3f}", "", ""])
+            rows.append([name, f"{mean:.4f} ({deviation:.4f})", "", "", "", "", latency, "", ""])
     return headers, rows
 
 
@@ -43,10 +44,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{costs['params'] / 1e3:.0f}",
         f"{costs['size_bytes'] / 1e3:.0f}",
         f"{costs['latency_ms']:.3f}",
-        f"{row['latency_ms']:.3f}",
-        f"{row['latency_p95_ms']:.3f}",
+        _ms(row["latency_ms"]),
+        _ms(row["latency_p95_ms"]),
         "-" if peak is None else f"{peak / 1e6:.1f}",
     ]
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def notes(content: Mapping[str, Any]) -> list[str]:
@@ -76,16 +81,23 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     by_name = {row["name"]: row for row in content["rows"]}
     subject = content["subject"]
     searched, largest = by_name[f"{subject}, finetuned"], by_name["largest"]
-    error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
     if content["selected_by"]:
         lines.append(
             f"Selected: {content['selected_by']}, in the search under the budget above, at which the uniform-"
             "scaled and the random networks stand."
         )
-    lines.append(
-        f"The {subject} network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the largest "
-        f"one's measured latency; {_off(error)} than was measured."
-    )
+    if searched["latency_ms"] is None:
+        share = searched["costs"]["latency_ms"] / largest["costs"]["latency_ms"]
+        lines.append(
+            f"The {subject} network takes {share:.0%} of the largest one's predicted latency. The table is "
+            "of another device, where nothing was measured: run the exported network.onnx there."
+        )
+    else:
+        error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
+        lines.append(
+            f"The {subject} network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the "
+            f"largest one's measured latency; {_off(error)} than was measured."
+        )
     if not content["selected_by"] and by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
         lines.append(
             "The search found nothing better on validation than the uniform-scaled network, with which it "
