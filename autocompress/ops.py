@@ -11,7 +11,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -120,6 +120,11 @@ class OpSpec(ABC):
 def block_key(ops: Iterable[OpSpec]) -> str:
     """Return the key of a latency-table row: the keys of the operations of a block, in order."""
     return SEPARATOR.join(op.key for op in ops)
+
+
+def border_elements(ops: Sequence[OpSpec]) -> int:
+    """Return the elements that enter and leave operations in sequence, for one image."""
+    return math.prod(ops[0].in_shape) + math.prod(ops[-1].out_shape)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

@@ -172,7 +172,9 @@ def predict(
         held = [sums(which, net) for net in checked]
         total = np.array([sum(net) for net in held])
         result[f"sum by {which}, raw"] = total
-        result[f"sum by {which}, corrected"] = correction(total, np.array([float(len(net)) for net in held]))
+        result[f"sum by {which}, without borders"] = correction(
+            total, np.array([float(len(net)) for net in held])
+        )
     line = fit_macs_only([whole(net) for net in to_fit], fit_ms)
     result["MACs only"] = np.array([line.network_ms(whole(net)) for net in checked])
     roofline = fit([whole(net) for net in to_fit], fit_ms, batch=batch)
@@ -263,7 +265,9 @@ def print_entry(key: str, result: dict[str, Any]) -> None:
     held_out = Figures(**result["held_out"]["table"])
     if key.endswith(PROMISED) and result["networks"] >= HELD_OUT:
         limit = max(1.5, 1.5 * result["repeat_noise_percent"])
-        others = [name for name in result["held_out"] if name not in ("table", "sum by block, corrected")]
+        others = [
+            name for name in result["held_out"] if name not in ("table", "sum by block, without borders")
+        ]
         beaten = all(
             held_out.mape_percent < Figures(**result["held_out"][name]).mape_percent for name in others
         )

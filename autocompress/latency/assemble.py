@@ -16,12 +16,13 @@ from autocompress.latency.correction import (
     figures,
 )
 from autocompress.latency.drift import drift_percent
+from autocompress.latency.keys import parse_block
 from autocompress.latency.measure import REFERENCE, Measurement, Sampled, half_width, summarize
 from autocompress.latency.plan import NetworkKeys, Plan, network_name, row_name
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target
 from autocompress.latency.widths import WidthGrid, WidthReport, ms_of
-from autocompress.ops import SEPARATOR
+from autocompress.ops import SEPARATOR, border_elements
 
 
 def assemble(
@@ -78,6 +79,7 @@ def assemble(
                 *(ms for key, ms in row_ms.items() if (SEPARATOR in key) == (name == "block")),
             ),
             names=tuple(network_name(keys) for keys in networks),
+            **_borders([_rows_of(keys, name) for keys in networks], row_ms, name),
         )
         assessed[name] = assess(
             checks,
@@ -116,6 +118,23 @@ def width_report(
             np.array(list(compared.values())), np.array([held_out[key].median_ms for key in compared])
         ),
     )
+
+
+def _borders(
+    networks: Sequence[Sequence[str]], row_ms: Mapping[str, float], granularity: Granularity
+) -> dict[str, Any]:
+    """Return elements that enter and leave rows; nothing if a row has operations of a user's own."""
+    known = {key: ms for key, ms in row_ms.items() if (SEPARATOR in key) == (granularity == "block")}
+    keys = {key for network in networks for key in network} | known.keys()
+    try:
+        elements = {key: border_elements(parse_block(key)) for key in keys}
+    except TableError:
+        return {}
+    return {
+        "elements": np.array([float(sum(elements[key] for key in network)) for network in networks]),
+        "row_ms": np.array(list(known.values())),
+        "row_elements": np.array([float(elements[key]) for key in known]),
+    }
 
 
 def _rows_of(network: NetworkKeys, granularity: Granularity) -> list[str]:

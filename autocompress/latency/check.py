@@ -21,6 +21,7 @@ from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.profile import Prepare, open_samples
 from autocompress.latency.runtime import Blocks, pinned, prepare
 from autocompress.latency.table import LatencyTable
+from autocompress.latency.widths import ms_of
 from autocompress.space import SearchSpace
 
 SCHEMA: Final = "autocompress.latency_check"
@@ -210,10 +211,7 @@ def _measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict
 
 def _sum_ms(table: LatencyTable, net: Blocks) -> float:
     """Return the plain sum of what the blocks of a network take alone."""
-    correction = table.correction
-    rows = sum(len(table.row_keys(ops)) for _, ops in net)
-    price = sum(table.price(ops) for _, ops in net)
-    return (price - rows * correction.per_row_ms) / correction.scale
+    return sum(ms_of(key, table.row_ms, table.grid) or 0.0 for _, ops in net for key in table.row_keys(ops))
 
 
 def _with_blocks(checked: CheckedPrediction, table: LatencyTable, net: Blocks) -> CheckedPrediction:

@@ -18,29 +18,43 @@ from autocompress.errors import TableError
 
 Vector = NDArray[np.float64]
 
-Form = Literal["raw", "scale", "affine", "affine_per_row"]
-"""From fewest to most parameters: 0, 1 (scale), 2 (and a constant), 3 (and a term for each summed row)."""
+Form = Literal["raw", "scale", "affine", "affine_per_row", "affine_boundary"]
+"""From fewest to most parameters: 0, 1 (scale), 2 (and a constant), 3 (and a term for each summed row), 4
+(and a term for each element at the borders of rows, where a whole network changes no layout)."""
 
 Granularity = Literal["block", "op"]
 """What a row is when a network is priced: a whole block as the runtime fuses it, or one operation."""
 
-PARAMETERS: Final[dict[Form, int]] = {"raw": 0, "scale": 1, "affine": 2, "affine_per_row": 3}
+PARAMETERS: Final[dict[Form, int]] = {
+    "raw": 0,
+    "scale": 1,
+    "affine": 2,
+    "affine_per_row": 3,
+    "affine_boundary": 4,
+}
 CURVE_SIZES: Final = (5, 10, 15, 20, 30, 40, 60, 80)
 CURVE_REPEATS: Final = 20
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Predicted ms of a network: `scale * sum of medians + per_row_ms * rows + constant_ms`."""
+    """Predicted ms: `scale * sums + per_row_ms * rows + per_element_ms * elements + constant_ms`.
+
+    Sums are of the medians of a network's rows; elements those of the input and output of each row, for one
+    image.
+    """
 
     form: Form = "raw"
     scale: float = 1.0
     per_row_ms: float = 0.0
     constant_ms: float = 0.0
+    per_element_ms: float = 0.0
 
-    def __call__(self, sums_ms: Vector, rows: Vector) -> Vector:
-        """Return predictions in ms for sums and numbers of summed rows, each `(n,)`."""
-        return self.scale * sums_ms + self.per_row_ms * rows + self.constant_ms
+    def __call__(self, sums_ms: Vector, rows: Vector, elements: Vector | float = 0.0) -> Vector:
+        """Return predictions in ms for sums, numbers of rows, and elements at their borders, each `(n,)`."""
+        return (
+            self.scale * sums_ms + self.per_row_ms * rows + self.per_element_ms * elements + self.constant_ms
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +67,9 @@ class Checks:
         measured_ms: `(n,)`, the median of the whole network, positive.
         least_ms: The least median of any such row of the table: none may get a negative price.
         names: `n` names of networks, for the report.
+        elements: `(n,)`, elements of the inputs and outputs of the rows; `None` if they are not known.
+        row_ms: `(m,)`, medians of all rows that may be priced...
+        row_elements: `(m,)`, ...and the elements of their inputs and outputs.
     """
 
     sums_ms: Vector
@@ -60,10 +77,20 @@ class Checks:
     measured_ms: Vector
     least_ms: float
     names: tuple[str, ...] = ()
+    elements: Vector | None = None
+    row_ms: Vector | None = None
+    row_elements: Vector | None = None
 
     def some(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Checks":
         """Return some of the networks."""
-        return Checks(self.sums_ms[which], self.rows[which], self.measured_ms[which], self.least_ms)
+        elements = None if self.elements is None else self.elements[which]
+        return replace(
+            self,
+            sums_ms=self.sums_ms[which],
+            rows=self.rows[which],
+            measured_ms=self.measured_ms[which],
+            elements=elements,
+        )
 
 
 @dataclass(frozen=True)
@@ -200,6 +227,15 @@ def fit(form: Form, checks: Checks) -> Correction:
         solution = lsq_linear(design, target, bounds=([0, 0, -np.inf], np.inf), method="bvls")
         scale, floor, offset = solution.x.tolist()
         return Correction(form, scale, floor - scale * checks.least_ms, offset)
+    if form == "affine_boundary":
+        if checks.elements is None:
+            raise TableError("correction 'affine_boundary' needs the elements of the networks' rows")
+        # In millions, for a well-conditioned design.
+        terms = [checks.sums_ms, checks.rows, checks.elements / 1e6, constant]
+        design = np.column_stack(terms) * weight[:, None]
+        lower = [0, -np.inf, -np.inf, -np.inf]
+        scale, row, million, offset = lsq_linear(design, target, bounds=(lower, np.inf)).x.tolist()
+        return Correction(form, scale, row, offset, million / 1e6)
     if form == "affine":
         design = np.column_stack([checks.sums_ms, constant]) * weight[:, None]
         solution = lsq_linear(design, target, bounds=([0, -np.inf], np.inf), method="bvls")
@@ -235,8 +271,21 @@ def leave_one_out(form: Form, checks: Checks) -> Vector:
     for index in range(count):
         correction = fit(form, checks.some(np.arange(count) != index))
         one = checks.some(np.array([index]))
-        predicted[index] = correction(one.sums_ms, one.rows)[0]
+        predicted[index] = correction(one.sums_ms, one.rows, _elements(one))[0]
     return predicted
+
+
+def _elements(checks: Checks) -> Vector | float:
+    return 0.0 if checks.elements is None else checks.elements
+
+
+def _prices_rows(correction: Correction, checks: Checks) -> bool:
+    """Whether no row gets a negative price; a term for elements can take more than a row has."""
+    if correction.per_element_ms == 0 or checks.row_ms is None or checks.row_elements is None:
+        return True
+    network = replace(correction, constant_ms=0.0)
+    prices = network(checks.row_ms, np.ones(len(checks.row_ms)), checks.row_elements)
+    return bool((prices >= 0).all())
 
 
 def repeat_noise_percent(samples_ms: Sequence[Sequence[float]]) -> float:
@@ -267,7 +316,7 @@ def learning_curve(form: Form, checks: Checks, *, seed: int = 0) -> tuple[tuple[
             order = rng.permutation(count)
             correction = fit(form, checks.some(order[:size]))
             rest = checks.some(order[size:])
-            predicted = correction(rest.sums_ms, rest.rows)
+            predicted = correction(rest.sums_ms, rest.rows, _elements(rest))
             errors.append(figures(predicted, rest.measured_ms).mape_percent)
         result.append((size, float(np.mean(errors))))
     return tuple(result)
@@ -300,13 +349,18 @@ def assess(
         raise TableError(f"an error report needs at least 2 measured networks, got {count}")
     if not (checks.measured_ms > 0).all():
         raise TableError(f"a measured network took {checks.measured_ms.min()} ms: the timer does not work")
-    forms: list[Form] = [form for form in get_args(Form) if count >= PARAMETERS[form] + 2]
+    forms: list[Form] = [
+        form
+        for form in get_args(Form)
+        if count >= PARAMETERS[form] + 2 and (form != "affine_boundary" or checks.elements is not None)
+    ]
     predicted = {form: leave_one_out(form, checks) for form in forms}
     compared = {form: figures(predicted[form], checks.measured_ms) for form in forms}
     # A scale of 0 would price all networks alike; noise can make that the form of least error.
-    telling = [form for form in forms if fit(form, checks).scale > 0]
+    fitted = {form: fit(form, checks) for form in forms}
+    telling = [form for form in forms if fitted[form].scale > 0 and _prices_rows(fitted[form], checks)]
     # Of equals the first, which has the fewest parameters.
-    chosen = min(telling, key=lambda form: compared[form].mape_percent)
+    chosen = min(telling, key=lambda form: round(compared[form].mape_percent, 6))
     networks = tuple(
         CheckedNetwork(name, int(rows), float(total), float(measured), float(prediction))
         for name, rows, total, measured, prediction in zip(
@@ -328,7 +382,7 @@ def assess(
         unstable_rows=unstable_rows,
         disturbed_percent=disturbed_percent,
     )
-    return fit(chosen, checks), report
+    return fitted[chosen], report
 
 
 Assessed = tuple[Correction, ErrorReport]
@@ -340,7 +394,7 @@ def choose(assessed: Mapping[Granularity, Assessed]) -> Assessed:
     Args:
         assessed: Of at least one granularity; of equals the first is taken.
     """
-    best = min(assessed, key=lambda name: assessed[name][1].figures.mape_percent)
+    best = min(assessed, key=lambda name: round(assessed[name][1].figures.mape_percent, 6))
     correction, report = assessed[best]
     others = [found.forms for name, (_, found) in assessed.items() if name != best]
     return correction, replace(report, granularity=best, other_forms=others[0] if others else {})

@@ -24,7 +24,7 @@ from autocompress.latency.correction import (
     Form,
     Granularity,
 )
-from autocompress.latency.keys import parse_op
+from autocompress.latency.keys import parse_block, parse_op
 from autocompress.latency.measure import Measurement
 from autocompress.latency.reading import parse_json, read_text, reading
 from autocompress.latency.strict import Node
@@ -38,7 +38,7 @@ from autocompress.latency.widths import (
     ms_of,
     read_grid,
 )
-from autocompress.ops import SEPARATOR, Ops, OpSpec, block_key
+from autocompress.ops import SEPARATOR, Ops, OpSpec, block_key, border_elements
 from autocompress.space import SearchSpace
 
 SCHEMA: Final = "autocompress.latency_table"
@@ -83,9 +83,13 @@ class LatencyTable:
         """Key of a row to its median in ms, uncorrected."""
         return {key: row.median_ms for key, row in self.rows.items()}
 
+    def parts(self, ops: Ops) -> list[Ops]:
+        """Return what a block is priced from: itself, or each of its operations."""
+        return [ops] if self.granularity == "block" else [(op,) for op in ops]
+
     def row_keys(self, ops: Ops) -> list[str]:
-        """Return the keys of the rows that a block is priced from: its own, or one for each operation."""
-        return [block_key(ops)] if self.granularity == "block" else [block_key((op,)) for op in ops]
+        """Return the keys of the rows that a block is priced from."""
+        return [block_key(part) for part in self.parts(ops)]
 
     def price(self, ops: Ops) -> float:
         """Return the predicted ms of one block within a network; the constant of a network comes apart.
@@ -94,11 +98,13 @@ class LatencyTable:
             MissingRowError: The table has no row for the block.
         """
         total = 0.0
-        for key in self.row_keys(ops):
-            ms = ms_of(key, self.row_ms, self.grid)
+        correction = self.correction
+        for part in self.parts(ops):
+            ms = ms_of(block_key(part), self.row_ms, self.grid)
             if ms is None:
-                raise self._missing([key])
-            total += self.correction.scale * ms + self.correction.per_row_ms
+                raise self._missing([block_key(part)])
+            total += correction.scale * ms + correction.per_row_ms
+            total += correction.per_element_ms * border_elements(part)
         return total
 
     def interpolates(self, ops: Ops) -> bool:
@@ -272,10 +278,17 @@ def _read_correction(node: Node, rows: Mapping[str, Measurement]) -> Correction:
         members["scale"].number(),
         members["per_row_ms"].number(-math.inf),
         members["constant_ms"].number(-math.inf),
+        members["per_element_ms"].number(-math.inf),
     )
-    least = min((row.median_ms for row in rows.values()), default=0.0)
-    if rows and correction.scale * least + correction.per_row_ms < -ROUNDING_MS:
-        raise members["per_row_ms"].wrong("such that no row gets a negative price")
+    for key, row in rows.items():
+        price = correction.scale * row.median_ms + correction.per_row_ms
+        if correction.per_element_ms:
+            try:
+                price += correction.per_element_ms * border_elements(parse_block(key))
+            except TableError as error:
+                raise members["per_element_ms"].wrong(f"0 where a row cannot be read ({error})") from None
+        if price < -ROUNDING_MS:
+            raise node.wrong(f"such that no row gets a negative price, as {key[:80]!r} does")
     return correction
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from autocompress.errors import MissingRowError, StorageError, TableError
 from autocompress.latency.correction import Checks, Correction, assess
@@ -159,7 +161,7 @@ def drop(*path: str) -> Change:
         (drop("provenance", "device"), "provenance.device must be a JSON object"),
         (put("correction", "form", "cubic"), "correction.form must be 'raw' or 'scale'"),
         (put("correction", "scale", -0.1), "correction.scale must be at least 0"),
-        (put("correction", "per_row_ms", -0.6), "per_row_ms must be such that no row gets a negative"),
+        (put("correction", "per_row_ms", -0.6), "correction must be such that no row gets a negative"),
         (put("correction", "constant_ms", None), "correction.constant_ms must be a finite number, got None"),
         (put("error_report", "method", "in sample"), "error_report.method must be 'leave-one-out'"),
         (put("error_report", "forms", "cubic", {}), "forms.cubic must be 'raw' or 'scale'"),
@@ -211,3 +213,61 @@ def test_a_table_that_cannot_be_written_leaves_nothing(table: LatencyTable, tmp_
     with pytest.raises(StorageError, match="cannot write"):
         table.save(tmp_path / "file" / "table.json")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_key_that_stands_twice_is_refused(table: LatencyTable, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table.save(path)
+    text = path.read_text().replace('"unit": "ms",', '"unit": "ms", "unit": "ms",', 1)
+    path.write_text(text)
+    with pytest.raises(TableError, match="'unit' stands twice"):
+        LatencyTable.load(path)
+
+
+def test_a_file_of_two_gigabytes_is_refused_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    with path.open("wb") as file:
+        file.truncate(2**31)  # sparse: it takes no space on the disk
+    with pytest.raises(TableError, match="2147483648 bytes"):
+        LatencyTable.load(path)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_table_with_any_value_anywhere_is_a_table_or_an_error_of_ours(
+    table: LatencyTable, space: SearchSpace, tmp_path: Path, data: st.DataObject
+) -> None:
+    payload = json.loads(json.dumps(table.to_json()))
+    place: Any = payload
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = data.draw(st.sampled_from(keys))
+        inner = place[key]
+        if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+            break
+        place = inner
+    place[key] = data.draw(ANYTHING)
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(payload))
+    try:
+        found = LatencyTable.load(path)
+        found.cost(space)
+    except TableError:
+        return
+    assert isinstance(found, LatencyTable)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(content)
+    with pytest.raises(TableError):
+        LatencyTable.load(path)
