@@ -24,6 +24,7 @@ from autocompress.engine import search as run_search
 from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetError, StorageError, TableError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
+from autocompress.latency.check import measure_prediction
 from autocompress.latency.correction import ErrorReport
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
@@ -44,6 +45,7 @@ from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import training_batches
 from autocompress.training.speed import choose_threads
 from autocompress.training.supernet import supernet_identity, train_supernet
+from autocompress.trial import Trial
 
 LATENCY = "latency_ms"
 THREADS, SELECTED = "threads.json", "selected.json"
@@ -351,8 +353,28 @@ def search(run: Run, shown: Shown) -> SearchResult:
         f"{len(result.trials)} evaluated and {result.scored} predicted networks; {describe_costs(best.costs)}"
         f"{describe_error(profile(run, shown))}"
     )
+    shown.say(_measure_winner(run, profile(run, shown), best))
     result.save(path)
     return result
+
+
+def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:
+    """Measure the best network of a search, and say how far its prediction is off."""
+    predicted = best.costs[LATENCY]
+    if run.recipe.profile.measured == "elsewhere":
+        return f"its latency of {predicted:.3f} ms is predicted for another device: nothing was measured"
+    net = run.space.operations(run.space.encode([best.architecture]))
+    found, factor = measure_prediction(table, run.space, net, profile_seed=run.recipe.profile.seed)
+    said = (
+        f"it was measured: {found.median_ms:.3f} ms ({found.low_ms:.3f}-{found.high_ms:.3f}), "
+        f"{predicted / found.median_ms - 1:+.1%} was predicted"
+    )
+    if factor is None:
+        return said
+    return (
+        f"{said}; the machine takes {factor:.2f} times what it took when the table was measured, at that "
+        f"speed {factor * predicted / found.median_ms - 1:+.1%}"
+    )
 
 
 def describe_error(table: LatencyTable) -> str:

@@ -16,7 +16,17 @@ import numpy as np
 from autocompress.atomic import replacing, write_json
 from autocompress.errors import TableError
 from autocompress.latency.correction import Figures, figures, repeat_noise_percent
-from autocompress.latency.measure import Item, Progress, Stopping, Timer, measure, summarize, time_once
+from autocompress.latency.measure import (
+    Item,
+    Measurement,
+    Progress,
+    Stopping,
+    Timer,
+    measure,
+    measure_networks,
+    summarize,
+    time_once,
+)
 from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.profile import Prepare, open_samples
 from autocompress.latency.runtime import Blocks, pinned, prepare
@@ -150,7 +160,7 @@ def check_table(
     chosen = [fresh[i] for i in np.unique(np.linspace(0, len(fresh) - 1, networks).round().astype(int))]
     if len(chosen) < 2:
         raise TableError(f"a check needs at least 2 networks the table was not fitted to, got {len(chosen)}")
-    again = _measured_before(table, space, profile_seed)
+    again = measured_before(table, space, profile_seed)
     names = {i: network_name(network_keys(nets[i])) for i in chosen}
     target = table.target
     items = [Item(names[i], partial(prepare, nets[i], target)) for i in chosen]
@@ -197,8 +207,14 @@ def check_table(
     )
 
 
-def _measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[str, tuple[Blocks, float]]:
-    """Return some networks of the table's error report, small to large, and what they took then, in ms."""
+def measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[str, tuple[Blocks, float]]:
+    """Return some networks of a table's error report, small to large, and what they took then, in ms.
+
+    Args:
+        table: With the report; without, there are none.
+        space: The one it was measured for; of another space, there are none.
+        seed: That the table was profiled with.
+    """
     if table.error_report is None:
         return {}
     then_ms = {net.name: net.measured_ms for net in table.error_report.networks}
@@ -207,6 +223,31 @@ def _measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict
     known = [name for name in nets if name in then_ms]
     places = np.unique(np.linspace(0, len(known) - 1, min(AGAIN, len(known))).round().astype(int))
     return {known[place]: (nets[known[place]], then_ms[known[place]]) for place in places}
+
+
+def measure_prediction(
+    table: LatencyTable, space: SearchSpace, net: Blocks, *, profile_seed: int = 0, runs: int = 60
+) -> tuple[Measurement, float | None]:
+    """Measure one network on the table's target, beside networks that were measured for the table.
+
+    Args:
+        table: Of this machine.
+        space: The table's.
+        net: The network.
+        profile_seed: That the table was profiled with.
+        runs: Timed runs of each.
+
+    Returns:
+        The measurement, and by what the others take longer now than when the table was measured: the median
+        over them, `None` if there are none.
+    """
+    again = measured_before(table, space, profile_seed)
+    with pinned(table.target):
+        prepared = {"network": prepare(net, table.target)}
+        prepared |= {name: prepare(other, table.target) for name, (other, _) in again.items()}
+        measured = measure_networks(prepared, target=table.target, count=runs)
+    factors = [measured[name].median_ms / then_ms for name, (_, then_ms) in again.items()]
+    return measured["network"], float(np.median(factors)) if factors else None
 
 
 def _sum_ms(table: LatencyTable, net: Blocks) -> float:

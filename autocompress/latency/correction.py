@@ -232,9 +232,9 @@ def fit(form: Form, checks: Checks) -> Correction:
             raise TableError("correction 'affine_boundary' needs the elements of the networks' rows")
         # In millions, for a well-conditioned design.
         terms = [checks.sums_ms, checks.rows, checks.elements / 1e6, constant]
-        design = np.column_stack(terms) * weight[:, None]
-        lower = [0, -np.inf, -np.inf, -np.inf]
-        scale, row, million, offset = lsq_linear(design, target, bounds=(lower, np.inf)).x.tolist()
+        scale, row, million, offset = _nonnegative_prices(
+            np.column_stack(terms) * weight[:, None], target, checks
+        )
         return Correction(form, scale, row, offset, million / 1e6)
     if form == "affine":
         design = np.column_stack([checks.sums_ms, constant]) * weight[:, None]
@@ -243,6 +243,38 @@ def fit(form: Form, checks: Checks) -> Correction:
         return Correction(form, scale, 0.0, offset)
     relative = checks.sums_ms * weight
     return Correction(form, float(relative.sum() / (relative @ relative)))
+
+
+def _nonnegative_prices(design: Vector, target: Vector, checks: Checks) -> list[float]:
+    """Fit scale, term of a row, term of a million elements and constant so that no row gets a negative price.
+
+    Least squares with linear inequalities is turned into a least distance problem, and that into non-negative
+    least squares.
+
+    Source: Lawson & Hanson, Solving Least Squares Problems, 1974, chapter 23, sections 4 and 5.
+    """
+    from scipy.optimize import nnls
+
+    # Rows of nearly nothing keep the design of full rank where elements go with the number of rows.
+    lengths = np.linalg.norm(design, axis=0)
+    ridge = np.diag(1e-7 * np.where(lengths > 0, lengths, 1.0))
+    q, r = np.linalg.qr(np.vstack([design, ridge]))
+    wanted = q.T @ np.concatenate([target, np.zeros(len(ridge))])
+    # Scale and prices of rows are at least 0; a constant has no part in either.
+    least = [np.array([[1.0, 0.0, 0.0, 0.0]])]
+    if checks.row_ms is not None and checks.row_elements is not None:
+        count = len(checks.row_ms)
+        prices = [checks.row_ms, np.ones(count), checks.row_elements / 1e6, np.zeros(count)]
+        least.append(np.column_stack(prices))
+    inverse = np.linalg.inv(r)
+    sides = np.vstack(least) @ inverse
+    system = np.vstack([sides.T, -(sides @ wanted)])
+    goal = np.zeros(len(system))
+    goal[-1] = 1.0
+    multipliers, _ = nnls(system, goal)
+    residual = system @ multipliers - goal
+    solution: list[float] = (inverse @ (wanted - residual[:-1] / residual[-1])).tolist()
+    return [max(0.0, solution[0]), *solution[1:]]
 
 
 def figures(predicted_ms: Vector, measured_ms: Vector) -> Figures:
@@ -277,15 +309,6 @@ def leave_one_out(form: Form, checks: Checks) -> Vector:
 
 def _elements(checks: Checks) -> Vector | float:
     return 0.0 if checks.elements is None else checks.elements
-
-
-def _prices_rows(correction: Correction, checks: Checks) -> bool:
-    """Whether no row gets a negative price; a term for elements can take more than a row has."""
-    if correction.per_element_ms == 0 or checks.row_ms is None or checks.row_elements is None:
-        return True
-    network = replace(correction, constant_ms=0.0)
-    prices = network(checks.row_ms, np.ones(len(checks.row_ms)), checks.row_elements)
-    return bool((prices >= 0).all())
 
 
 def repeat_noise_percent(samples_ms: Sequence[Sequence[float]]) -> float:
@@ -358,7 +381,7 @@ def assess(
     compared = {form: figures(predicted[form], checks.measured_ms) for form in forms}
     # A scale of 0 would price all networks alike; noise can make that the form of least error.
     fitted = {form: fit(form, checks) for form in forms}
-    telling = [form for form in forms if fitted[form].scale > 0 and _prices_rows(fitted[form], checks)]
+    telling = [form for form in forms if fitted[form].scale > 0]
     # Of equals the first, which has the fewest parameters.
     chosen = min(telling, key=lambda form: round(compared[form].mape_percent, 6))
     networks = tuple(

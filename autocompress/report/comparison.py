@@ -22,9 +22,9 @@ from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
+from autocompress.latency.check import measured_before
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.memory import peak_memory_bytes
-from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
@@ -47,8 +47,6 @@ from autocompress.training.evaluate import evaluate
 REPORT, SCHEMA = "report.json", "autocompress.report"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
-# Of the networks of the table's error report, so many are measured again beside the compared ones.
-CHECKED_AGAIN = 8
 UNIFORM_RULE = (
     "uniform-scaled: the better, on validation, of the same relative setting for every choice and of "
     "compound scaling of depth, width and resolution, each as large as fits"
@@ -193,16 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
     """Return some networks of the table's error report, small to large, and what they took then, in ms."""
-    then, settings = profile(run, shown).error_report, run.recipe.profile
-    if then is None:
-        return {}
-    codes = check_networks(run.space, settings.networks, seed=settings.seed)
-    if [network_name(network_keys(run.space.operations(row))) for row in codes] != [
-        net.name for net in then.networks
-    ]:
-        return {}  # a table that was taken over, checked on other networks
-    chosen = np.unique(np.linspace(0, len(codes) - 1, CHECKED_AGAIN).round().astype(np.int64))
-    return {f"check {i}": (run.space.operations(codes[i]), then.networks[i].measured_ms) for i in chosen}
+    return measured_before(profile(run, shown), run.space, run.recipe.profile.seed)
 
 
 def _measure(
