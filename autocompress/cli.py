@@ -152,6 +152,7 @@ def profile(
 ) -> None:
     """Measure the blocks of the space on the target: the latency table and its error report."""
     from autocompress import stages
+    from autocompress.describe import describe_table
 
     options = {
         "space.name": space,
@@ -169,7 +170,7 @@ def profile(
     opened = _open(run, parsed)
     said: list[str] = []
     with opened.locked():
-        echo_unless(said, stages.describe_table(stages.profile(opened, on_screen(said))))
+        echo_unless(said, describe_table(stages.profile(opened, on_screen(said))))
     typer.echo(f"written to {opened.path(stages.TABLE)}")
 
 
@@ -238,6 +239,7 @@ def search(
 ) -> None:
     """Search the supernet under the budget; runs the stages before it if they are missing."""
     from autocompress import stages
+    from autocompress.describe import describe_costs
     from autocompress.run import refuse_other
 
     if confidence is not None:
@@ -262,7 +264,7 @@ def search(
     typer.echo(f"Pareto front of {result.objective} and {', '.join(metrics)}, {len(front)} networks:")
     for trial in front:
         score = trial.metrics[result.objective]
-        typer.echo(f"  {score:.4f}  {stages.describe_costs(trial.costs)}  {trial.architecture.key}")
+        typer.echo(f"  {score:.4f}  {describe_costs(trial.costs)}  {trial.architecture.key}")
 
 
 @app.command()
@@ -279,6 +281,7 @@ def select(
     """Choose a network from a finished search; finetune, export and report then work on it."""
     from autocompress import stages
     from autocompress.budget import Budget
+    from autocompress.describe import describe_costs
 
     if budget and cheapest:
         raise RecipeError("select takes --budget or --cheapest, not both")
@@ -291,7 +294,7 @@ def select(
             opened, on_screen(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
         )
     score = trial.metrics[opened.task.metric]
-    typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {stages.describe_costs(trial.costs)}")
+    typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {describe_costs(trial.costs)}")
 
 
 @app.command()

@@ -19,12 +19,12 @@ from autocompress.latency.widths import EVEN
 from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import largest_step, untimed_costs
+from autocompress.stages import untimed_costs
 from autocompress.training.check import check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
 from autocompress.training.loop import steps_per_epoch, training_batches
-from autocompress.training.speed import choose_threads
+from autocompress.training.speed import choose_threads, largest_step
 from autocompress.training.task import load_task
 
 TIMED_BLOCKS = 10

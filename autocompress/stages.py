@@ -3,9 +3,8 @@
 profile -> train -> search -> finetune -> export -> report; each calls those before it.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, Cost, operation_cost
+from autocompress.describe import describe_costs, describe_error, describe_table
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
@@ -25,25 +25,22 @@ from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetEr
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.guided import guided_search
 from autocompress.latency.check import measure_prediction
-from autocompress.latency.correction import ErrorReport
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.network import build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
-from autocompress.peak_memory import METRIC as PEAK
-from autocompress.recipe import FinetuneSettings, TrainSettings
+from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import Architecture, SearchSpace
 from autocompress.strategy import Strategy, WarmStart
 from autocompress.training.check import check_task
-from autocompress.training.checkpoint import load_checkpoint
-from autocompress.training.data import DataSet, Images, batches
+from autocompress.training.checkpoint import load_checkpoint, weights_fingerprint
+from autocompress.training.data import Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
-from autocompress.training.loop import training_batches
-from autocompress.training.speed import choose_threads
+from autocompress.training.speed import choose_threads, largest_step
 from autocompress.training.supernet import supernet_identity, train_supernet
 from autocompress.trial import Trial
 
@@ -51,9 +48,6 @@ LATENCY = "latency_ms"
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
-
-# Beyond these, a latency table says little about which of two networks is faster.
-DOUBTFUL_MAPE_PERCENT, DOUBTFUL_SPEARMAN = 10.0, 0.8
 
 
 def set_threads(run: Run) -> None:
@@ -68,20 +62,6 @@ def set_threads(run: Run) -> None:
             write_json(run.path(THREADS), {"threads": choose_threads(step)})
         threads = int(run.read(THREADS)["threads"])
     torch.set_num_threads(threads)
-
-
-def largest_step(space: SearchSpace, data: DataSet, settings: TrainSettings) -> Callable[[], None]:
-    """Return a function that runs a training step of the largest network, forward and backward."""
-    network = build_network(space.operations(space.largest())).train()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, _ = next(training_batches(data, settings, epoch=0, seed=settings.seed))
-    images = resize(images, space.operations(space.largest())[0][1][0].in_shape[1:])
-    images = images.contiguous(memory_format=torch.channels_last)
-
-    def step() -> None:
-        network(images).float().sum().backward()
-
-    return step
 
 
 def target(run: Run) -> Target:
@@ -135,33 +115,6 @@ def _table_from_elsewhere(run: Run) -> LatencyTable:
     if given is None:
         raise TableError("profile.measured: elsewhere needs profile.table")
     return LatencyTable.load(path if path.exists() else given)
-
-
-def describe_table(table: LatencyTable) -> str:
-    """Return one line on how far the table can be trusted."""
-    report = table.error_report
-    if report is None:
-        return f"latency table: {len(table.rows)} rows, not checked against whole networks"
-    figures = report.figures
-    doubtful = figures.mape_percent > DOUBTFUL_MAPE_PERCENT or (figures.spearman or 0.0) < DOUBTFUL_SPEARMAN
-    warning = "; WARNING: too uncertain to rank networks by, measure more rounds on a quieter machine"
-    return (
-        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-"
-        f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
-        f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
-        f"{figures.spearman or 0.0:.3f}, Kendall {figures.kendall or 0.0:.3f}; repeat noise "
-        f"{report.repeat_noise_percent:.1f} %; priced by {report.granularity}{_other(report)}"
-        f"{warning if doubtful else ''}"
-    )
-
-
-def _other(report: ErrorReport) -> str:
-    """Say what the other granularity would have given."""
-    if not report.other_forms:
-        return ""
-    name = "op" if report.granularity == "block" else "block"
-    least = min(figures.mape_percent for figures in report.other_forms.values())
-    return f" (by {name} {least:.1f} %)"
 
 
 def costs(run: Run, shown: Shown) -> list[Cost]:
@@ -271,15 +224,6 @@ def _choices(run: Run) -> Mapping[str, Any]:
     return choices
 
 
-def weights_fingerprint(network: nn.Module) -> str:
-    """Return 16 hexadecimal digits over every parameter and buffer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
     """Return the evaluator of slices on the held-out validation images."""
     return SupernetEvaluator(supernet, run.data, run.task, calibration(run))
@@ -375,24 +319,6 @@ def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:
         f"{said}; the machine takes {factor:.2f} times what it took when the table was measured, at that "
         f"speed {factor * predicted / found.median_ms - 1:+.1%}"
     )
-
-
-def describe_error(table: LatencyTable) -> str:
-    """Return how far predicted latencies are off, to stand behind them; empty if nobody checked."""
-    report = table.error_report
-    if report is None:
-        return ""
-    return f"; predicted latencies are {report.figures.mape_percent:.1f} % off on average"
-
-
-def describe_costs(found: Mapping[str, float]) -> str:
-    """Return the costs of a network in a line."""
-    line = (
-        f"{found['latency_ms']:.3f} ms (predicted), {found['macs'] / 1e6:.2f} M MACs, "
-        f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
-    )
-    peak = found.get(PEAK)  # results of earlier releases lack it
-    return line if peak is None else f"{line}, activations of at most {peak / 1e3:.0f} kB"
 
 
 def resolution(run: Run, arch: Architecture) -> tuple[int, int]:

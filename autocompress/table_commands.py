@@ -31,8 +31,8 @@ SHOWN_STAIRCASES = 40
 @table_commands.command()
 def show(table: TableArgument) -> None:
     """Say what a table holds, where it is from and how far it can be trusted."""
+    from autocompress.describe import describe_table
     from autocompress.latency.table import LatencyTable
-    from autocompress.stages import describe_table
 
     found = LatencyTable.load(table)
     typer.echo(describe_table(found))
@@ -201,11 +201,11 @@ def import_(
     ] = False,
 ) -> None:
     """Make a latency table of what another device or another project measured."""
+    from autocompress.describe import describe_table
     from autocompress.latency.bundle import import_samples
     from autocompress.latency.foreign.ofa import block_table, read_ofa
     from autocompress.latency.foreign.plain_csv import read_plain_csv
     from autocompress.latency.foreign.rows import latency_table
-    from autocompress.stages import describe_table
 
     if format_ == "bundle":
         if bundle is None:

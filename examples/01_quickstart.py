@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from autocompress import stages
+from autocompress.describe import describe_costs
 from autocompress.recipe import parse_recipe
 from autocompress.run import Run, Shown
 
@@ -35,7 +36,7 @@ supernet = stages.train(run, shown)  # trains, or goes on, or reads the trained 
 result = stages.search(run, shown)
 
 best = result.best()
-print("best:", stages.describe_costs(best.costs), best.metrics)
+print("best:", describe_costs(best.costs), best.metrics)
 print("Pareto front:", [(t.costs["latency_ms"], t.metrics["accuracy"]) for t in result.pareto()])
 print(result.to_frame()[["key", "outcome", "latency_ms", "macs", "accuracy"]].head())
 

@@ -21,6 +21,7 @@ from small_runs import RECIPE, small_recipe, small_space, table_by_hand, with_ta
 from autocompress import stages
 from autocompress.atomic import write_json
 from autocompress.budget import Budget
+from autocompress.describe import describe_costs
 from autocompress.errors import (
     AutocompressError,
     BudgetError,
@@ -115,9 +116,9 @@ def test_a_budget_of_activations_is_of_the_batch_and_number_format_of_the_target
 def test_a_line_of_costs_names_the_peak_of_activations_where_a_result_has_it() -> None:
     found = {"latency_ms": 1.5, "macs": 2e6, "params": 3e3, "size_bytes": 12e3}
     line = "1.500 ms (predicted), 2.00 M MACs, 3 k parameters, 0.01 MB"
-    assert stages.describe_costs(found) == line
+    assert describe_costs(found) == line
     found["peak_activation_bytes"] = 6e4
-    assert stages.describe_costs(found) == f"{line}, activations of at most 60 kB"
+    assert describe_costs(found) == f"{line}, activations of at most 60 kB"
 
 
 def test_stages_that_are_done_start_nothing_and_write_nothing(run: Run) -> None:

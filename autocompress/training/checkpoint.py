@@ -1,5 +1,6 @@
 """Checkpoints: atomic, safe to load, and sure of what they belong to."""
 
+import hashlib
 import random
 import zipfile
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autocompress.atomic import replacing
 from autocompress.errors import CheckpointError
@@ -95,3 +97,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """Return 16 hexadecimal digits over every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

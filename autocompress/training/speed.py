@@ -7,7 +7,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from autocompress.recipe import OptimizerSettings
+from autocompress.elastic.supernet import resize
+from autocompress.network import build_network
+from autocompress.recipe import OptimizerSettings, TrainSettings
+from autocompress.space import SearchSpace
+from autocompress.training.data import DataSet
+from autocompress.training.loop import training_batches
 
 # A format has to win by this much, or the one tried before it stays.
 WORTHWHILE = 0.95
@@ -104,3 +109,17 @@ def choose_formats(
         if steps * best_s >= BF16_TRIAL_FROM_S and timed("bf16", memory) < WORTHWHILE * best_s:
             precision = "bf16"
     return {"precision": precision, "memory_format": memory}
+
+
+def largest_step(space: SearchSpace, data: DataSet, settings: TrainSettings) -> Callable[[], None]:
+    """Return a function that runs a training step of the largest network, forward and backward."""
+    network = build_network(space.operations(space.largest())).train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, _ = next(training_batches(data, settings, epoch=0, seed=settings.seed))
+    images = resize(images, space.operations(space.largest())[0][1][0].in_shape[1:])
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        network(images).float().sum().backward()
+
+    return step

@@ -1,0 +1,55 @@
+"""Latency tables, their errors and costs of networks, in a line for people."""
+
+from collections.abc import Mapping
+
+from autocompress.latency.correction import ErrorReport
+from autocompress.latency.table import LatencyTable
+from autocompress.peak_memory import METRIC as PEAK
+
+# Beyond these, a latency table says little about which of two networks is faster.
+DOUBTFUL_MAPE_PERCENT, DOUBTFUL_SPEARMAN = 10.0, 0.8
+
+
+def describe_table(table: LatencyTable) -> str:
+    """Return one line on how far the table can be trusted."""
+    report = table.error_report
+    if report is None:
+        return f"latency table: {len(table.rows)} rows, not checked against whole networks"
+    figures = report.figures
+    doubtful = figures.mape_percent > DOUBTFUL_MAPE_PERCENT or (figures.spearman or 0.0) < DOUBTFUL_SPEARMAN
+    warning = "; WARNING: too uncertain to rank networks by, measure more rounds on a quieter machine"
+    return (
+        f"latency table: {len(table.rows)} rows; against {len(report.networks)} whole networks, leave-one-"
+        f"out error {figures.mape_percent:.1f} % (raw sum {report.forms['raw'].mape_percent:.1f} %), bias "
+        f"{figures.bias_percent:+.1f} %, {figures.within_10_percent:.0f} % within 10 %, Spearman "
+        f"{figures.spearman or 0.0:.3f}, Kendall {figures.kendall or 0.0:.3f}; repeat noise "
+        f"{report.repeat_noise_percent:.1f} %; priced by {report.granularity}{_other(report)}"
+        f"{warning if doubtful else ''}"
+    )
+
+
+def _other(report: ErrorReport) -> str:
+    """Say what the other granularity would have given."""
+    if not report.other_forms:
+        return ""
+    name = "op" if report.granularity == "block" else "block"
+    least = min(figures.mape_percent for figures in report.other_forms.values())
+    return f" (by {name} {least:.1f} %)"
+
+
+def describe_error(table: LatencyTable) -> str:
+    """Return how far predicted latencies are off, to stand behind them; empty if nobody checked."""
+    report = table.error_report
+    if report is None:
+        return ""
+    return f"; predicted latencies are {report.figures.mape_percent:.1f} % off on average"
+
+
+def describe_costs(found: Mapping[str, float]) -> str:
+    """Return the costs of a network in a line."""
+    line = (
+        f"{found['latency_ms']:.3f} ms (predicted), {found['macs'] / 1e6:.2f} M MACs, "
+        f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
+    )
+    peak = found.get(PEAK)  # results of earlier releases lack it
+    return line if peak is None else f"{line}, activations of at most {peak / 1e3:.0f} kB"
