@@ -54,9 +54,7 @@ def test_a_whole_run_holds_the_budget_of_the_other_device_and_measures_nothing(
         if row["name"] != "largest":
             assert row["costs"]["latency_ms"] <= limit * (1 + 1e-9)
     assert any("of another device: nothing is measured here" in line for line in said)
-    assert "where nothing was measured: run the exported network.onnx there" in markdown(
-        content
-    )
+    assert "where nothing was measured: run the exported network.onnx there" in markdown(content)
     # Resumed, the copy in the run is what counts.
     path.unlink()
     assert report(Run(run.folder, None), Shown()) == json.loads(json.dumps(content))
