@@ -165,6 +165,8 @@ def profile(
     fresh = recipe is None and not (run / "recipe.yaml").exists()
     parsed = new_recipe(None, changes) if fresh and space else read_recipe(recipe, changes, run)
     if bundle is not None:
+        if table is not None:
+            raise RecipeError("--bundle measures everything on the other device; --table has no part in it")
         _bundle(bundle, parsed or read_recipe(run / "recipe.yaml", None))
         return
     opened = _open(run, parsed)

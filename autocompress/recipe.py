@@ -90,7 +90,7 @@ class ProfileSettings(_Settings):
     """What is summed to price a network; `auto` measures both and takes what predicts networks better."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Half-width of the confidence interval of a median, as a share of it, at which measuring stops."""
-    min_rounds: Positive = 15
+    min_rounds: Positive = 24
     max_rounds: Positive = 40
     widths: Literal["all", "grid"] = "all"
     """`grid` is for spaces of channel counts: it measures some widths of every layer and prices the others

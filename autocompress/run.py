@@ -258,9 +258,12 @@ def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
     if "classes" in parameters and "classes" not in arguments:
         arguments["classes"] = data().classes or _outputs(data())
     try:
-        return factory(**arguments)
+        space = factory(**arguments)
     except TypeError as error:
         raise RecipeError(f"space.arguments: {recipe.space.name} refuses {arguments}: {error}") from None
+    if not isinstance(space, SearchSpace):
+        raise RecipeError(f"space.name: {recipe.space.name} must return a SearchSpace, got {space!r}")
+    return space
 
 
 def _outputs(data: "DataSet") -> int:
@@ -313,7 +316,9 @@ def refuse_other(folder: Path, there: Recipe, here: Recipe, *, again: tuple[str,
     keys = []
     for key in sorted(key for key in {*first, *second} if first.get(key) != second.get(key)):
         stage = key.partition(".")[0]
-        begun = stage not in BEGUN or any((folder / name).exists() for name in BEGUN[stage])
+        # What all stages share, data and space above all, is settled by the first of them.
+        files = BEGUN.get(stage, [name for names in BEGUN.values() for name in names])
+        begun = any((folder / name).exists() for name in files)
         if begun and stage not in again:
             keys.append(key)
     if not keys:

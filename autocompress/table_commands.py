@@ -1,7 +1,7 @@
 """`autocompress table ...`: look into latency tables, check them, learn steps, import other people's."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -26,6 +26,7 @@ table_commands = typer.Typer(help="Latency tables: show, check, steps, import.",
 TableArgument = Annotated[Path, typer.Argument(help="A latency table, such as runs/run/latency_table.json.")]
 Format = Literal["bundle", "ofa", "csv"]
 SHOWN_STAIRCASES = 40
+AXES = {"in": "in channels", "out": "out channels", "channels": "channels of depthwise and elementwise"}
 
 
 @table_commands.command()
@@ -122,8 +123,8 @@ def check(
         largest = sorted(network.blocks, key=lambda block: -block.predicted_ms)[:3]
         shares = ", ".join(f"{block.name} {block.predicted_ms:.3f}" for block in largest)
         typer.echo(
-            f"worst: {error:+.1f} %  predicted {network.predicted_ms:.3f} ms, measured "
-            f"{network.measured_ms:.3f} ms; greatest blocks (ms): {shares}  {network.architecture}"
+            f"worst: {error:+.1f} %  predicted {found.machine_factor * network.predicted_ms:.3f} ms, "
+            f"measured {network.measured_ms:.3f} ms; greatest blocks (ms): {shares}  {network.architecture}"
         )
     typer.echo(f"written to {path} and {path.with_suffix('.svg')}")
 
@@ -145,6 +146,7 @@ def steps(
     from autocompress.latency.target import load_target
     from autocompress.latency.widths import rounded_widths
 
+    widths = _channel_counts(round_) if round_ else []
     if table is not None:
         row_ms = LatencyTable.load(table).row_ms
     else:
@@ -164,20 +166,27 @@ def steps(
         typer.echo(f"... and {len(found) - SHOWN_STAIRCASES} more")
     best = steps_of(found)
     typer.echo("steps: " + ", ".join(f"{axis} {step}" for axis, step in best.items()))
-    if round_:
-        try:
-            widths = [int(width) for width in round_.split(",")]
-        except ValueError:
-            raise RecipeError(f"--round takes channel counts such as 24,40,72, got {round_!r}") from None
-        if min(widths) < 1:
-            raise RecipeError(f"--round takes channel counts >= 1, got {round_!r}")
+    if widths:
         rounded = rounded_widths(widths, best["out"])
-        typer.echo(f"rounded to steps of {best['out']}: {','.join(map(str, rounded))}")
+        typer.echo(
+            f"rounded to steps of {best['out']}, never wider than {max(widths)}: "
+            f"{','.join(map(str, rounded))}"
+        )
+
+
+def _channel_counts(text: str) -> list[int]:
+    try:
+        widths = [int(width) for width in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--round takes channel counts such as 24,40,72, got {text!r}") from None
+    if min(widths) < 1:
+        raise RecipeError(f"--round takes channel counts >= 1, got {text!r}")
+    return widths
 
 
 def _describe_staircase(found: "Staircase") -> str:
     return (
-        f"{found.axis} channels in steps of {found.step} (error {found.errors_percent[found.step]:.1f} %, "
+        f"{AXES[found.axis]} in steps of {found.step} (error {found.errors_percent[found.step]:.1f} %, "
         f"between neighbours {found.errors_percent[1]:.1f} %), {found.widths[0]} to {found.widths[-1]}: "
         f"{found.family}"
     )
@@ -207,6 +216,12 @@ def import_(
     from autocompress.latency.foreign.plain_csv import read_plain_csv
     from autocompress.latency.foreign.rows import latency_table
 
+    if output.resolve() == source.resolve():
+        raise RecipeError(f"--output {output} is the source itself: name another file")
+    if (format_ == "bundle") != (bundle is not None):
+        raise RecipeError("--bundle device.zip belongs to --format bundle, which needs it")
+    if recipe is not None and format_ != "ofa":
+        raise RecipeError("a recipe is for --format ofa: it names the space whose blocks are priced")
     if format_ == "bundle":
         if bundle is None:
             raise RecipeError("--format bundle needs --bundle device.zip, the bundle whose runner was run")
@@ -215,10 +230,9 @@ def import_(
         if not device:
             raise RecipeError("--device says what the times were measured on, as --device 'Samsung Note10'")
         if format_ == "ofa":
-            from autocompress.run import load_recipe_data, make_space
+            from autocompress.run import make_space
 
-            parsed = new_recipe(recipe, set_)
-            space = make_space(parsed, lambda: load_recipe_data(parsed))
+            space = make_space(new_recipe(recipe, set_), _no_data)
             rows = block_table(space, read_ofa(source))
         else:
             rows = read_plain_csv(source)
@@ -226,9 +240,21 @@ def import_(
         table = latency_table(rows, where, source=str(source), device={"name": device})
     if interpolate:
         table = table.interpolated()
+        families = len(table.grid.knots) if table.grid else 0
+        typer.echo(
+            f"{families} kinds of operations have rows for every combination of some widths and are "
+            "interpolated between them; rows of whole blocks never are"
+        )
     table.save(output)
     typer.echo(describe_table(table))
     typer.echo(f"written to {output}")
+
+
+def _no_data() -> NoReturn:
+    raise RecipeError(
+        "no data tells the space its channels and classes: say them, as --set space.arguments.in_channels=3 "
+        "--set space.arguments.classes=1000"
+    )
 
 
 def _foreign_target(device: str, threads: int, batch: int) -> "Target":

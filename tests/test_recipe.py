@@ -248,7 +248,7 @@ def test_a_wrong_budget_is_refused_with_what_is_allowed(budget: dict[str, Any], 
             {"profile": {"min_rounds": 20, "max_rounds": 10}},
             r"profile: .*min_rounds \(20\) must not exceed max_rounds \(10\)",
         ),
-        ({"profile": {"max_rounds": 3}}, r"profile: .*min_rounds \(15\) must not exceed max_rounds \(3\)"),
+        ({"profile": {"max_rounds": 3}}, r"profile: .*min_rounds \(24\) must not exceed max_rounds \(3\)"),
         ({"train": {"schedule": "progressive"}}, "train: .*phases belong to schedule 'progressive'"),
         ({"train": {"phases": [{"epochs": 1}]}}, "train: .*phases belong to schedule 'progressive'"),
         (

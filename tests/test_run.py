@@ -48,6 +48,13 @@ def test_a_folder_without_a_run_cannot_be_continued(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
+def test_before_any_stage_has_begun_everything_can_be_changed(tmp_path: Path) -> None:
+    """A typo in the name of a space, refused later, must not make the folder useless."""
+    Run(tmp_path, small_recipe(space={"name": "nope"}))
+    assert Run(tmp_path, small_recipe()).recipe == small_recipe()
+    assert load_recipe(tmp_path / "recipe.yaml") == small_recipe()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -61,6 +68,7 @@ def test_another_recipe_is_refused_and_what_differs_is_named(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     Run(tmp_path, small_recipe())
+    (tmp_path / "latency_samples.jsonl").touch()
     before = (tmp_path / "recipe.yaml").read_bytes()
     message = (
         f"{tmp_path} holds a run of another recipe: {named}; take another directory, or continue that run "

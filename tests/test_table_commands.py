@@ -89,7 +89,7 @@ def test_steps_of_a_table_are_its_own_and_widths_are_rounded_to_them(tmp_path: P
     call("table", "import", source, "--format", "csv", "--device", "toy", "--output", tmp_path / "t.json")
     said = call("table", "steps", tmp_path / "t.json", "--round", "10,24,60,63").stdout
     assert "out channels in steps of 8" in said
-    assert "rounded to steps of 8: 16,24,63" in said
+    assert "rounded to steps of 8, never wider than 63: 16,24,63" in said
 
 
 def test_a_table_without_lines_of_widths_says_what_to_do(profiled: Path) -> None:
@@ -129,7 +129,11 @@ def test_an_imported_table_prices_a_space_and_is_refused_for_this_machine(tmp_pa
     ("arguments", "error", "match"),
     [
         (["import", "x.csv", "--output", "o.json", "--format", "csv"], RecipeError, "--device says what"),
-        (["import", "x.jsonl", "--output", "o.json"], RecipeError, "needs --bundle device.zip"),
+        (
+            ["import", "x.jsonl", "--output", "o.json"],
+            RecipeError,
+            "--bundle device.zip belongs to --format bundle",
+        ),
         (["show", "x.json"], TableError, "not found"),
         (["steps", "--target", "tensorrt"], PluginError, "only states capabilities"),
     ],

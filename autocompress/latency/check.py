@@ -151,6 +151,8 @@ def check_table(
     Raises:
         TableError: The table is of another target or machine, lacks rows, or there are fewer than 2 networks.
     """
+    if networks < 2:
+        raise TableError(f"a check needs at least 2 networks the table was not fitted to, got {networks}")
     table.check_target(table.target)
     cost = table.cost(space)
     fitted = {net.name for net in table.error_report.networks} if table.error_report else set()

@@ -120,8 +120,9 @@ def test_a_table_of_another_machine_is_refused(
 def test_fewer_than_two_networks_are_no_check(
     table: LatencyTable, space: SearchSpace, tmp_path: Path, clock: Any
 ) -> None:
-    with pytest.raises(TableError, match="at least 2 networks the table was not fitted to, got 1"):
-        check(table, space, tmp_path, clock, networks=1)
+    for count in (1, 0, -5):
+        with pytest.raises(TableError, match=f"at least 2 networks the table was not fitted to, got {count}"):
+            check(table, space, tmp_path, clock, networks=count)
 
 
 def test_json_and_plot_are_written(
