@@ -23,7 +23,7 @@ from autocompress.latency.measure import (
     Stopping,
     Timer,
     measure,
-    measure_networks,
+    measure_network,
     summarize,
     time_once,
 )
@@ -227,29 +227,13 @@ def measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[
     return {known[place]: (nets[known[place]], then_ms[known[place]]) for place in places}
 
 
-def measure_prediction(
-    table: LatencyTable, space: SearchSpace, net: Blocks, *, profile_seed: int = 0, runs: int = 60
-) -> tuple[Measurement, float | None]:
-    """Measure one network on the table's target, beside networks that were measured for the table.
+def measure_network_of(table: LatencyTable, net: Blocks, *, runs: int = 60) -> Measurement:
+    """Measure one network on the table's target, between small blocks, as it would run in use.
 
-    Args:
-        table: Of this machine.
-        space: The table's.
-        net: The network.
-        profile_seed: That the table was profiled with.
-        runs: Timed runs of each.
-
-    Returns:
-        The measurement, and by what the others take longer now than when the table was measured: the median
-        over them, `None` if there are none.
+    The rounds of a profile are colder, so that the network tends to take less than predicted.
     """
-    again = measured_before(table, space, profile_seed)
     with pinned(table.target):
-        prepared = {"network": prepare(net, table.target)}
-        prepared |= {name: prepare(other, table.target) for name, (other, _) in again.items()}
-        measured = measure_networks(prepared, target=table.target, count=runs)
-    factors = [measured[name].median_ms / then_ms for name, (_, then_ms) in again.items()]
-    return measured["network"], float(np.median(factors)) if factors else None
+        return measure_network(prepare(net, table.target), target=table.target, count=runs)
 
 
 def _sum_ms(table: LatencyTable, net: Blocks) -> float:
