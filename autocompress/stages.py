@@ -311,7 +311,7 @@ def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:
     found = measure_network_of(table, net)
     return (
         f"it was measured: {found.median_ms:.3f} ms ({found.low_ms:.3f}-{found.high_ms:.3f}), "
-        f"{predicted / found.median_ms - 1:+.1%} was predicted; the final comparison measures it beside others"
+        f"{predicted / found.median_ms - 1:+.1%} was predicted; the comparison measures it beside others"
     )
 
 
