@@ -151,9 +151,10 @@ def steps(
         row_ms = LatencyTable.load(table).row_ms
     else:
         with stage("steps") as progress:
-            row_ms = probe_steps(
+            probed = probe_steps(
                 load_target(target, threads=threads), progress=lambda done, total: progress(done, total)
             )
+        row_ms = {key: row.median_ms for key, row in probed.items()}
     found = learn_steps(row_ms)
     if not found:
         raise RecipeError(
@@ -222,9 +223,7 @@ def import_(
         raise RecipeError("--bundle device.zip belongs to --format bundle, which needs it")
     if recipe is not None and format_ != "ofa":
         raise RecipeError("a recipe is for --format ofa: it names the space whose blocks are priced")
-    if format_ == "bundle":
-        if bundle is None:
-            raise RecipeError("--format bundle needs --bundle device.zip, the bundle whose runner was run")
+    if bundle is not None:
         table = import_samples(source, bundle)
     else:
         if not device:

@@ -94,7 +94,8 @@ def run(
     fitted, held_out = (8, 8) if quick else (FITTED, HELD_OUT)
     stopping = Stopping(0.02, 6, 6) if quick else Stopping(0.02, 24, 40)
     start = time.perf_counter()
-    steps = steps_of(learn_steps(probe_steps(target)))
+    probed = probe_steps(target)
+    steps = steps_of(learn_steps({key: row.median_ms for key, row in probed.items()}))
     plan = plan_widths(space, fitted, 0, knots=knots, steps=steps)
     rows = networks.random_rows(space, held_out, seed=7)
     # In the same rounds: among other neighbours, networks take up to 10 % longer.

@@ -37,7 +37,7 @@ from autocompress.latency.plan import (
 )
 from autocompress.latency.runtime import Blocks, Run, pinned, prepare, versions
 from autocompress.latency.samples import SampleFile
-from autocompress.latency.steps import learn_steps, probe_operations, steps_of
+from autocompress.latency.steps import learn_steps, probe_steps, steps_of
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, describe_device
 from autocompress.latency.widths import DEFAULT_KNOTS, ms_of
@@ -121,7 +121,7 @@ def profile(
     started = time.monotonic()
     probed: dict[str, Measurement] = {}
     if widths == "grid":
-        probed = _probe(target, stopping, file, timer, prepare)
+        probed = probe_steps(target, stopping=stopping, samples=file, timer=timer, prepare=prepare)
         steps = steps_of(learn_steps({key: row.median_ms for key, row in probed.items()}))
         plan = plan_widths(space, networks, seed, knots=knots, steps=steps)
     else:
@@ -216,18 +216,6 @@ def provenance_of(space: SearchSpace, target: Target, measured: str) -> dict[str
         "measured": measured,
         "space": {"name": space.name, "fingerprint": space.fingerprint},
     }
-
-
-def _probe(
-    target: Target, stopping: Stopping, file: SampleFile, timer: Timer, prepare: Prepare
-) -> dict[str, Measurement]:
-    """Measure the rows that show the steps of the device."""
-    items = [
-        Item(row_name(op.key), partial(prepare, [("block", (op,))], target)) for op in probe_operations()
-    ]
-    with pinned(target):
-        samples = measure(items, stopping=stopping, samples=file, timer=timer)
-    return {op.key: summarize(samples[row_name(op.key)].steady_ms) for op in probe_operations()}
 
 
 def _complete(table: LatencyTable, space: SearchSpace, widths: Widths) -> bool:

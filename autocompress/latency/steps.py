@@ -5,7 +5,7 @@ device has is learned from rows that differ in one width only; `probe_operations
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, get_args
@@ -15,8 +15,19 @@ from numpy.typing import NDArray
 
 from autocompress.errors import TableError
 from autocompress.latency.keys import parse_op
-from autocompress.latency.measure import Item, Progress, Stopping, Timer, measure, summarize, time_once
-from autocompress.latency.runtime import pinned, prepare
+from autocompress.latency.measure import (
+    Item,
+    Measurement,
+    Progress,
+    Stopping,
+    Timer,
+    measure,
+    summarize,
+    time_once,
+)
+from autocompress.latency.plan import row_name
+from autocompress.latency.runtime import Blocks, Run, pinned, prepare
+from autocompress.latency.samples import SampleFile
 from autocompress.latency.target import Target
 from autocompress.latency.widths import Axis, at_widths, axes_of, family_of, widths_of
 from autocompress.ops import SEPARATOR, Conv2d, OpSpec
@@ -32,6 +43,7 @@ SIMILAR: Final = 1.5
 EVEN_SIMILAR: Final = 1.2
 FLAT: Final = 6
 PROBE_FROM, PROBE_TO, PROBE_BY, PROBE_FIXED, PROBE_SIZE = 32, 96, 4, 64, 16
+PROBE_STOPPING: Final = Stopping(0.02, 24, 24)
 
 
 @dataclass(frozen=True)
@@ -152,14 +164,20 @@ def _common_step(staircases: Sequence[Staircase]) -> int:
 
 
 def probe_steps(
-    target: Target, *, rounds: int = 24, timer: Timer = time_once, progress: Progress | None = None
-) -> dict[str, float]:
-    """Measure the probe operations on a target of this machine; key to median ms."""
+    target: Target,
+    *,
+    stopping: Stopping = PROBE_STOPPING,
+    samples: SampleFile | None = None,
+    timer: Timer = time_once,
+    prepare: Callable[[Blocks, Target], Run] = prepare,
+    progress: Progress | None = None,
+) -> dict[str, Measurement]:
+    """Measure the probe operations on a target of this machine; by key of their rows."""
     ops = probe_operations()
-    items = [Item(op.key, partial(prepare, [("block", (op,))], target)) for op in ops]
+    items = [Item(row_name(op.key), partial(prepare, [("block", (op,))], target)) for op in ops]
     with pinned(target):
-        samples = measure(items, stopping=Stopping(0.02, rounds, rounds), timer=timer, progress=progress)
-    return {op.key: summarize(samples[op.key].steady_ms).median_ms for op in ops}
+        found = measure(items, stopping=stopping, samples=samples, timer=timer, progress=progress)
+    return {op.key: summarize(found[row_name(op.key)].steady_ms) for op in ops}
 
 
 def probe_operations() -> list[OpSpec]:
