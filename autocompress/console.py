@@ -1,5 +1,6 @@
 """What commands share: bars and lines on the screen, and recipes from files and options."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
 RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
+SECONDS_A_LINE = 20.0
+"""Between lines of progress where there is no terminal."""
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set search.seed=1.")
 ]
@@ -23,11 +26,14 @@ SetOption = Annotated[
 
 @contextmanager
 def stage(title: str) -> Iterator["Progress"]:
-    """Show a bar with the time left on a terminal, and nothing elsewhere."""
+    """Show a bar with the time left on a terminal; elsewhere, such as in a log, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -35,13 +41,29 @@ def stage(title: str) -> Iterator["Progress"]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def advance(done: int, total: int, note: str = "") -> None:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+def _lines(title: str) -> "Progress":
+    """Return progress that writes a line to stderr whenever `SECONDS_A_LINE` went by."""
+    started = last = time.monotonic()
+
+    def advance(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_A_LINE:
+            return
+        last = now
+        said = [f"{title}: {done} of {total}", f"{now - started:.0f} s", *([note] if note else [])]
+        typer.echo(", ".join(said), err=True)
+
+    return advance
 
 
 def on_screen(said: list[str] | None = None) -> "Shown":

@@ -13,6 +13,8 @@ DOUBTFUL_MAPE_PERCENT, DOUBTFUL_SPEARMAN = 10.0, 0.8
 def describe_table(table: LatencyTable) -> str:
     """Return one line on how far the table can be trusted."""
     report = table.error_report
+    if not table.rows:
+        return "latency table: no rows, it prices nothing"
     if report is None:
         return f"latency table: {len(table.rows)} rows, not checked against whole networks"
     figures = report.figures

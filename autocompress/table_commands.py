@@ -14,7 +14,7 @@ from autocompress.console import (
     read_recipe,
     stage,
 )
-from autocompress.errors import RecipeError
+from autocompress.errors import RecipeError, TableError
 
 if TYPE_CHECKING:
     from autocompress.latency.steps import Staircase
@@ -37,6 +37,11 @@ def show(table: TableArgument) -> None:
 
     found = LatencyTable.load(table)
     typer.echo(describe_table(found))
+    if unknown := _unknown_rows(found):
+        typer.echo(
+            f"{len(unknown)} rows are not of operations that autocompress knows, such as {unknown[0]!r}: "
+            "they price only a space with operations of these keys"
+        )
     target, report = found.target, found.error_report
     typer.echo(
         f"target: {target.name}: {target.runtime or 'not measured here'}, {target.device}, "
@@ -63,6 +68,19 @@ def show(table: TableArgument) -> None:
         )
     if found.width_report is not None:
         typer.echo(_describe_widths(found))
+
+
+def _unknown_rows(table: "LatencyTable") -> list[str]:
+    """Return the keys of the rows that are no blocks of known operations, shortened."""
+    from autocompress.latency.keys import parse_block
+
+    unknown = []
+    for key in table.rows:
+        try:
+            parse_block(key)
+        except TableError:
+            unknown.append(key[:60])
+    return unknown
 
 
 def _describe_widths(table: "LatencyTable") -> str:

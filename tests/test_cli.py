@@ -604,10 +604,20 @@ def test_a_terminal_shows_title_count_and_note(monkeypatch: pytest.MonkeyPatch) 
         assert part in shown
 
 
-def test_without_a_terminal_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_a_line_is_shown_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with console.stage("train the supernet") as progress:
         progress(3, 12, "loss 0.123")
     assert tuple(capsys.readouterr()) == ("", "")
+
+    now = iter([0.0, 19.0, 25.0, 30.0, 46.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.stage("train the supernet") as progress:
+        for done in range(1, 5):
+            progress(done, 4, "loss 0.123" if done < 4 else "")
+    said = "train the supernet: 2 of 4, 25 s, loss 0.123\ntrain the supernet: 4 of 4, 46 s\n"
+    assert tuple(capsys.readouterr()) == ("", said)
 
 
 def test_the_small_recipe_of_these_tests_is_the_one_that_was_run(finished: tuple[Path, Result]) -> None:

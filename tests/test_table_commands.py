@@ -57,6 +57,24 @@ def test_show_says_what_a_table_holds_and_how_far_it_can_be_trusted(profiled: Pa
         assert f"priced by {table.granularity}, {form}: bias" in said
 
 
+def test_show_names_rows_of_unknown_operations_and_tables_without_rows(
+    profiled: Path, tmp_path: Path
+) -> None:
+    content = json.loads((profiled / "latency_table.json").read_text())
+    rows = content["rows"]
+    odd = {**content, "rows": {"warp(a=1)": next(iter(rows.values()))}, "error_report": None}
+    odd["correction"] = {**content["correction"], "form": "raw", "scale": 1.0}
+    odd["correction"] |= {"per_row_ms": 0.0, "constant_ms": 0.0, "per_element_ms": 0.0}
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(odd))
+    assert (
+        "1 rows are not of operations that autocompress knows, such as 'warp(a=1)'"
+        in call("table", "show", path).stdout
+    )
+    path.write_text(json.dumps({**odd, "rows": {}}))
+    assert "no rows, it prices nothing" in call("table", "show", path).stdout
+
+
 def test_a_table_gets_the_rows_it_lacks(profiled: Path, tmp_path: Path) -> None:
     """The wider space has every block of the small one; only its others are measured."""
     old = LatencyTable.load(profiled / "latency_table.json")

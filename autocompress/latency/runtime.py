@@ -14,6 +14,7 @@ from typing import Final
 
 from autocompress.errors import PluginError, TableError
 from autocompress.latency.target import Device, NumberFormat, Target, targets
+from autocompress.machine import cores
 from autocompress.ops import Conv2d, Ops
 
 Run = Callable[[], object]
@@ -145,7 +146,18 @@ def prepare_onnx(model: bytes | Path, target: Target) -> Run:
 
 @contextmanager
 def pinned(target: Target) -> Iterator[None]:
-    """Hold what belongs to the whole process, its number of threads above all, as the target wants it."""
+    """Hold what belongs to the whole process, its number of threads above all, as the target wants it.
+
+    Raises:
+        PluginError: As `load_runtime`.
+        TableError: As `load_runtime`; or the target has more threads than this process may use cores.
+    """
+    if target.threads > cores():
+        raise TableError(
+            f"target {target.name!r} has {target.threads} threads, and this process may use {cores()} cores: "
+            "what would be measured is threads that wait for each other; ask for fewer (--threads, or "
+            "target.threads of the recipe), or measure the device itself with `autocompress profile --bundle`"
+        )
     with load_runtime(target).pinned(target):
         yield
 

@@ -1,6 +1,5 @@
 """Threads, precision and memory format: what a few timed steps say is fastest here."""
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from autocompress.elastic.supernet import resize
+from autocompress.machine import cores
 from autocompress.network import build_network
 from autocompress.recipe import OptimizerSettings, TrainSettings
 from autocompress.space import SearchSpace
@@ -20,11 +20,6 @@ TIMED_STEPS = 2
 # The first bf16 steps of a supernet compile kernels for every shape, which took over 40 s where this was
 # measured (and bf16 was slower in the end); only a training that takes much longer is worth the trial.
 BF16_TRIAL_FROM_S = 1800.0
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_threads(

@@ -13,6 +13,7 @@ from torch import nn
 from autocompress.errors import PluginError, TableError
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.export.quantized import quantized, quantized_blocks
+from autocompress.latency import runtime
 from autocompress.latency.measure import measure_onnx, measure_onnx_files
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import pinned, prepare, prepare_onnx, reads_onnx, targets_here
@@ -111,9 +112,19 @@ def test_a_module_runs_in_evaluation_mode_in_channels_last_without_gradients() -
     assert not module.training
 
 
-def test_threads_are_pinned_and_restored_even_after_an_error() -> None:
+def test_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    with (
+        pytest.raises(TableError, match="'onnxruntime-cpu' has 3 threads, and this process may use 2 cores"),
+        pinned(load_target(threads=3)),
+    ):
+        pass
+
+
+def test_threads_are_pinned_and_restored_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    other = before + 1
+    other = 2 if before == 1 else 1
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
 
     def fail() -> None:
         with pinned(load_target("pytorch-cpu", threads=other)):

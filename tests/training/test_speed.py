@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from autocompress.machine import cores
 from autocompress.recipe import OptimizerSettings
-from autocompress.training.speed import autocast, choose_formats, choose_threads, cores
+from autocompress.training.speed import autocast, choose_formats, choose_threads
 
 AUTO = OptimizerSettings(precision="auto", memory_format="auto")
 
