@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autocompress.compare.command import compare
 from autocompress.console import (
     RecipeArgument,
     RunOption,
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.add_typer(table_commands, name="table")
+app.command()(compare)
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one
 # takes longer than most operations of a small network; to spin for long, the default, holds up other

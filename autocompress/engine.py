@@ -1,25 +1,37 @@
-"""The search loop: ask, refuse on cost, look up what is known, evaluate, tell."""
+"""The search loop: ask, refuse on cost, look up what is known, evaluate, tell.
+
+Two kinds of evaluators, two memories: what is paid for is remembered, stored and never paid for twice; what
+is free (a predictor, a table) is asked again, streamed to a file, and only the best of it is kept.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
 from autocompress.cost import Values
-from autocompress.errors import AutocompressError, EvaluationError
-from autocompress.evaluator import Evaluator
+from autocompress.deadline import deadline
+from autocompress.errors import AutocompressError, EvaluationError, SpaceError, StrategyError
+from autocompress.evaluator import Evaluator, ParallelEvaluator
+from autocompress.history import History
 from autocompress.progress import Progress, silent
 from autocompress.result import SearchResult
-from autocompress.space import Codes
-from autocompress.storage import History, TrialStorage
+from autocompress.space import Codes, SearchSpace
+from autocompress.storage import TrialStorage
 from autocompress.strategy import Strategy
 from autocompress.trial import Batch, Outcome, Trial
 
 DEFAULT_BATCH = 100
 # A strategy that proposes nothing new so often in a row has nothing new to propose.
 MAX_IDLE_ASKS = 50
+MAX_FAILURES = 20
+"""If so many evaluations fail, and all from the first on, the evaluator is broken, not a network."""
+KEPT_CANDIDATES = 1000
+"""How many of the candidates of a free evaluator are kept, the best ones."""
+ASK_TIMEOUT_S = 3600.0
 
 
 def search(
@@ -34,6 +46,7 @@ def search(
     history: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     batch: int = DEFAULT_BATCH,
+    ask_timeout_s: float = ASK_TIMEOUT_S,
     progress: Progress = silent,
 ) -> SearchResult:
     """Search with any strategy, from where an earlier call with the same arguments stopped.
@@ -51,10 +64,13 @@ def search(
         objective: The metric that the result ranks by.
         storage: Path of a journal file, or URL of an Optuna storage, for paid evaluations.
         study: Name of the study in the storage.
-        history: Path of the stream of scored candidates.
+        history: Path of the stream of candidates that a free evaluator scored; started anew each time.
         identity: What the stored outcomes depend on besides the space and the limits: the evaluator's
             weights, the data, the seed.
-        batch: Rows asked at once of an evaluator that is not paid; paid ones get what the strategy gives.
+        batch: Rows asked at once for a free evaluator. For a paid one, as many as it evaluates at once
+            (`workers`, 1 unless it says otherwise): every strategy learns from all there is.
+        ask_timeout_s: How long the strategy may take for one answer; only kept in the main thread of a
+            system with interval timers.
         progress: Told evaluations and the best score.
 
     Returns:
@@ -62,6 +78,8 @@ def search(
 
     Raises:
         StorageError: Outcomes cannot be stored, or belong to another search.
+        StrategyError: The strategy raised, took too long, or proposed what is not in the space.
+        EvaluationError: The first evaluations all failed.
         AutocompressError: `evaluations` is below 1, or the evaluator does not give the objective.
     """
     if evaluations < 1:
@@ -73,16 +91,23 @@ def search(
         "objective": objective,
         **(identity or {}),
     }
-    memory = _Memory(constraints, evaluator, objective, storage, study, history, belongs)
+    memory: _Memory
+    if evaluator.paid:
+        stored = None if storage is None else TrialStorage(storage, study=study, identity=belongs)
+        memory = _Paid(constraints, evaluator, objective, stored)
+    else:
+        kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
+        memory = _Free(constraints, evaluator, objective, kept, batch)
+    guarded = _Guarded(strategy, space, ask_timeout_s)
     idle = asked = 0
     while memory.evaluated < evaluations and idle < MAX_IDLE_ASKS:
-        codes = strategy.ask(min(batch, evaluations - memory.evaluated))
+        codes = guarded.ask(min(memory.at_once, evaluations - memory.evaluated))
         if not len(codes):
             break
         asked += len(codes)
         before = memory.evaluated
         for told in memory.evaluate(codes):
-            strategy.tell(told)
+            guarded.tell(told)
             best = "" if memory.best is None else f"best {objective} {memory.best:.4f}"
             progress(memory.evaluated, evaluations, best)
         idle = idle + 1 if memory.evaluated == before else 0
@@ -98,58 +123,101 @@ def search(
     )
 
 
-class _Memory:
-    """What was evaluated, in this run or before; asks the evaluator only for what is new."""
+class _Guarded:
+    """A strategy whose faults become errors that name it."""
+
+    def __init__(self, strategy: Strategy, space: SearchSpace, timeout_s: float) -> None:
+        self._strategy, self._space, self._timeout_s = strategy, space, timeout_s
+        self._name = type(strategy).__name__
+
+    def ask(self, n: int) -> Codes:
+        codes = self._call("ask", n)
+        if len(codes) > n:
+            raise StrategyError(f"strategy {self._name} proposed {len(codes)} networks where {n} were asked")
+        if len(codes):
+            try:
+                self._space.validate(codes)
+            except SpaceError as error:
+                raise StrategyError(
+                    f"strategy {self._name} proposed what is not in space {self._space.name!r}: {error}"
+                ) from error
+        return np.ascontiguousarray(codes, dtype=np.int64)
+
+    def tell(self, batch: Batch) -> None:
+        self._call("tell", batch)
+
+    def _call(self, what: str, argument: Any) -> Any:
+        try:
+            with deadline(self._timeout_s):
+                return getattr(self._strategy, what)(argument)
+        except AutocompressError:
+            raise
+        except TimeoutError:
+            raise StrategyError(
+                f"strategy {self._name} took more than {self._timeout_s:g} s to {what}; every evaluation so "
+                "far is stored, if the search has a storage"
+            ) from None
+        except Exception as error:
+            raise StrategyError(
+                f"strategy {self._name} failed to {what}: {type(error).__name__}: {error}"
+            ) from error
+
+
+class _Memory(Protocol):
+    """What was evaluated, and how to evaluate more."""
+
+    trials: list[Trial]
+    evaluated: int
+    best: float | None
+    at_once: int
+
+    def evaluate(self, codes: Codes) -> Iterator[Batch]:
+        """Yield the batches to tell."""
+
+    def candidates(self) -> Batch | None:
+        """Return the best of what was scored for free."""
+
+
+class _Paid:
+    """Every evaluation is a trial, in storage too; a network is paid for once, now or earlier."""
 
     def __init__(
-        self,
-        constraints: Constraints,
-        evaluator: Evaluator,
-        objective: str,
-        storage: Path | str | None,
-        study: str,
-        history: Path | None,
-        identity: Mapping[str, Any],
+        self, constraints: Constraints, evaluator: Evaluator, objective: str, storage: TrialStorage | None
     ) -> None:
         self.constraints, self.evaluator, self.objective = constraints, evaluator, objective
+        self.at_once = evaluator.workers if isinstance(evaluator, ParallelEvaluator) else 1
         self.trials: list[Trial] = []
         self.evaluated = 0
         self.best: float | None = None
         self._known: dict[bytes, Mapping[str, float] | None] = {}  # None: the evaluation failed
+        self._storage = storage
         self._stored: dict[bytes, Trial] = {}
-        self._scores: dict[bytes, float] = {}
-        self._storage: TrialStorage | None = None
-        self._history: History | None = None
-        space = constraints.space
-        if evaluator.paid and storage is not None:
-            self._storage = TrialStorage(storage, study=study, identity=identity)
-            for trial in self._storage.load(space):
+        if storage is not None:
+            space = constraints.space
+            for trial in storage.load(space):
                 self._stored[space.encode([trial.architecture])[0].tobytes()] = trial
-        if not evaluator.paid and history is not None:
-            self._history = History(history, space, tuple(constraints.costs), identity)
-            codes, scores = self._history.load()
-            rows = np.ascontiguousarray(codes, dtype=np.int64)
-            self._scores = {row.tobytes(): score for row, score in zip(rows, scores.tolist(), strict=True)}
 
     def evaluate(self, codes: Codes) -> Iterator[Batch]:
-        """Yield the batches to tell: of a paid evaluator row by row, otherwise all at once."""
-        codes = np.ascontiguousarray(codes, dtype=np.int64)
+        """Yield the outcome of every row, in order, each as soon as it is known."""
         costs = self.constraints.price(codes)
-        feasible = np.ones(len(codes), dtype=np.bool_)
-        for metric, limit in self.constraints.limits.items():
-            feasible &= costs[metric] <= limit
-        if not self.evaluator.paid:
-            yield self._score_all(codes, costs, feasible)
-            return
-        for index in range(len(codes)):
+        feasible = _within(self.constraints, costs)
+        keys = [row.tobytes() for row in codes]
+        unknown = {
+            key: index
+            for index, key in reversed(list(enumerate(keys)))
+            if feasible[index] and key not in self._known and key not in self._stored
+        }
+        paid = self._results(codes[sorted(unknown.values())])
+        for index, key in enumerate(keys):
             row = codes[index : index + 1]
             its_costs = {metric: values[index : index + 1] for metric, values in costs.items()}
             if not feasible[index]:
                 yield self._unscored(row, its_costs, Outcome.INFEASIBLE)
                 continue
-            key = row.tobytes()
             if key not in self._known:
-                self._known[key] = self._pay(key, row, {m: float(v[0]) for m, v in its_costs.items()})
+                stored = self._stored.get(key)
+                found = next(paid) if stored is None else _outcome_of(stored)
+                self._add(key, row, its_costs, found, store=stored is None)
             metrics = self._known[key]
             if metrics is None:
                 yield self._unscored(row, its_costs, Outcome.FAILED)
@@ -157,91 +225,147 @@ class _Memory:
                 values = {name: np.array([value]) for name, value in metrics.items()}
                 yield Batch(row, its_costs, values, np.array([Outcome.MEASURED], dtype=np.int8))
 
-    def _unscored(self, row: Codes, costs: Mapping[str, Values], outcome: Outcome) -> Batch:
-        return Batch(row, costs, {self.objective: np.full(1, np.nan)}, np.array([outcome], dtype=np.int8))
-
-    def _pay(self, key: bytes, row: Codes, costs: Mapping[str, float]) -> Mapping[str, float] | None:
-        space = self.constraints.space
-        stored = self._stored.get(key)
-        if stored is None:
-            metrics: Mapping[str, float] = {}
-            outcome, error = Outcome.MEASURED, ""
+    def _results(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
+        """Yield what the evaluator says of each row, in order; a row it fails on costs only itself."""
+        if isinstance(self.evaluator, ParallelEvaluator):
+            yield from self.evaluator.each(codes)
+            return
+        for index in range(len(codes)):
             try:
-                found = self.evaluator(row)
-                self._check_objective(found)
-                metrics = {name: float(values[0]) for name, values in found.items()}
-                if not np.isfinite(metrics[self.objective]):
-                    raise EvaluationError(f"{self.objective} is {metrics[self.objective]}")
+                found = self.evaluator(codes[index : index + 1])
+                yield {name: float(values[0]) for name, values in found.items()}
             except EvaluationError as reason:
-                metrics, outcome, error = {}, Outcome.FAILED, str(reason)
-        else:
-            metrics, outcome, error = stored.metrics, stored.outcome, stored.error
-        trial = Trial(len(self.trials), space.decode(row)[0], costs, metrics, outcome, error)
-        if stored is None and self._storage is not None:
+                yield reason
+            except AutocompressError:
+                raise
+            except Exception as error:  # noqa: BLE001  (a user's evaluator may raise anything)
+                yield EvaluationError(f"{type(error).__name__}: {error}")
+
+    def _add(
+        self,
+        key: bytes,
+        row: Codes,
+        costs: Mapping[str, Values],
+        found: Mapping[str, float] | Exception,
+        *,
+        store: bool,
+    ) -> None:
+        """Make a trial of what was found; all metrics of it, or the reason why there are none."""
+        space = self.constraints.space
+        error = "" if not isinstance(found, Exception) else str(found)
+        metrics = {} if isinstance(found, Exception) else found
+        if not error:
+            _check_objective(self.objective, metrics)
+            if not np.isfinite(metrics[self.objective]):
+                error, metrics = f"{self.objective} is {metrics[self.objective]}", {}
+        outcome = Outcome.FAILED if error else Outcome.MEASURED
+        plain = {metric: float(values[0]) for metric, values in costs.items()}
+        trial = Trial(len(self.trials), space.decode(row)[0], plain, metrics, outcome, error)
+        if store and self._storage is not None:
             self._storage.add(trial, space, self.objective)
         self.trials.append(trial)
         self.evaluated += 1
-        if outcome != Outcome.MEASURED:
-            return None
-        self._note(metrics[self.objective])
-        return metrics
+        self._known[key] = None if error else metrics
+        if not error:
+            score = metrics[self.objective]
+            self.best = score if self.best is None else max(self.best, score)
+        elif store and self.best is None and self.evaluated >= MAX_FAILURES:
+            raise EvaluationError(
+                f"the first {self.evaluated} evaluations all failed, the last one with: {error}; the "
+                "evaluator is broken, not a network"
+            )
 
-    def _score_all(self, codes: Codes, costs: Mapping[str, Values], feasible: Any) -> Batch:
+    def _unscored(self, row: Codes, costs: Mapping[str, Values], outcome: Outcome) -> Batch:
+        return Batch(row, costs, {self.objective: np.full(1, np.nan)}, np.array([outcome], dtype=np.int8))
+
+    def candidates(self) -> None:
+        """Return none: what is paid for is a trial."""
+
+
+class _Free:
+    """Every proposal is scored, all rows of an ask at once; only the best are kept."""
+
+    def __init__(
+        self,
+        constraints: Constraints,
+        evaluator: Evaluator,
+        objective: str,
+        history: History | None,
+        at_once: int,
+    ) -> None:
+        self.constraints, self.evaluator, self.objective = constraints, evaluator, objective
+        self.at_once = at_once
+        self.trials: list[Trial] = []
+        self.evaluated = 0
+        self.best: float | None = None
+        self._history = history
+        self._kept: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
+        self._scores: Values = np.zeros(0)
+
+    def evaluate(self, codes: Codes) -> Iterator[Batch]:
+        """Yield one batch, of all rows."""
+        costs = self.constraints.price(codes)
+        feasible = _within(self.constraints, costs)
         scores = np.full(len(codes), np.nan)
-        keys = [row.tobytes() for row in codes]
-        new = [
-            index
-            for index, key in enumerate(keys)
-            if feasible[index] and key not in self._known and key not in self._scores
-        ]
-        # The same row twice in one batch is scored once.
-        new = list({keys[index]: index for index in new}.values())
-        if new:
-            found = self._scored(codes[new])
-            self._scores.update({keys[index]: float(score) for index, score in zip(new, found, strict=True)})
-            if self._history is not None:
-                columns = np.stack([values[new] for values in costs.values()], axis=1)
-                self._history.append(codes[new], found, columns)
-        for index, key in enumerate(keys):
-            if feasible[index]:
-                scores[index] = self._scores[key]
-                if key not in self._known:
-                    self._known[key] = {}
-                    self.evaluated += 1
+        if feasible.any():
+            scores[feasible] = self._scored(codes[feasible])
         finite = np.isfinite(scores)
-        if finite.any():
-            self._note(float(scores[finite].max()))
         scores[~finite] = np.nan
+        if self._history is not None and feasible.any():
+            columns = np.stack([values[feasible] for values in costs.values()], axis=1)
+            self._history.append(codes[feasible], scores[feasible], columns)
+        self.evaluated += int(feasible.sum())
+        self._keep(codes[finite], scores[finite])
         outcomes = np.select([~feasible, finite], [Outcome.INFEASIBLE, Outcome.MEASURED], Outcome.FAILED)
-        return Batch(codes, costs, {self.objective: scores}, outcomes.astype(np.int8))
+        yield Batch(codes, costs, {self.objective: scores}, outcomes.astype(np.int8))
 
     def _scored(self, codes: Codes) -> Values:
-        """Ask an evaluator that is not paid; `nan` for all rows if it fails."""
+        """Ask the evaluator; `nan` for all rows if it fails."""
         try:
             found = self.evaluator(codes)
         except EvaluationError:
             return np.full(len(codes), np.nan)
-        self._check_objective(found)
-        return found[self.objective]
+        _check_objective(self.objective, found)
+        return np.asarray(found[self.objective], dtype=np.float64)
 
-    def _check_objective(self, found: Mapping[str, Values]) -> None:
-        if self.objective not in found:
-            given = ", ".join(found) or "nothing"
-            raise AutocompressError(
-                f"the search maximises {self.objective!r}, but the evaluator gives {given}"
-            )
+    def _keep(self, codes: Codes, scores: Values) -> None:
+        """Keep the best distinct rows seen so far, the earlier one of equals."""
+        if len(self._scores) == KEPT_CANDIDATES:
+            better = scores > self._scores[-1]
+            codes, scores = codes[better], scores[better]
+        if not len(codes):
+            return
+        rows, values = np.vstack([self._kept, codes]), np.concatenate([self._scores, scores])
+        order = np.argsort(-values, kind="stable")
+        _, first = np.unique(rows[order], axis=0, return_index=True)
+        order = order[np.sort(first)][:KEPT_CANDIDATES]
+        self._kept, self._scores = rows[order], values[order]
+        self.best = float(self._scores[0])
 
-    def candidates(self) -> Batch | None:
-        """Return what an evaluator that is not paid scored in this search; `None` for paid ones."""
-        if self.evaluator.paid or not self._known:
-            return None
-        codes = np.frombuffer(b"".join(self._known), dtype=np.int64).reshape(len(self._known), -1)
-        scores = np.array([self._scores[key] for key in self._known])
-        outcomes = np.where(np.isfinite(scores), Outcome.MEASURED, Outcome.FAILED).astype(np.int8)
-        return Batch(codes, self.constraints.price(codes), {self.objective: scores}, outcomes)
+    def candidates(self) -> Batch:
+        """Return the best of what was scored, the best first."""
+        outcomes = np.full(len(self._scores), Outcome.MEASURED, dtype=np.int8)
+        return Batch(self._kept, self.constraints.price(self._kept), {self.objective: self._scores}, outcomes)
 
-    def _note(self, score: float) -> None:
-        self.best = score if self.best is None else max(self.best, score)
+
+def _within(constraints: Constraints, costs: Mapping[str, Values]) -> NDArray[np.bool_]:
+    """Return which rows of these costs fit every limit."""
+    count = len(next(iter(costs.values()))) if costs else 0
+    fits = np.ones(count, dtype=np.bool_)
+    for metric, limit in constraints.limits.items():
+        fits &= costs[metric] <= limit
+    return fits
+
+
+def _outcome_of(trial: Trial) -> Mapping[str, float] | Exception:
+    """Return what an evaluator would have said of a stored trial."""
+    return trial.metrics if trial.outcome == Outcome.MEASURED else EvaluationError(trial.error)
+
+
+def _check_objective(objective: str, found: Mapping[str, Any]) -> None:
+    if objective not in found:
+        given = ", ".join(found) or "nothing"
+        raise AutocompressError(f"the search maximises {objective!r}, but the evaluator gives {given}")
 
 
 StrategyFactory = Callable[..., Strategy]

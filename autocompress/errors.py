@@ -61,6 +61,10 @@ class EvaluationError(AutocompressError, RuntimeError):
     """One architecture could not be evaluated; the search tells it as failed and goes on."""
 
 
+class StrategyError(AutocompressError, RuntimeError):
+    """A search strategy raised, took too long, or proposed what is not in the space."""
+
+
 class StorageError(AutocompressError, OSError):
     """A run directory, a journal or a history file cannot be read or written."""
 

@@ -1,7 +1,7 @@
 """What an evaluator is: it turns architectures into metrics."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 from autocompress.cost import Values
 from autocompress.space import Codes
@@ -12,7 +12,7 @@ class Evaluator(Protocol):
 
     Attributes:
         paid: Whether an evaluation is worth keeping as a trial (a supernet slice, training, a measurement).
-            Paid evaluators get one row a call; others (predictors, tables) get all rows of a batch at once.
+            Paid evaluators get one row a call; free ones (predictors, tables) all rows of a batch at once.
     """
 
     @property
@@ -25,3 +25,19 @@ class Evaluator(Protocol):
         Raises:
             EvaluationError: The architecture could not be evaluated; the search goes on without it.
         """
+
+
+@runtime_checkable
+class ParallelEvaluator(Evaluator, Protocol):
+    """A paid evaluator of several architectures at a time, in processes of its own.
+
+    Attributes:
+        workers: How many at a time.
+    """
+
+    @property
+    def workers(self) -> int:
+        """How many architectures are evaluated at a time."""
+
+    def each(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
+        """Yield the metrics of every row, in the order of the rows, or why there are none."""

@@ -1,4 +1,4 @@
-"""Where a search keeps what it has seen: paid evaluations in Optuna, scored candidates in a stream.
+"""Where a search keeps what it paid for: trials of an Optuna study.
 
 Resuming is replaying: strategies are deterministic, so a search that starts again asks the same
 architectures, and finds their outcomes here instead of evaluating them.
@@ -10,17 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast, final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from autocompress.errors import StorageError
-from autocompress.space import Codes, SearchSpace
+from autocompress.space import SearchSpace
 from autocompress.trial import Outcome, Trial
 
 if TYPE_CHECKING:
     import optuna
-
-HISTORY_SCHEMA = "autocompress.history"
 
 
 class TrialStorage:
@@ -221,74 +216,3 @@ def cut_incomplete_line(path: Path) -> None:
                 file.truncate(position)
     except OSError as error:
         raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
-
-
-class History:
-    """Candidates that were scored by a predictor or a table: fixed-size records, appended.
-
-    The file is a line of JSON that says what it belongs to, then one record a candidate: the codes as bytes
-    (wider integers only if a choice has over 256 options), the score and each cost as doubles. What a kill
-    leaves of a record is cut when it is opened.
-
-    Args:
-        path: The file.
-        space: Whose candidates.
-        costs: Names of the costs.
-        identity: What they belong to; with another one the file is started again.
-
-    Raises:
-        StorageError: It cannot be opened.
-    """
-
-    def __init__(
-        self, path: Path, space: SearchSpace, costs: tuple[str, ...], identity: Mapping[str, Any]
-    ) -> None:
-        """Open the file, or start it."""
-        # One byte a gene for nearly every space.
-        gene = np.min_scalar_type(int(space.counts.max()) - 1).newbyteorder("<")
-        self._dtype = np.dtype(
-            [("codes", gene, (len(space.choices),)), ("score", "<f8"), ("costs", "<f8", (len(costs),))]
-        )
-        head = {"schema": HISTORY_SCHEMA, "version": 1, "costs": list(costs), **_plain(identity)}
-        line = (json.dumps(head, sort_keys=True) + "\n").encode()
-        self.path, self._start = path, len(line)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a+b") as file:
-                file.seek(0)
-                if file.read(len(line)) != line:
-                    file.truncate(0)
-                    file.write(line)
-                    return
-                size = file.seek(0, os.SEEK_END)
-                file.truncate(size - (size - self._start) % self._dtype.itemsize)
-        except OSError as error:
-            raise StorageError(f"cannot open {path}: {error.strerror or error}") from error
-
-    def append(self, codes: Codes, scores: NDArray[np.float64], costs: NDArray[np.float64]) -> None:
-        """Add records.
-
-        Args:
-            codes: `(n, choices)`.
-            scores: `(n,)`.
-            costs: `(n, costs)`.
-
-        Raises:
-            StorageError: They cannot be written.
-        """
-        records = np.zeros(len(codes), dtype=self._dtype)
-        records["codes"], records["score"], records["costs"] = codes, scores, costs
-        try:
-            with self.path.open("ab") as file:
-                file.write(records.tobytes())
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def load(self) -> tuple[Codes, NDArray[np.float64]]:
-        """Return the codes `(n, choices)` and scores `(n,)` of every record."""
-        try:
-            content = self.path.read_bytes()[self._start :]
-        except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
-        records = np.frombuffer(content, dtype=self._dtype)
-        return records["codes"].astype(np.int64), records["score"].copy()

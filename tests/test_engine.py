@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import optuna
 import pytest
 
+from autocompress import engine
 from autocompress.budget import Constraints
 from autocompress.cost import Values
-from autocompress.engine import MAX_IDLE_ASKS, search
-from autocompress.errors import AutocompressError, EvaluationError, StorageError
+from autocompress.engine import MAX_FAILURES, MAX_IDLE_ASKS, search
+from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
+from autocompress.history import read_history
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.strategy import Strategy
@@ -58,14 +61,20 @@ class Evaluated:
 
 
 class Scripted:
-    """Asks lists of rows that were given, whatever it is told; remembers what it was told."""
+    """Asks lists of rows that were given, in pieces if need be; remembers what it was told."""
 
     def __init__(self, *asks: Codes) -> None:
         self.asks = list(asks)
         self.told: list[Batch] = []
 
     def ask(self, n: int) -> Codes:
-        return self.asks.pop(0)[:n] if self.asks else np.zeros((0, 1), dtype=np.int64)
+        if not self.asks:
+            return np.zeros((0, 1), dtype=np.int64)
+        rows = self.asks[0][:n]
+        self.asks[0] = self.asks[0][n:]
+        if not len(self.asks[0]):
+            del self.asks[0]
+        return rows
 
     def tell(self, batch: Batch) -> None:
         self.told.append(batch)
@@ -140,16 +149,46 @@ def test_what_is_told_carries_every_cost_also_of_infeasible_rows() -> None:
     assert {frozenset(batch.costs) for batch in strategy.told} == {frozenset(constraints.costs)}
 
 
-@pytest.mark.parametrize("paid", [True, False])
-def test_a_network_asked_again_is_told_again_from_memory(paid: bool) -> None:
+def test_a_network_asked_again_is_told_again_from_memory_and_not_paid_for_again() -> None:
     constraints = toy_constraints("macs=100%", blocks=2)
     rows = every_network(constraints.space)
     strategy = Scripted(rows[[3, 3, 4]], rows[[4, 3]], rows[[5]])
-    evaluator = Evaluated(constraints.space, paid=paid)
+    evaluator = Evaluated(constraints.space)
     result = search(strategy, constraints, evaluator, evaluations=1000)
     assert evaluator.rows == [rows[i].tobytes() for i in (3, 4, 5)]
     np.testing.assert_array_equal(strategy.scores, toy_score(constraints.space, rows[[3, 3, 4, 4, 3, 5]]))
-    assert (result.asked, len(result.trials) + result.scored) == (6, 3)
+    assert (result.asked, len(result.trials)) == (6, 3)
+
+
+class Workers(Evaluated):
+    """Evaluates three networks at a time, the later ones of them first."""
+
+    workers = 3
+
+    def each(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
+        self.calls = [*getattr(self, "calls", []), len(codes)]
+        found: dict[int, Mapping[str, float] | Exception] = {}
+        for index in reversed(range(len(codes))):
+            try:
+                metrics = self(codes[index : index + 1])
+                found[index] = {name: float(values[0]) for name, values in metrics.items()}
+            except EvaluationError as error:
+                found[index] = error
+        yield from (found[index] for index in range(len(codes)))
+
+
+def test_an_evaluator_with_workers_gets_as_many_networks_as_it_has_and_changes_no_trial() -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    rows = every_network(constraints.space)
+    order = np.concatenate([np.arange(len(rows)), [0, 1]])
+    alone, together = Scripted(rows[order]), Scripted(rows[order])
+    expected = search(alone, constraints, Evaluated(constraints.space, failing=is_odd), evaluations=1000)
+    workers = Workers(constraints.space, failing=is_odd)
+    result = search(together, constraints, workers, evaluations=1000)
+    assert plain(result.trials) == plain(expected.trials)
+    assert together.outcomes == alone.outcomes
+    assert max(workers.calls) == 3
+    assert len(set(workers.rows)) == len(workers.rows)
 
 
 def test_a_failed_evaluation_is_a_trial_told_as_failed_and_not_tried_again() -> None:
@@ -182,7 +221,8 @@ def test_scores_that_are_not_finite_are_told_as_failed_where_evaluation_is_not_p
     )
     assert strategy.outcomes == [0, Outcome.FAILED, 0, 0, 0, 0]
     assert result.candidates is not None
-    assert result.candidates.outcomes.tolist() == [0, Outcome.FAILED, 0, 0, 0, 0]
+    assert bad not in {row.tobytes() for row in result.candidates.codes}
+    assert len(result.candidates) == 5
     assert not any("nan" in note for note in told)
 
 
@@ -195,14 +235,106 @@ def test_a_predictor_that_fails_tells_its_rows_as_failed_and_the_search_goes_on(
     assert strategy.outcomes == [Outcome.FAILED, Outcome.FAILED, 0, 0]
 
 
-def test_an_error_that_is_no_evaluation_error_ends_the_search() -> None:
-    def broken(codes: Codes) -> Mapping[str, Values]:
-        raise ZeroDivisionError
+class Broken:
+    """Raises what evaluators of users raise, every third time or always."""
 
-    broken.paid = True  # type: ignore[attr-defined]
+    paid = True
+
+    def __init__(self, space: SearchSpace, error: Exception, *, always: bool) -> None:
+        self.space, self.error, self.always, self.calls = space, error, always, 0
+
+    def __call__(self, codes: Codes) -> Mapping[str, Values]:
+        self.calls += 1
+        if self.always or self.calls % 3 == 0:
+            raise self.error
+        return {"accuracy": toy_score(self.space, codes)}
+
+
+def test_any_error_of_an_evaluator_costs_only_its_network() -> None:
+    constraints = toy_constraints("macs=100%", blocks=3)
+    broken = Broken(constraints.space, RuntimeError("out of memory"), always=False)
+    result = search(RandomSearch(constraints, seed=0), constraints, broken, evaluations=30)
+    assert [trial.outcome for trial in result.trials] == [0, 0, Outcome.FAILED] * 10
+    assert result.trials[2].error == "RuntimeError: out of memory"
+
+
+def test_an_evaluator_that_fails_from_the_first_on_ends_the_search() -> None:
+    constraints = toy_constraints("macs=100%", blocks=3)
+    broken = Broken(constraints.space, ZeroDivisionError("by zero"), always=True)
+    wanted = f"the first {MAX_FAILURES} evaluations all failed, .* ZeroDivisionError: by zero; the eval"
+    with pytest.raises(EvaluationError, match=wanted):
+        search(RandomSearch(constraints, seed=0), constraints, broken, evaluations=100)
+    assert broken.calls == MAX_FAILURES
+
+
+def test_an_error_of_ours_that_is_no_evaluation_error_ends_the_search() -> None:
+    constraints = toy_constraints("macs=100%", blocks=3)
+    broken = Broken(constraints.space, StorageError("the weights are gone"), always=True)
+    with pytest.raises(StorageError, match="the weights are gone"):
+        search(RandomSearch(constraints, seed=0), constraints, broken, evaluations=100)
+
+
+# Faults of a strategy --------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Does what it is given when asked, then when told."""
+
+    def __init__(self, asked: Callable[[int], Any], told: Callable[[Batch], Any]) -> None:
+        self.ask, self.tell = asked, told
+
+
+def fail(argument: Any) -> Any:
+    raise KeyError("mine")
+
+
+def hang(argument: Any) -> Any:
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("ask", "tell", "said"),
+    [
+        (fail, None, "strategy Faulty failed to ask: KeyError: 'mine'"),
+        (None, fail, "strategy Faulty failed to tell: KeyError: 'mine'"),
+        (hang, None, "strategy Faulty took more than 0.2 s to ask"),
+        (None, hang, "strategy Faulty took more than 0.2 s to tell"),
+        (lambda n: np.full((n, 4), 9), None, "proposed what is not in space 'toy': row 0, position 0"),
+        (
+            lambda n: np.zeros((n, 3), dtype=np.int64),
+            None,
+            r"not in space 'toy': .* \(n, 4\), got \(1, 3\)",
+        ),
+        (lambda n: np.zeros((n, 4)), None, "not in space 'toy': codes must be integers, got float64"),
+        (lambda n: np.zeros((n + 1, 4), dtype=np.int64), None, "proposed 2 networks where 1 were asked"),
+    ],
+)
+def test_a_fault_of_a_strategy_is_an_error_with_its_name_and_no_trial_is_lost(
+    tmp_path: Path, ask: Callable[..., Any] | None, tell: Callable[..., Any] | None, said: str
+) -> None:
     constraints = toy_constraints("macs=100%", blocks=2)
-    with pytest.raises(ZeroDivisionError):
-        search(RandomSearch(constraints, seed=0), constraints, broken, evaluations=3)  # type: ignore[arg-type]
+    random = RandomSearch(constraints, seed=0)
+    asked = 0
+
+    def after_three(n: int) -> Codes:
+        nonlocal asked
+        asked += 1
+        return random.ask(n) if ask is None or asked <= 3 else ask(n)
+
+    def told(batch: Batch) -> None:
+        if tell is not None and asked == 3:
+            tell(batch)
+
+    more: dict[str, Any] = {"evaluations": 9, "storage": tmp_path / "trials.log"}
+    first, again = Evaluated(constraints.space), Evaluated(constraints.space)
+    with pytest.raises(StrategyError, match=said):
+        search(Faulty(after_three, told), constraints, first, ask_timeout_s=0.2, **more)
+    result = search(RandomSearch(constraints, seed=0), constraints, again, **more)
+    assert (len(result.trials), len(again.rows)) == (9, 6)
+
+
+# One search, further ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("paid", [True, False])
@@ -244,8 +376,11 @@ def test_a_search_ends_when_its_strategy_repeats_itself(paid: bool, fits: bool) 
     row = rows[:1] if fits else rows[-1:]
     strategy = Stuck(row)
     result = search(strategy, constraints, Evaluated(constraints.space, paid=paid), evaluations=10)
-    assert len(result.trials) + result.scored == int(fits)
-    assert strategy.asks == MAX_IDLE_ASKS + int(fits)
+    if paid or not fits:
+        assert len(result.trials) + result.scored == int(fits)
+        assert strategy.asks == MAX_IDLE_ASKS + int(fits)
+    else:  # what costs nothing may be asked again, and counts
+        assert (result.scored, strategy.asks) == (10, 10)
 
 
 @pytest.mark.parametrize("strategy", [RandomSearch, AgingEvolution, ElitistEvolution])
@@ -516,25 +651,12 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(tmp_path: Pa
     assert set(part.rows) & set(last.rows) == set(part.rows[-1:])
 
 
-def test_a_full_disk_stops_the_stream_of_candidates_and_no_record_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_stream_of_candidates(tmp_path: Path) -> None:
     constraints = toy_constraints()
     path = tmp_path / "history.bin"
-    part = Evaluated(constraints.space, paid=False)
+    free = Evaluated(constraints.space, paid=False)
     with files_no_longer_than(2000), pytest.raises(StorageError, match=r"history.bin: File too large"):
-        search(RandomSearch(constraints, seed=1), constraints, part, evaluations=200, batch=10, history=path)
-    last = Evaluated(constraints.space, paid=False)
-    result = search(
-        RandomSearch(constraints, seed=1), constraints, last, evaluations=200, batch=10, history=path
-    )
-    assert result.scored == 200
-    # Of the batch whose write failed some records were whole.
-    assert set(part.rows[:-10]) & set(last.rows) == set()
-    assert set(part.rows) | set(last.rows) == {row.tobytes() for row in result_codes(result)}
-
-
-def result_codes(result: SearchResult) -> Codes:
-    assert result.candidates is not None
-    return result.candidates.codes
+        search(RandomSearch(constraints, seed=1), constraints, free, evaluations=200, batch=10, history=path)
 
 
 @pytest.mark.parametrize("place", ["a_file/trials.log", "a_folder"])
@@ -553,62 +675,44 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_evaluation(
 # Candidates that are not paid for --------------------------------------------------------------------------
 
 
-def test_scored_candidates_are_streamed_and_never_scored_again(tmp_path: Path) -> None:
+def test_scored_candidates_are_streamed_and_the_best_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "KEPT_CANDIDATES", 12)
     constraints = toy_constraints()
     path = tmp_path / "history.bin"
-
-    def run(evaluations: int) -> tuple[Evaluated, SearchResult]:
-        evaluator = Evaluated(constraints.space, paid=False)
+    for _ in range(2):  # the stream is of the last search
+        free = Evaluated(constraints.space, paid=False)
         strategy = RandomSearch(constraints, seed=2)
-        result = search(strategy, constraints, evaluator, evaluations=evaluations, batch=25, history=path)
-        return evaluator, result
-
-    first, _ = run(100)
-    second, _ = run(100)
-    third, result = run(160)
-    assert len(first.rows) == 100
-    assert second.rows == []
-    assert len(third.rows) == 60
-    assert [row.tobytes() for row in result_codes(result)] == first.rows + third.rows
+        result = search(strategy, constraints, free, evaluations=160, batch=25, history=path)
+    streamed = read_history(path, constraints.space)
+    codes, scores = streamed.codes, streamed.metrics["score"]
+    assert [row.tobytes() for row in codes] == free.rows
+    np.testing.assert_array_equal(scores, toy_score(constraints.space, codes))
     assert result.candidates is not None
-    np.testing.assert_array_equal(
-        result.candidates.metrics["accuracy"], toy_score(constraints.space, result.candidates.codes)
-    )
+    best = np.argsort(-scores, kind="stable")[:12]
+    np.testing.assert_array_equal(result.candidates.codes, codes[best])
+    np.testing.assert_array_equal(result.candidates.metrics["accuracy"], scores[best])
+    np.testing.assert_array_equal(result.candidates.costs["macs"], constraints.costs["macs"].of(codes[best]))
     assert (result.trials, result.scored, result.asked) == ([], 160, 160)
 
 
-@pytest.mark.parametrize("lost", [1, 39, 100])
-def test_a_stream_cut_by_a_kill_costs_only_the_lost_candidates(tmp_path: Path, lost: int) -> None:
+def test_a_candidate_is_kept_once_however_often_it_is_asked() -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    free = Evaluated(constraints.space, paid=False)
+    result = search(Scripted(rows[[3, 3, 4]], rows[[4, 3]], rows[[5]]), constraints, free, evaluations=1000)
+    assert (result.asked, result.scored) == (6, 6)
+    assert result.candidates is not None
+    assert {row.tobytes() for row in result.candidates.codes} == {rows[i].tobytes() for i in (3, 4, 5)}
+    assert len(result.candidates) == 3
+
+
+def test_what_a_kill_leaves_of_the_last_record_is_not_read(tmp_path: Path) -> None:
     constraints = toy_constraints()
     path = tmp_path / "history.bin"
-
-    def run() -> tuple[list[bytes], SearchResult]:
-        evaluator = Evaluated(constraints.space, paid=False)
-        strategy = small_population(constraints, seed=2)
-        found = search(strategy, constraints, evaluator, evaluations=50, batch=10, history=path)
-        return evaluator.rows, found
-
-    first, expected = run()
-    content = path.read_bytes()
-    record = (len(content) - len(content.splitlines(keepends=True)[0])) // 50
-    os.truncate(path, len(content) - lost)
-    again, result = run()
-    assert again == first[50 - -(-lost // record) :]
-    assert path.read_bytes() == content
-    np.testing.assert_array_equal(result_codes(result), result_codes(expected))
-
-
-def test_a_stream_of_another_search_is_started_again(tmp_path: Path) -> None:
-    constraints = toy_constraints()
-    path = tmp_path / "history.bin"
-    for weights in ("abc", "other"):
-        evaluator = Evaluated(constraints.space, paid=False)
-        search(
-            RandomSearch(constraints, seed=2),
-            constraints,
-            evaluator,
-            evaluations=30,
-            history=path,
-            identity={"weights": weights},
-        )
-        assert len(evaluator.rows) == 30
+    free = Evaluated(constraints.space, paid=False)
+    search(RandomSearch(constraints, seed=2), constraints, free, evaluations=50, history=path)
+    os.truncate(path, path.stat().st_size - 1)
+    codes = read_history(path, constraints.space).codes
+    assert [row.tobytes() for row in codes] == free.rows[:49]

@@ -9,15 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import StorageError
-from autocompress.space import Choice, SearchSpace
-from autocompress.storage import History, TrialStorage, cut_incomplete_line
+from autocompress.space import SearchSpace
+from autocompress.storage import TrialStorage, cut_incomplete_line
 from autocompress.testing.toys import every_network, toy_space
 from autocompress.trial import Outcome, Trial
 
@@ -236,92 +235,6 @@ def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trials.db").write_bytes(b"no database" * 1000)
     with pytest.raises(StorageError, match="file is not a database"):
         opened(f"sqlite:///{tmp_path / 'trials.db'}")
-
-
-# Streams of candidates -------------------------------------------------------------------------------------
-
-
-def wide_space(options: int) -> SearchSpace:
-    return SearchSpace("wide", (Choice("a", tuple(range(options))), Choice("b", (1, 2))), ())
-
-
-@given(
-    options=st.sampled_from([2, 255, 256, 257, 70_000]),
-    sizes=st.lists(st.integers(0, 5), max_size=4),
-    costs=st.integers(1, 3),
-)
-def test_candidates_come_back_as_they_were_appended(options: int, sizes: list[int], costs: int) -> None:
-    space, rng = wide_space(options), np.random.default_rng(0)
-    names = tuple(f"cost{i}" for i in range(costs))
-    rows = [space.sample(size, rng) for size in sizes]
-    rows += [np.array([[options - 1, 1]])]
-    scores = [rng.normal(size=len(part)) for part in rows]
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "history.bin"
-        for part, score in zip(rows, scores, strict=True):
-            History(path, space, names, {"seed": 1}).append(part, score, rng.random((len(part), costs)))
-        codes, found = History(path, space, names, {"seed": 1}).load()
-    np.testing.assert_array_equal(codes, np.vstack(rows))
-    np.testing.assert_array_equal(found, np.concatenate(scores))
-    assert codes.dtype == np.int64
-
-
-@pytest.mark.parametrize("lost", range(1, 30, 7))
-def test_an_incomplete_record_is_cut_and_the_next_one_is_whole(tmp_path: Path, lost: int) -> None:
-    path, space = tmp_path / "history.bin", toy_space(2)
-    codes = every_network(space)
-    history = History(path, space, ("macs",), {})
-    history.append(codes[:5], np.arange(5.0), np.ones((5, 1)))
-    record = len(space.choices) + 8 + 8
-    path.write_bytes(path.read_bytes()[:-lost])
-    again = History(path, space, ("macs",), {})
-    whole = 5 - -(-lost // record)
-    np.testing.assert_array_equal(again.load()[0], codes[:whole])
-    again.append(codes[7:8], np.array([7.0]), np.ones((1, 1)))
-    np.testing.assert_array_equal(again.load()[1], [*range(whole), 7.0])
-
-
-@pytest.mark.parametrize(
-    ("costs", "identity"), [(("macs",), {"seed": 2}), (("macs", "params"), {"seed": 1}), (("macs",), {})]
-)
-def test_a_stream_that_belongs_to_something_else_is_started_again(
-    tmp_path: Path, costs: tuple[str, ...], identity: Mapping[str, Any]
-) -> None:
-    path, space = tmp_path / "history.bin", toy_space(2)
-    History(path, space, ("macs",), {"seed": 1}).append(every_network(space)[:4], np.ones(4), np.ones((4, 1)))
-    assert len(History(path, space, ("macs",), {"seed": 1}).load()[0]) == 4
-    assert len(History(path, space, costs, identity).load()[0]) == 0
-    assert len(History(path, space, ("macs",), {"seed": 1}).load()[0]) == 0
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"{}\n", b"\x00" * 500])
-def test_a_stream_whose_head_is_damaged_is_started_again(tmp_path: Path, content: bytes) -> None:
-    path, space = tmp_path / "history.bin", toy_space(2)
-    path.write_bytes(content)
-    history = History(path, space, ("macs",), {})
-    history.append(every_network(space)[:4], np.ones(4), np.ones((4, 1)))
-    assert len(History(path, space, ("macs",), {}).load()[0]) == 4
-
-
-def test_a_stream_says_what_it_belongs_to_in_its_first_line(tmp_path: Path) -> None:
-    path = tmp_path / "history.bin"
-    History(path, toy_space(2), ("macs",), {"seed": 1})
-    assert json.loads(path.read_bytes()) == {
-        "schema": "autocompress.history",
-        "version": 1,
-        "costs": ["macs"],
-        "seed": 1,
-    }
-
-
-def test_a_stream_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cannot open .*file/history.bin: Not a directory|File exists"):
-        History(tmp_path / "file" / "history.bin", toy_space(2), ("macs",), {})
-    history = History(tmp_path / "history.bin", toy_space(2), ("macs",), {})
-    (tmp_path / "history.bin").unlink()
-    with pytest.raises(StorageError, match=r"cannot read .*history.bin: No such file"):
-        history.load()
 
 
 def test_a_password_in_the_address_of_a_storage_is_not_shown() -> None:

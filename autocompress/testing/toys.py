@@ -6,7 +6,9 @@ from functools import partial
 import numpy as np
 
 from autocompress.budget import Budget, Constraints
+from autocompress.compare.problem import Problem
 from autocompress.cost import OPERATION_METRICS, Values, operation_cost
+from autocompress.errors import EvaluationError
 from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
 from autocompress.space import Block, Choice, Codes, Option, SearchSpace
 from autocompress.trial import Batch, Outcome
@@ -106,6 +108,41 @@ def toy_score(space: SearchSpace, codes: Codes) -> Values:
     size = (codes * space.active(codes)).sum(axis=1)
     score: Values = np.sqrt(size / float((space.counts - 1).sum()))
     return score
+
+
+class ToyEvaluator:
+    """Scores as `toy_score` does, each network for as many simulated seconds as it has genes."""
+
+    paid = True
+
+    def __init__(self, space: SearchSpace, *, failing: bool = False) -> None:
+        """Make it; one that fails does so for every third network, by the sum of its codes."""
+        self._space, self._failing = space, failing
+
+    def __call__(self, codes: Codes) -> dict[str, Values]:
+        """Return `accuracy` and `simulated_s`, each `(n,)`.
+
+        Raises:
+            EvaluationError: If it fails.
+        """
+        if self._failing and (codes.sum(axis=1) % 3 == 0).any():
+            raise EvaluationError("out of luck")
+        seconds = np.full(len(codes), float(codes.shape[1]))
+        return {"accuracy": toy_score(self._space, codes), "simulated_s": seconds}
+
+
+def toy_problem(budget: str = "macs=50%", blocks: int = 6, failing: bool = False) -> Problem:
+    """Return a problem whose optimum is known by enumeration, for `autocompress compare`."""
+    constraints = toy_constraints(budget, blocks=blocks)
+    networks = every_network(constraints.space)
+    best = toy_score(constraints.space, networks[constraints.feasible(networks)]).max()
+    return Problem(
+        name=f"toy of {blocks} blocks, {budget}",
+        constraints=constraints,
+        evaluator=ToyEvaluator(constraints.space, failing=failing),
+        optimum=float(best),
+        simulated=True,
+    )
 
 
 def toy_batch(

@@ -1,0 +1,1 @@
+"""Several strategies on one problem: the same space, budget, evaluator and seeds."""

@@ -1,0 +1,243 @@
+"""One strategy with one seed on a problem: what it found after how many evaluations and seconds.
+
+Finished cells are files; a comparison that starts again runs the rest, and a cell that was killed goes on
+from its stored trials.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from autocompress.atomic import read_json, write_json
+from autocompress.compare.problem import Contestant, Problem, ProblemSource
+from autocompress.cost import Values
+from autocompress.engine import search
+from autocompress.errors import EvaluationError, StorageError, StrategyError
+from autocompress.plugins import load_strategy
+from autocompress.progress import Progress, silent
+from autocompress.space import Codes
+from autocompress.strategy import Strategy
+from autocompress.trial import Batch, Outcome
+
+SCHEMA: Final = "autocompress.compare.cell"
+VERSION: Final = 1
+SECONDS: Final = "evaluation_s"
+SIMULATED: Final = "simulated_s"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one search found.
+
+    Attributes:
+        label: Of the contestant.
+        seed: Of its strategy.
+        scores: The objective of every evaluation, in order; `None` where it failed.
+        evaluation_s: Seconds of every evaluation: measured, or simulated where the problem simulates them.
+        strategy_s: Seconds that the strategy took in all to propose and to learn.
+        best: The architecture of the best score, as its JSON; empty if every evaluation failed.
+        error: Why the search ended early; empty unless it did.
+    """
+
+    label: str
+    seed: int
+    scores: tuple[float | None, ...]
+    evaluation_s: tuple[float, ...]
+    strategy_s: float
+    best: str
+    error: str = ""
+
+    def curve(self, evaluations: int) -> Values:
+        """Return the best score after 1, 2, ... evaluations, `(evaluations,)`; `nan` before the first.
+
+        A search that ended earlier, with nothing left to propose, stays at its last value.
+        """
+        scores = np.array([np.nan if score is None else score for score in self.scores])
+        best = np.fmax.accumulate(scores) if len(scores) else np.full(1, np.nan)
+        return np.concatenate([best, np.full(max(0, evaluations - len(best)), best[-1])])[:evaluations]
+
+
+class _Timed:
+    """A strategy and the seconds it takes."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self.seconds = 0.0
+
+    def ask(self, n: int) -> Codes:
+        start = time.perf_counter()
+        codes = self._strategy.ask(n)
+        self.seconds += time.perf_counter() - start
+        return codes
+
+    def tell(self, batch: Batch) -> None:
+        start = time.perf_counter()
+        self._strategy.tell(batch)
+        self.seconds += time.perf_counter() - start
+
+
+class _Clocked:
+    """An evaluator that adds the seconds of every evaluation, measured or assumed."""
+
+    paid = True
+
+    def __init__(self, problem: Problem) -> None:
+        self._evaluator, self._simulated = problem.evaluator, problem.simulated
+
+    def __call__(self, codes: Codes) -> dict[str, Values]:
+        start = time.perf_counter()
+        found = dict(self._evaluator(codes))
+        taken = np.full(len(codes), time.perf_counter() - start)
+        return {**found, SECONDS: found[SIMULATED] if self._simulated else taken}
+
+
+def run_cell(
+    problem: Problem, contestant: Contestant, seed: int, evaluations: int, storage: Path | None = None
+) -> Cell:
+    """Search a problem by one strategy under one seed.
+
+    Args:
+        problem: What to search.
+        contestant: By which strategy.
+        seed: Of the strategy.
+        evaluations: How many distinct networks.
+        storage: A journal from which a killed search goes on.
+    """
+    strategy = _Timed(
+        load_strategy(contestant.strategy)(
+            problem.constraints, seed=seed, objective=problem.objective, **contestant.options
+        )
+    )
+    result = search(
+        strategy,
+        problem.constraints,
+        _Clocked(problem),
+        evaluations=evaluations,
+        objective=problem.objective,
+        storage=storage,
+        identity={**problem.identity, "contestant": contestant.label, "seed": seed},
+    )
+    scores = [
+        trial.metrics[problem.objective] if trial.outcome == Outcome.MEASURED else None
+        for trial in result.trials
+    ]
+    return Cell(
+        label=contestant.label,
+        seed=seed,
+        scores=tuple(scores),
+        evaluation_s=tuple(trial.metrics.get(SECONDS, 0.0) for trial in result.trials),
+        strategy_s=strategy.seconds,
+        best=result.best().architecture.to_json() if result.measured else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def _problem(source: str) -> Problem:
+    """Make the problem of a worker once; it is given as text, which can be a key."""
+    payload = json.loads(source)
+    return ProblemSource(payload["factory"], payload["arguments"]).make()
+
+
+def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path: Path, threads: int) -> None:
+    """Run one cell in a worker and write it."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    problem = _problem(source)
+    journal = path.with_suffix(".log")
+    try:
+        cell = run_cell(problem, contestant, seed, evaluations, journal)
+    except (StrategyError, EvaluationError) as error:
+        cell = Cell(contestant.label, seed, (), (), 0.0, "", error=f"{type(error).__name__}: {error}")
+    write_json(path, {"schema": SCHEMA, "version": VERSION, "evaluations": evaluations, **asdict(cell)})
+    journal.unlink(missing_ok=True)
+
+
+def cell_path(folder: Path, contestant: Contestant, seed: int) -> Path:
+    """Return where a cell is kept."""
+    name = contestant.strategy.replace(":", ".")
+    digest = hashlib.sha256(contestant.label.encode()).hexdigest()[:8]
+    return folder / "cells" / f"{name}-{digest}" / f"{seed}.json"
+
+
+def read_cell(path: Path) -> Cell:
+    """Read a cell.
+
+    Raises:
+        StorageError: It is absent or damaged.
+    """
+    payload = read_json(path, lambda text: StorageError(f"{text}; remove it to run it again"), "cell")
+    try:
+        if (payload.pop("schema"), payload.pop("version")) != (SCHEMA, VERSION):
+            raise StorageError(f"{path} is no cell of version {VERSION}; remove it to run it again")
+        payload.pop("evaluations")
+        scores, seconds = tuple(payload.pop("scores")), tuple(payload.pop("evaluation_s"))
+        return Cell(scores=scores, evaluation_s=seconds, **payload)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path} is damaged ({error!r}); remove it to run it again") from error
+
+
+def run_cells(
+    source: ProblemSource,
+    contestants: Sequence[Contestant],
+    seeds: Sequence[int],
+    evaluations: int,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    threads: int = 0,
+    progress: Progress = silent,
+) -> list[Cell]:
+    """Run what is missing of all cells, several at a time, and return all.
+
+    Args:
+        source: Of the problem; every worker makes it once.
+        contestants: The strategies.
+        seeds: Of each.
+        evaluations: Of each.
+        folder: Of the finished cells.
+        jobs: Worker processes; 1 runs in this process.
+        threads: Of PyTorch in each; 0 leaves them.
+        progress: Told finished cells.
+    """
+    text = json.dumps({"factory": source.factory, "arguments": dict(source.arguments)}, sort_keys=True)
+    # Seeds first: a comparison that is stopped has a few seeds of every strategy.
+    wanted = [(contestant, seed) for seed in seeds for contestant in contestants]
+    missing = [pair for pair in wanted if not cell_path(folder, *pair).exists()]
+    done = len(wanted) - len(missing)
+    progress(done, len(wanted), "")
+    calls = [(text, c, seed, evaluations, cell_path(folder, c, seed), threads) for c, seed in missing]
+    for label in _each(calls, jobs):
+        done += 1
+        progress(done, len(wanted), label)
+    return [read_cell(cell_path(folder, *pair)) for pair in wanted]
+
+
+def _each(calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[str]:
+    """Run the calls of `_work`, yielding the label of each as it ends."""
+    calls = list(calls)
+    if jobs == 1 or len(calls) <= 1:
+        for call in calls:
+            _work(*call)
+            yield call[1].label
+        return
+    # Forking a process with threads, as PyTorch has, can hang.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures: dict[Future[None], str] = {pool.submit(_work, *call): call[1].label for call in calls}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,33 @@
+"""A limit on the time that foreign code may take."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise in the body once it took so long; in the main thread, where there are interval timers.
+
+    Elsewhere nothing can interrupt it, and it runs without a limit. A timer that is set already stays.
+
+    Raises:
+        TimeoutError: The body took longer.
+    """
+    able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not able or signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,200 @@
+"""Cells hold what a search found, are run once, and go on after a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autocompress.compare.cells import Cell, cell_path, read_cell, run_cell, run_cells
+from autocompress.compare.problem import Contestant, Problem, ProblemSource, parse_contestant
+from autocompress.engine import search
+from autocompress.errors import PluginError, RecipeError, StorageError
+from autocompress.space import Codes
+from autocompress.testing.toys import ToyEvaluator, toy_constraints, toy_problem
+from autocompress.trial import Batch
+from strategies.random_search import RandomSearch
+
+TOY = ProblemSource("autocompress.testing.toys:toy_problem", {"blocks": 4})
+RANDOM, SMALL = Contestant("random", "random"), parse_contestant("evolution:population=6:sample_size=3")
+
+
+class Breaking:
+    """A strategy that asks two networks and fails then."""
+
+    def __init__(self, constraints: Any, *, seed: int, objective: str = "accuracy") -> None:
+        self._random, self._left = RandomSearch(constraints, seed=seed), 2
+
+    def ask(self, n: int) -> Codes:
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("no idea")
+        return self._random.ask(n)
+
+    def tell(self, batch: Batch) -> None:
+        pass
+
+
+def without_times(cells: Sequence[Cell]) -> list[Any]:
+    return [(c.label, c.seed, c.scores, c.evaluation_s, c.best, c.error) for c in cells]
+
+
+def test_a_cell_is_what_a_search_finds() -> None:
+    problem = toy_problem(blocks=4)
+    cell = run_cell(problem, RANDOM, 3, 25)
+    expected = search(
+        RandomSearch(problem.constraints, seed=3), problem.constraints, problem.evaluator, evaluations=25
+    )
+    assert cell.scores == tuple(trial.metrics["accuracy"] for trial in expected.trials)
+    assert cell.best == expected.best().architecture.to_json()
+    assert cell.evaluation_s == (6.0,) * 25  # simulated: one a gene
+    assert 0 < cell.strategy_s < 5
+
+
+def test_failed_evaluations_are_marked_and_seconds_are_measured_where_nothing_is_simulated() -> None:
+    constraints = toy_constraints(blocks=4)
+    problem = Problem("toy", constraints, ToyEvaluator(constraints.space, failing=True))
+    cell = run_cell(problem, RANDOM, 0, 25)
+    assert 0 < sum(score is None for score in cell.scores) < 25
+    assert all((s == 0) == (score is None) for s, score in zip(cell.evaluation_s, cell.scores, strict=True))
+    assert max(cell.evaluation_s) < 1
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_cells_are_the_same_in_other_processes_and_run_once(tmp_path: Path, jobs: int) -> None:
+    told: list[tuple[int, int]] = []
+    cells = run_cells(
+        TOY, [RANDOM, SMALL], range(2), 20, tmp_path, jobs=jobs,
+        progress=lambda done, total, note="": told.append((done, total)),
+    )  # fmt: skip
+    wanted = [run_cell(TOY.make(), c, seed, 20) for seed in range(2) for c in (RANDOM, SMALL)]
+    assert without_times(cells) == without_times(wanted)
+    assert told == [(done, 4) for done in range(5)]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    more = run_cells(TOY, [RANDOM, SMALL], range(3), 20, tmp_path)
+    assert without_times(more[:4]) == without_times(cells)
+    assert len(more) == 6
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_a_strategy_that_fails_is_a_cell_with_its_error_and_the_others_go_on(tmp_path: Path) -> None:
+    broken = Contestant("breaking", f"{__name__}:Breaking")
+    cells = run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
+    assert cells[0].error == "StrategyError: strategy _Timed failed to ask: RuntimeError: no idea"
+    assert len(cells[1].scores) == 5
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import autocompress.testing.toys as toys
+from autocompress.compare.cells import run_cells
+from autocompress.compare.problem import Contestant, ProblemSource, parse_contestant
+import time
+original = toys.ToyEvaluator.__call__
+def slow(self, codes):
+    time.sleep(0.05)
+    with open(sys.argv[1] + "/paid", "a") as file:
+        file.write("x")
+    return original(self, codes)
+toys.ToyEvaluator.__call__ = slow
+run_cells(ProblemSource("autocompress.testing.toys:toy_problem", {"blocks": 4}),
+          [parse_contestant("evolution:population=6:sample_size=3")], [0], 40, Path(sys.argv[1]))
+"""
+
+
+def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    paid = tmp_path / "paid"
+    deadline = time.monotonic() + 60
+    while (not paid.exists() or len(paid.read_text()) < 8) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = len(paid.read_text())
+    assert 8 <= before < 40
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
+    # At most the evaluation that the kill hit is paid for twice.
+    assert 40 <= len(paid.read_text()) <= 41
+    assert without_times([read_cell(cell_path(tmp_path, SMALL, 0))]) == without_times(
+        [run_cell(toy_problem(blocks=4), SMALL, 0, 40)]
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"schema": "autocompress.compare.cell", "version": 2}']
+)
+def test_a_damaged_cell_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "0.json"
+    path.write_text(content)
+    with pytest.raises(StorageError, match="remove it to run it again"):
+        read_cell(path)
+
+
+def test_contestants_read_options_as_yaml() -> None:
+    assert parse_contestant("random") == Contestant("random", "random", {})
+    found = parse_contestant("evolution:population=20:deduplicate=false")
+    assert (found.strategy, dict(found.options)) == ("evolution", {"population": 20, "deduplicate": False})
+    assert parse_contestant("@strategies.random_search.RandomSearch").strategy == (
+        "strategies.random_search:RandomSearch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("evolution:20", RecipeError, "name:option=value"),
+        ("evolution:a b=1", RecipeError, "name:option=value"),
+        ("evolution:population=[", RecipeError, "no YAML"),
+        ("evolutoin", PluginError, "did you mean 'evolution'"),
+    ],
+)
+def test_contestants_that_read_otherwise_are_refused(text: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        parse_contestant(text)
+
+
+def free_problem() -> Problem:
+    problem = toy_problem(blocks=2)
+    problem.evaluator.paid = False  # type: ignore[misc]
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        (ProblemSource("toys"), PluginError, "a problem is 'module:function', got 'toys'"),
+        (ProblemSource("autocompress.testing.toys:nothing"), PluginError, "cannot be imported"),
+        (ProblemSource("no_such_module:nothing"), PluginError, "cannot be imported: No module named"),
+        (
+            ProblemSource("autocompress.testing.toys:toy_problem", {"size": 3}),
+            RecipeError,
+            "does not take .*size",
+        ),
+        (
+            ProblemSource("autocompress.testing.toys:toy_space"),
+            PluginError,
+            "must return .*Problem, got SearchSpace",
+        ),
+        (ProblemSource("tests_compare_cells:free_problem"), PluginError, "must be paid"),
+    ],
+)
+def test_a_problem_that_cannot_be_made_is_refused(
+    source: ProblemSource, error: type[Exception], said: str
+) -> None:
+    sys.modules["tests_compare_cells"] = sys.modules[__name__]
+    with pytest.raises(error, match=said):
+        source.make()
+
+
+def test_the_optimum_of_the_toy_problem_is_reached_by_enumeration_and_never_exceeded() -> None:
+    problem = toy_problem(blocks=2)
+    cell = run_cell(problem, RANDOM, 0, 1000)
+    assert problem.optimum is not None
+    assert np.nanmax(cell.curve(1000)) == pytest.approx(problem.optimum)

@@ -1,0 +1,79 @@
+"""`autocompress compare` from the command line, on a toy problem whose optimum is known."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from autocompress.cli import app
+
+TOY = ("--problem", "autocompress.testing.toys:toy_problem", "--set", "blocks=4")
+
+
+def call(*arguments: object, succeeds: bool = True) -> Result:
+    result = CliRunner().invoke(app, ["compare", *map(str, arguments)])
+    assert (result.exit_code == 0) == succeeds, result.output + str(result.exception)
+    return result
+
+
+def test_strategies_are_compared_and_what_is_finished_is_kept(tmp_path: Path) -> None:
+    strategies = "random,evolution:population=6:sample_size=3"
+    more = ("--evaluations", 15, "--jobs", 1, "--output", tmp_path)
+    first = call(*TOY, "--strategies", strategies, "--seeds", 2, *more).stdout
+    assert "toy of 4 blocks, macs=50%: best accuracy of 2 seeds, 15 evaluations each" in first
+    assert "evolution:population=6:sample_size=3: no better than random search can be shown" in first
+    assert "with 2 seeds and 1 pairs the test cannot show any difference; it can from 4 seeds on" in first
+    kept = {path: path.read_bytes() for path in tmp_path.glob("cells/*/*.json")}
+    assert len(kept) == 4
+    call(*TOY, "--strategies", f"{strategies},elitist", "--seeds", 3, *more)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {standing["label"] for standing in content["standings"]} == {*strategies.split(","), "elitist"}
+    for standing in content["standings"]:
+        assert len(standing["finals"]) == 3
+        assert standing["regret"] == pytest.approx(content["optimum"] - standing["mean"])
+        assert max(standing["finals"]) <= content["optimum"]
+    assert len(content["pairs"]) == 3
+    report = (tmp_path / "report.md").read_text()
+    assert "| random |" in report
+    assert "Known optimum within the limits" in report
+    for name in ("evaluations.svg", "seconds.svg"):
+        assert "</svg>" in (tmp_path / name).read_text()
+
+
+def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
+    given = (*TOY, "--strategies", "random,elitist", "--seeds", 1, "--jobs", 1, "--output", tmp_path)
+    call(*given, "--evaluations", 5)
+    said = str(call(*given, "--evaluations", 6, succeeds=False).exception)
+    assert "holds a comparison with other settings (evaluations)" in said
+    said = str(call(*given, "--evaluations", 5, "--set", "budget=macs=60%", succeeds=False).exception)
+    assert "problem, limits" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "either --run, a trained run, or --problem"),
+        ((*TOY, "--run", "nowhere"), "either --run, a trained run, or --problem"),
+        ((*TOY, "--seeds", 0), "--seeds must be 1 or more, got 0"),
+        ((*TOY, "--evaluations", 0), "--evaluations must be 1 or more, got 0"),
+        ((*TOY, "--jobs", 0), "--jobs must be 1 or more, got 0"),
+        ((*TOY, "--budget", "macs=50%"), "--budget belongs to --run"),
+        ((*TOY, "--strategies", "random"), "two different strategies at least, got 'random'"),
+        ((*TOY, "--strategies", "random,random"), "two different strategies at least"),
+        ((*TOY, "--strategies", "random,nosuch"), "there is no strategy 'nosuch'"),
+        ((*TOY, "--strategies", "random,elitist:population"), "name:option=value"),
+        (("--run", "nowhere", "--strategies", "random,elitist"), "nowhere holds no run"),
+        (
+            ("--run", "nowhere", "--set", "a=1", "--strategies", "random,elitist"),
+            "--set changes arguments of",
+        ),
+    ],
+)
+def test_bad_options_are_refused(
+    arguments: tuple[object, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in str(call(*arguments, succeeds=False).exception)
+    assert not list(tmp_path.iterdir())
