@@ -25,7 +25,7 @@ import pytest
 from autocompress.budget import Constraints
 from autocompress.space import Codes
 from autocompress.strategy import Strategy
-from autocompress.testing.toys import every_network, toy_batch, toy_constraints
+from autocompress.testing.toys import every_network, tiny_constraints, toy_batch, toy_constraints
 from autocompress.trial import Outcome
 
 STEPS, ASKED = 12, 7
@@ -134,6 +134,52 @@ class StrategyContract(ABC):
             rows = np.unique(constraints.sample(50, np.random.default_rng(start)), axis=0)[:5]
             strategy.tell(toy_batch(constraints, rows))
         assert len(np.vstack(drive(strategy, constraints))) > ASKED
+
+    def test_what_was_asked_can_be_told_in_any_order(self) -> None:
+        """Law: workers finish when they finish; no row is lost or asked again for it."""
+        constraints = toy_constraints()
+        strategy = self.make(constraints, 10)
+        rng = np.random.default_rng(0)
+        asked: list[Codes] = []
+        for _ in range(6):
+            pieces = [codes for codes in (strategy.ask(ASKED), strategy.ask(ASKED)) if len(codes)]
+            assert pieces, "nothing was asked although everything was told and most of the space is left"
+            asked += pieces
+            rows = np.vstack(pieces)
+            for row in rng.permutation(len(rows)):
+                strategy.tell(toy_batch(constraints, rows[row : row + 1]))
+        rows = np.vstack(asked)
+        assert constraints.feasible(rows).all()
+        assert len(np.unique(rows, axis=0)) == len(rows)
+
+    def test_it_survives_being_told_rows_again(self) -> None:
+        """Law: a row that was told before, by `WarmStart` or by itself, does no harm."""
+        constraints = toy_constraints()
+        strategy = self.make(constraints, 11)
+        for _ in range(6):
+            codes = strategy.ask(ASKED)
+            assert len(codes)
+            strategy.tell(toy_batch(constraints, codes))
+            strategy.tell(toy_batch(constraints, codes[:2]))
+        assert len(np.vstack(drive(strategy, constraints)))
+
+    @pytest.mark.parametrize("options", [(1,), (2,), (5,), (1, 1), (1, 3, 1)])
+    def test_it_ends_on_spaces_of_one_choice_or_one_option(self, options: tuple[int, ...]) -> None:
+        """Law: nothing is asked twice, everything at most once, and then comes the end."""
+        constraints = tiny_constraints(options)
+        size = int(np.prod(options))
+        strategy = self.make(constraints, 12)
+        asked: list[Codes] = []
+        for _ in range(20 * size):
+            codes = strategy.ask(ASKED)
+            if not len(codes):
+                break
+            asked.append(codes)
+            strategy.tell(toy_batch(constraints, codes))
+        else:
+            pytest.fail(f"no end on a space of {size} networks")
+        rows = np.vstack(asked)
+        assert len(np.unique(rows, axis=0)) == len(rows) == size
 
     def test_pickled_in_mid_search_it_goes_on_identically(self) -> None:
         """Law: a search can be stored between any two calls, also between ask and tell."""

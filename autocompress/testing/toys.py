@@ -1,6 +1,7 @@
 """Toy spaces with conditions and everything around them, small enough to check by enumeration."""
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -96,6 +97,21 @@ def toy_constraints(budget: str = "macs=50%", *, blocks: int = 6) -> Constraints
     return Budget.parse(budget).resolve(space, costs)
 
 
+def tiny_constraints(options: Sequence[int]) -> Constraints:
+    """Return a space of a few choices with so many options each, all of them feasible."""
+    choices = tuple(
+        Choice(f"kernel{index}", tuple(range(1, 2 * count, 2))) for index, count in enumerate(options)
+    )
+    blocks = tuple(Block(choice.name, (choice.name,), _kernel) for choice in choices)
+    space = SearchSpace("tiny", choices, blocks, settings={"options": list(options)})
+    costs = [operation_cost(space, metric) for metric in OPERATION_METRICS]
+    return Budget.parse("macs=100%").resolve(space, costs)
+
+
+def _kernel(kernel: Option) -> Ops:
+    return (Conv2d(CHANNELS, CHANNELS, 8, 8, kernel=int(kernel)),)
+
+
 def every_network(space: SearchSpace) -> Codes:
     """Return all canonical rows of a small space, in lexicographic order."""
     rows = np.array(list(itertools.product(*(range(int(count)) for count in space.counts))), dtype=np.int64)
@@ -106,7 +122,7 @@ def every_network(space: SearchSpace) -> Codes:
 def toy_score(space: SearchSpace, codes: Codes) -> Values:
     """Return a stand-in for accuracy, 0..1: larger networks are better, with smaller and smaller gains."""
     size = (codes * space.active(codes)).sum(axis=1)
-    score: Values = np.sqrt(size / float((space.counts - 1).sum()))
+    score: Values = np.sqrt(size / max(1.0, float((space.counts - 1).sum())))
     return score
 
 
