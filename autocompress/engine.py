@@ -21,7 +21,7 @@ from autocompress.progress import Progress, silent
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.storage import TrialStorage
-from autocompress.strategy import Strategy
+from autocompress.strategy import Noted, Strategy
 from autocompress.trial import Batch, Outcome, Trial
 
 DEFAULT_BATCH = 100
@@ -91,14 +91,33 @@ def search(
         "objective": objective,
         **(identity or {}),
     }
-    memory: _Memory
-    if evaluator.paid:
-        stored = None if storage is None else TrialStorage(storage, study=study, identity=belongs)
-        memory = _Paid(constraints, evaluator, objective, stored)
-    else:
-        kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
-        memory = _Free(constraints, evaluator, objective, kept, batch)
     guarded = _Guarded(strategy, space, ask_timeout_s)
+    if not evaluator.paid:
+        kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
+        memory: _Memory = _Free(constraints, evaluator, objective, kept, batch)
+        asked = _run(guarded, memory, evaluations, objective, progress)
+    elif storage is None:
+        memory = _Paid(constraints, evaluator, objective, None)
+        asked = _run(guarded, memory, evaluations, objective, progress)
+    else:
+        stored = TrialStorage(storage, study=study, identity=belongs)
+        with stored.claimed():
+            memory = _Paid(constraints, evaluator, objective, stored)
+            asked = _run(guarded, memory, evaluations, objective, progress)
+    return SearchResult(
+        space=space.describe(),
+        objective=objective,
+        limits=dict(constraints.limits),
+        trials=memory.trials,
+        scored=0 if evaluator.paid else memory.evaluated,
+        asked=asked,
+        notes={**(identity or {}), **guarded.notes},
+        candidates=memory.candidates(),
+    )
+
+
+def _run(guarded: "_Guarded", memory: "_Memory", evaluations: int, objective: str, progress: Progress) -> int:
+    """Ask, evaluate and tell until all is evaluated or nothing new is proposed; return how many were asked."""
     idle = asked = 0
     while memory.evaluated < evaluations and idle < MAX_IDLE_ASKS:
         codes = guarded.ask(min(memory.at_once, evaluations - memory.evaluated))
@@ -111,16 +130,7 @@ def search(
             best = "" if memory.best is None else f"best {objective} {memory.best:.4f}"
             progress(memory.evaluated, evaluations, best)
         idle = idle + 1 if memory.evaluated == before else 0
-    return SearchResult(
-        space=space.describe(),
-        objective=objective,
-        limits=dict(constraints.limits),
-        trials=memory.trials,
-        scored=0 if evaluator.paid else memory.evaluated,
-        asked=asked,
-        notes=dict(identity or {}),
-        candidates=memory.candidates(),
-    )
+    return asked
 
 
 class _Guarded:
@@ -129,6 +139,11 @@ class _Guarded:
     def __init__(self, strategy: Strategy, space: SearchSpace, timeout_s: float) -> None:
         self._strategy, self._space, self._timeout_s = strategy, space, timeout_s
         self._name = type(strategy).__name__
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the strategy says of its search, such as the quality of its predictor; plain values."""
+        return dict(self._strategy.notes) if isinstance(self._strategy, Noted) else {}
 
     def ask(self, n: int) -> Codes:
         codes = self._call("ask", n)

@@ -6,7 +6,9 @@ architectures, and finds their outcomes here instead of evaluating them.
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast, final
 
@@ -35,18 +37,27 @@ class TrialStorage:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage, self._name, self._identity = storage, study, _plain(identity)
         self._where = _shown(storage)
+        self._study = self._open()
+        self._frozen = list(self._study.get_trials(deepcopy=False))
+        self._file = self._file_now()
+
+    def _open(self) -> "optuna.Study":
+        import optuna
+
+        storage, identity = self._storage, self._identity
         try:
             backend: Any = storage
             if isinstance(storage, Path):
                 storage.parent.mkdir(parents=True, exist_ok=True)
                 backend = _journal(storage)
-            self._study = optuna.create_study(
-                storage=backend, study_name=study, direction="maximize", load_if_exists=True
+            study = optuna.create_study(
+                storage=backend, study_name=self._name, direction="maximize", load_if_exists=True
             )
-            known = self._study.user_attrs.get("identity")
+            known = study.user_attrs.get("identity")
             if known is None:
-                self._study.set_user_attr("identity", _plain(identity))
+                study.set_user_attr("identity", identity)
         except StorageError:
             raise
         except _refusals() as error:
@@ -56,12 +67,60 @@ class TrialStorage:
             raise StorageError(
                 f"the trials at {self._where} are damaged: {error!r}; remove them to search anew"
             ) from error
-        if known is not None and known != _plain(identity):
-            differing = [key for key in {*known, *identity} if known.get(key) != _plain(identity).get(key)]
+        if known is not None and known != identity:
+            differing = [key for key in {*known, *identity} if known.get(key) != identity.get(key)]
             raise StorageError(
                 f"the trials at {self._where} belong to another search: {', '.join(sorted(differing))} "
                 "differ; use another run directory or study name"
             )
+        return study
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from searching with this study; trials in a database are not claimed.
+
+        Raises:
+            StorageError: Another process does, or the folder cannot be written.
+        """
+        if not isinstance(self._storage, Path):
+            yield
+            return
+        import fcntl
+
+        path = self._storage.with_name(f".{self._storage.name}.{zlib.crc32(self._name.encode()):08x}.lock")
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(
+                    f"another process searches with study {self._name!r} of {self._where}; wait for it, or "
+                    "use another run directory or study name"
+                ) from None
+            yield
+
+    def _file_now(self) -> tuple[int, int] | None:
+        """Return what tells the journal from one that took its place; `None` for a database."""
+        if not isinstance(self._storage, Path):
+            return None
+        try:
+            found = self._storage.stat()
+        except OSError:
+            return (0, 0)
+        return found.st_dev, found.st_ino
+
+    def _restore_if_gone(self) -> None:
+        """Write all trials again where the journal was removed, or another put in its place, meanwhile."""
+        if self._file_now() == self._file:
+            return
+        self._study = self._open()
+        present = len(self._study.get_trials(deepcopy=False))
+        for frozen in self._frozen[present:]:
+            self._study.add_trial(frozen)
+        self._file = self._file_now()
 
     def add(self, trial: Trial, space: SearchSpace, objective: str) -> None:
         """Append one finished trial.
@@ -92,7 +151,9 @@ class TrialStorage:
             },
         )
         try:
+            self._restore_if_gone()
             self._study.add_trial(frozen)
+            self._frozen.append(frozen)
         except _refusals() as error:
             raise StorageError(f"cannot write trials to {self._where}: {_reason(error)}") from error
 

@@ -5,7 +5,8 @@ its arguments and the order of calls, can be pickled between calls, and touches 
 `autocompress.testing.strategy.StrategyContract` states these laws as tests.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from autocompress.space import Codes
 from autocompress.trial import Batch
@@ -29,6 +30,19 @@ class Strategy(Protocol):
         """
 
 
+@runtime_checkable
+class Noted(Protocol):
+    """A strategy that has something to say of its search, which then stands in `SearchResult.notes`.
+
+    Attributes:
+        notes: Plain values.
+    """
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What is worth knowing of the search, such as the quality of a predictor."""
+
+
 class WarmStart:
     """A strategy that asks given rows first, then goes on as another one, which is told them too.
 
@@ -45,6 +59,11 @@ class WarmStart:
             rows, self._first = self._first[:n], self._first[n:]
             return rows
         return self._strategy.ask(n)
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the other strategy says of the search."""
+        return self._strategy.notes if isinstance(self._strategy, Noted) else {}
 
     def tell(self, batch: Batch) -> None:
         """Let the other strategy learn."""

@@ -1,10 +1,13 @@
-"""Trials in an Optuna journal, and candidates in a stream, after kills, damage and on full disks."""
+"""Trials in an Optuna journal after kills, damage and on full disks."""
 
 import fcntl
 import json
+import shutil
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -235,6 +238,60 @@ def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trials.db").write_bytes(b"no database" * 1000)
     with pytest.raises(StorageError, match="file is not a database"):
         opened(f"sqlite:///{tmp_path / 'trials.db'}")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def empty(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.touch()
+
+
+@pytest.mark.parametrize("harm", [remove, remove_folder, empty])
+def test_a_journal_that_disappears_is_written_again_with_every_trial(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "run" / "trials.log"
+    stored(path, 3)
+    storage = opened(path)
+    storage.add(measured(3), SPACE, "accuracy")
+    harm(path)
+    storage.add(failed(4), SPACE, "accuracy")
+    assert opened(path).load(SPACE) == [measured(0), failed(1), measured(2), measured(3), failed(4)]
+    storage.add(measured(5), SPACE, "accuracy")
+    assert len(opened(path).load(SPACE)) == 6
+
+
+CLAIMED = """
+import sys
+from pathlib import Path
+from autocompress.storage import TrialStorage
+with TrialStorage(Path(sys.argv[1]), study=sys.argv[2], identity={}).claimed():
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_searches_with_a_study(tmp_path: Path) -> None:
+    path = tmp_path / "trials.log"
+    command = [sys.executable, "-c", CLAIMED, str(path), "mine"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        mine = TrialStorage(path, study="mine", identity={})
+        with pytest.raises(StorageError, match=r"another process searches with study 'mine' of .*trials.log"):
+            mine.claimed().__enter__()
+        with TrialStorage(path, study="other", identity={}).claimed():
+            pass
+        other.kill()
+    with mine.claimed():  # the lock ends with its process
+        pass
 
 
 def test_a_password_in_the_address_of_a_storage_is_not_shown() -> None:
