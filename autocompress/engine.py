@@ -117,7 +117,7 @@ def search(
 
 
 def _run(guarded: "_Guarded", memory: "_Memory", evaluations: int, objective: str, progress: Progress) -> int:
-    """Ask, evaluate and tell until all is evaluated or nothing new is proposed; return how many were asked."""
+    """Ask, evaluate and tell until all is evaluated or nothing new comes; return how many were asked."""
     idle = asked = 0
     while memory.evaluated < evaluations and idle < MAX_IDLE_ASKS:
         codes = guarded.ask(min(memory.at_once, evaluations - memory.evaluated))
@@ -215,7 +215,7 @@ class _Paid:
     def evaluate(self, codes: Codes) -> Iterator[Batch]:
         """Yield the outcome of every row, in order, each as soon as it is known."""
         costs = self.constraints.price(codes)
-        feasible = _within(self.constraints, costs)
+        feasible = _within(self.constraints, costs, len(codes))
         keys = [row.tobytes() for row in codes]
         unknown = {
             key: index
@@ -320,15 +320,16 @@ class _Free:
     def evaluate(self, codes: Codes) -> Iterator[Batch]:
         """Yield one batch, of all rows."""
         costs = self.constraints.price(codes)
-        feasible = _within(self.constraints, costs)
+        feasible = _within(self.constraints, costs, len(codes))
         scores = np.full(len(codes), np.nan)
         if feasible.any():
             scores[feasible] = self._scored(codes[feasible])
         finite = np.isfinite(scores)
         scores[~finite] = np.nan
         if self._history is not None and feasible.any():
-            columns = np.stack([values[feasible] for values in costs.values()], axis=1)
-            self._history.append(codes[feasible], scores[feasible], columns)
+            columns = [values[feasible] for values in costs.values()]
+            priced = np.stack(columns, axis=1) if columns else np.zeros((int(feasible.sum()), 0))
+            self._history.append(codes[feasible], scores[feasible], priced)
         self.evaluated += int(feasible.sum())
         self._keep(codes[finite], scores[finite])
         outcomes = np.select([~feasible, finite], [Outcome.INFEASIBLE, Outcome.MEASURED], Outcome.FAILED)
@@ -363,9 +364,8 @@ class _Free:
         return Batch(self._kept, self.constraints.price(self._kept), {self.objective: self._scores}, outcomes)
 
 
-def _within(constraints: Constraints, costs: Mapping[str, Values]) -> NDArray[np.bool_]:
-    """Return which rows of these costs fit every limit."""
-    count = len(next(iter(costs.values()))) if costs else 0
+def _within(constraints: Constraints, costs: Mapping[str, Values], count: int) -> NDArray[np.bool_]:
+    """Return which of `count` rows with these costs fit every limit."""
     fits = np.ones(count, dtype=np.bool_)
     for metric, limit in constraints.limits.items():
         fits &= costs[metric] <= limit

@@ -4,10 +4,11 @@ Nothing here knows of choices or supernets. `autocompress.export.loader` is a co
 travels with every exported network.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +60,34 @@ class Residual(nn.Sequential):
         for layer in self:
             result = layer(result)
         return x + result
+
+
+class Graph(nn.Module):
+    """Nodes, each the sum of what its incoming edges make of earlier nodes; the last node is the output.
+
+    Args:
+        nodes: How many, the input (node 0) included.
+        edges: Source and target, source < target, to the module on the edge; it becomes the child
+            `edge_SOURCE_TARGET`. A node without incoming edges is zero, in the shape of the input. No module
+            may work in place: several edges read one node.
+    """
+
+    def __init__(self, nodes: int, edges: Mapping[tuple[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.incoming = [sorted(source for source, end in edges if end == node) for node in range(nodes)]
+        for (source, target), edge in edges.items():
+            self.add_module(f"edge_{source}_{target}", edge)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the input `(batch, channels, height, width)` to the last node."""
+        nodes = [x]
+        for target, sources in enumerate(self.incoming[1:], start=1):
+            parts = [self.get_submodule(f"edge_{source}_{target}")(nodes[source]) for source in sources]
+            total = parts[0] if parts else torch.zeros_like(x)
+            for part in parts[1:]:
+                total = total + part
+            nodes.append(total)
+        return nodes[-1]
 
 
 def build_network(blocks: Iterable[tuple[str, Ops]], *, initialise: bool = True) -> nn.Sequential:

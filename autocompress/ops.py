@@ -76,6 +76,19 @@ class OpSpec(ABC):
         It maps `(batch, *in_shape)` to `(batch, *out_shape)`.
         """
 
+    @classmethod
+    def shared_module(cls, ops: "Sequence[OpSpec]") -> "nn.Module | None":
+        """Build the module whose parameters all these operations share at one place of a supernet.
+
+        `None`, the default, is the module of the largest of them: the others use the leading entries of its
+        parameters. An operation that runs some of several alternatives gives a module that holds every
+        alternative; the module of each operation finds its parameters there by their names. It is never run.
+
+        Args:
+            ops: Every operation that occurs at the place, all of this class.
+        """
+        return None
+
     @property
     def size_bytes(self) -> int:
         """Bytes of the parameters in 32-bit floats."""

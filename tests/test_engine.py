@@ -23,7 +23,7 @@ from autocompress.history import read_history
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.strategy import Strategy
-from autocompress.testing.toys import every_network, toy_constraints, toy_score
+from autocompress.testing.toys import every_network, toy_constraints, toy_score, toy_space
 from autocompress.trial import Batch, Outcome, Trial
 from strategies.evolution import AgingEvolution, ElitistEvolution
 from strategies.random_search import RandomSearch
@@ -137,6 +137,16 @@ def test_infeasible_proposals_are_told_and_never_evaluated(paid: bool) -> None:
     np.testing.assert_array_equal(strategy.scores, wanted)
     assert result.asked == 24
     assert (len(result.trials), result.scored) == ((sum(fits), 0) if paid else (0, sum(fits)))
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_a_space_without_costs_is_searched_too(tmp_path: Path, paid: bool) -> None:
+    constraints = Constraints(toy_space(2), {}, {})
+    result = search(
+        RandomSearch(constraints, seed=0), constraints, Evaluated(constraints.space, paid=paid),
+        evaluations=5, history=tmp_path / "history.bin",
+    )  # fmt: skip
+    assert len(result.trials) + result.scored == 5
 
 
 def test_what_is_told_carries_every_cost_also_of_infeasible_rows() -> None:

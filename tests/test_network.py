@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.network import Residual, build_network, module_name
+from autocompress.network import Graph, Residual, build_network, module_name
 from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
 
 BLOCKS: list[tuple[str, Ops]] = [
@@ -61,3 +61,24 @@ def test_the_mode_and_the_gradients_are_those_of_any_pytorch_module(x: torch.Ten
     network(x).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert isinstance(network, nn.Sequential)
+
+
+def test_a_graph_sums_what_edges_make_of_earlier_nodes() -> None:
+    edges: dict[tuple[int, int], nn.Module] = {
+        (1, 3): nn.Conv2d(2, 2, 1),
+        (0, 1): nn.Conv2d(2, 2, 1),
+        (0, 3): nn.Identity(),
+    }
+    graph = Graph(4, edges)
+    assert [name for name, _ in graph.named_children()] == ["edge_1_3", "edge_0_1", "edge_0_3"]
+    x = torch.randn(2, 2, 3, 3)
+    torch.testing.assert_close(graph(x), x + edges[1, 3](edges[0, 1](x)))
+
+
+def test_a_node_without_edges_is_zero() -> None:
+    x = torch.randn(1, 2, 3, 3)
+    assert torch.equal(Graph(2, {})(x), torch.zeros_like(x))
+    # Zero is what the next edge reads, too: a bias comes through.
+    edge = nn.Conv2d(2, 2, 1)
+    expected = edge.bias.view(1, -1, 1, 1).expand_as(x)  # type: ignore[union-attr]
+    torch.testing.assert_close(Graph(3, {(1, 2): edge})(x), expected)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from autocompress.elastic.layers import ElasticConv2d, ElasticLayer, memory_format
+from autocompress.elastic.layers import ElasticLayer, memory_format
 from autocompress.elastic.supernet import Statistics, Supernet, statistics_of
 from autocompress.errors import SpaceError
 from autocompress.network import build_network, module_name
@@ -48,15 +48,14 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
                 last = channels_last and tensor.dim() == 4
                 keep = torch.channels_last if last else torch.contiguous_format
                 state[f"{prefix}.{key}"] = tensor.detach().clone(memory_format=keep)
-            if isinstance(layer, ElasticConv2d) and layer.norm_weight is not None and "bn.weight" in sliced:
-                width = op.out_shape[0]
+            for norm, (key, width) in layer.norms(op).items():
                 mean, variance = torch.zeros(width), torch.ones(width)
                 if statistics is not None:
-                    mean, variance = statistics_of(statistics, layer.name, width)
-                like = layer.norm_weight
-                state[f"{prefix}.bn.running_mean"] = mean.to(like, copy=True)
-                state[f"{prefix}.bn.running_var"] = variance.to(like, copy=True)
-                state[f"{prefix}.bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+                    mean, variance = statistics_of(statistics, key, width)
+                like = sliced[f"{norm}weight"]
+                state[f"{prefix}.{norm}running_mean"] = mean.to(like, copy=True)
+                state[f"{prefix}.{norm}running_var"] = variance.to(like, copy=True)
+                state[f"{prefix}.{norm}num_batches_tracked"] = torch.zeros((), dtype=torch.long)
     _fill(network, state)
     return network.train(statistics is None)
 

@@ -18,6 +18,9 @@ from autocompress.ops import ACTIVATIONS, Conv2d, GlobalAvgPool, Linear, MaxPool
 
 NORM_EPS = 1e-5
 
+MAX_STATICS = 256
+"""Modules without values that a layer keeps for operations it has run: a cell may have thousands."""
+
 Normalise = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 """Batch norm as a function: name of the layer, input, scale, shift; the caller decides the statistics."""
 
@@ -57,12 +60,23 @@ class ElasticLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def norms(self, op: OpSpec) -> dict[str, tuple[str, int]]:
+        """Return the batch norms of the static module of an operation.
+
+        Returns:
+            What the names of its tensors there start with (`"bn."`), to the key of its statistics and its
+            channels.
+        """
+        return {}
+
     def active(self, op: OpSpec) -> dict[str, Tensor]:
         """Return which entries of each parameter an operation uses, as boolean masks by parameter name."""
         # Slices of ones have a positive derivative exactly where they read.
         ones = {name: torch.ones_like(p, requires_grad=True) for name, p in self.named_parameters()}
         with torch.enable_grad():
             slices = list(self.sliced(op, ones).values())
+            if not slices:
+                return {name: torch.zeros_like(one, dtype=torch.bool) for name, one in ones.items()}
             if {id(one) for one in ones.values()} == {id(tensor) for tensor in slices}:
                 return {name: torch.ones_like(one, dtype=torch.bool) for name, one in ones.items()}
             total = torch.stack([tensor.sum() for tensor in slices]).sum()
@@ -188,6 +202,11 @@ class ElasticConv2d(ElasticLayer):
                 tensors[target] = _prefix(own[source], op.out_channels)
         return tensors
 
+    def norms(self, op: OpSpec) -> dict[str, tuple[str, int]]:
+        """Return the one batch norm, if the operation has it."""
+        op = cast(Conv2d, op)
+        return {"bn.": (self.name, op.out_channels)} if op.norm and self.norm_weight is not None else {}
+
 
 class ElasticLinear(ElasticLayer):
     """Linear layer on the flattened input, elastic in both widths."""
@@ -246,41 +265,91 @@ class ElasticSqueezeExcite(ElasticLayer):
         return dict(zip(names, tensors, strict=True))
 
 
+class _SharedNorm(nn.Module):
+    """Scale and shift of a batch norm; whoever runs the supernet decides the statistics."""
+
+    def __init__(self, norm: nn.BatchNorm2d, key: str) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.key = key
+        self.normalise: Normalise | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `(batch, channels, height, width)`."""
+        return cast(Normalise, self.normalise)(self.key, x, self.weight, self.bias)
+
+
+def _without_statistics(module: nn.Module, key: str) -> nn.Module:
+    """Replace every batch norm inside, or the module itself; its statistics are called by its path."""
+    if (
+        type(module) is nn.BatchNorm2d
+        and module.affine
+        and module.track_running_stats
+        and module.eps == NORM_EPS
+    ):
+        return _SharedNorm(module, key)
+    for name, child in list(module.named_children()):
+        module.add_module(name, _without_statistics(child, f"{key}.{name}"))
+    return module
+
+
 class ElasticModule(ElasticLayer):
-    """Any other operation: the parameters of its module, each sliced to the leading entries.
+    """Any other operation: the parameters of one module, each sliced to the leading entries.
+
+    Batch norms inside the module are run as those of `ElasticConv2d`: with the statistics of the very
+    sub-network.
 
     Raises:
-        SpaceError: The module has buffers, whose slices would share statistics between sub-networks.
+        SpaceError: The module has other buffers, whose slices would share statistics between sub-networks.
     """
 
-    def __init__(self, name: str, full: OpSpec) -> None:
-        """Take the parameters of the module of the largest operation."""
+    def __init__(self, name: str, kind: str, module: nn.Module) -> None:
+        """Take the parameters of a module that holds those of every operation of this kind."""
         super().__init__(name)
-        self.module = full.module()
+        self.module = _without_statistics(module, name)
         if any(True for _ in self.module.buffers()):
             raise SpaceError(
-                f"{name}: the module of {type(full).__name__} has buffers, which slices cannot share; leave "
-                "normalisation to Conv2d(norm=True), which is recalibrated for every sub-network"
+                f"{name}: the module of {kind} has buffers, which slices cannot share; leave normalisation "
+                f"to Conv2d(norm=True) or to nn.BatchNorm2d with scale, shift and eps {NORM_EPS}, which are "
+                "recalibrated for every sub-network"
             )
-        self._modules_by_op: dict[OpSpec, nn.Module] = {}
+        self._statics: dict[OpSpec, tuple[nn.Module, dict[str, _SharedNorm]]] = {}
 
-    def _static(self, op: OpSpec) -> nn.Module:
-        if op not in self._modules_by_op:
+    def _static(self, op: OpSpec) -> tuple[nn.Module, dict[str, _SharedNorm]]:
+        """Return the module of an operation, without values, and its batch norms by their path."""
+        known = self._statics.get(op)
+        if known is None:
             with torch.device("meta"):
-                self._modules_by_op[op] = op.module()
-        return self._modules_by_op[op]
+                module = _without_statistics(op.module(), self.name)
+            norms = {path: part for path, part in module.named_modules() if isinstance(part, _SharedNorm)}
+            if len(self._statics) >= MAX_STATICS:
+                self._statics.clear()
+            known = self._statics[op] = (module, norms)
+        return known
 
     def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
         """Run the module of the operation on the sliced parameters."""
-        static = self._static(op).train(self.training)  # dropout and the like
-        result = torch.func.functional_call(static, self.sliced(op), (x,))
+        static, norms = self._static(op)
+        static.train(self.training)  # dropout and the like
+        for norm in norms.values():
+            norm.normalise = normalise
+        try:
+            result = torch.func.functional_call(static, self.sliced(op), (x,))
+        finally:
+            for norm in norms.values():
+                norm.normalise = None
         return cast(Tensor, result)
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the leading entries of each parameter."""
         own = dict(self.named_parameters()) if parameters is None else parameters
-        shapes = {name: p.shape for name, p in self._static(op).named_parameters()}
+        shapes = {name: p.shape for name, p in self._static(op)[0].named_parameters()}
         return {name: _prefix(own[f"module.{name}"], *shape) for name, shape in shapes.items()}
+
+    def norms(self, op: OpSpec) -> dict[str, tuple[str, int]]:
+        """Return the batch norms inside the module."""
+        norms = self._static(op)[1]
+        return {f"{path}." if path else "": (norm.key, len(norm.weight)) for path, norm in norms.items()}
 
 
 def slot(position: int, op: OpSpec) -> str:
@@ -300,6 +369,9 @@ def elastic_layer(name: str, ops: Sequence[OpSpec], *, kernel_transform: bool) -
     Raises:
         SpaceError: No operation has the largest size in every dimension, so none holds all slices.
     """
+    shared = ops[0].shared_module(ops)
+    if shared is not None:
+        return ElasticModule(name, type(ops[0]).__name__, shared)
     full = max(ops, key=lambda op: op.params)
     for op in ops:
         if not _contains(_extents(full), _extents(op)):
@@ -315,7 +387,7 @@ def elastic_layer(name: str, ops: Sequence[OpSpec], *, kernel_transform: bool) -
         return ElasticLinear(name, full)
     if isinstance(full, SqueezeExcite):
         return ElasticSqueezeExcite(name, full)
-    return ElasticModule(name, full)
+    return ElasticModule(name, type(full).__name__, full.module())
 
 
 def _contains(mine: list[tuple[int, ...]], its: list[tuple[int, ...]]) -> bool:

@@ -1,7 +1,10 @@
 """Elastic layers one by one, against convolutions that are written out."""
 
 import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import (
+    NORM_EPS,
     ElasticConv2d,
     ElasticLayer,
     ElasticLinear,
@@ -417,6 +421,94 @@ def test_dropout_of_an_operation_of_the_space_s_own_rests_in_evaluation_mode() -
 def test_buffers_of_an_operation_of_the_space_s_own_are_refused() -> None:
     with pytest.raises(SpaceError, match=r"here: the module of Scale has buffers.*Conv2d\(norm=True\)"):
         elastic_layer("here", [Scale(4, counts=True)], kernel_transform=True)
+
+
+@dataclass(frozen=True)
+class Normed(OpSpec):
+    """Scale, then one of two batch norms: an operation that runs some of several alternatives."""
+
+    channels: int
+    which: str = "first"
+    eps: float = NORM_EPS
+
+    @property
+    def in_shape(self) -> Shape:
+        return self.channels, 3, 3
+
+    @property
+    def out_shape(self) -> Shape:
+        return self.in_shape
+
+    @property
+    def macs(self) -> int:
+        return 0
+
+    @property
+    def params(self) -> int:
+        return 3 * self.channels
+
+    def module(self) -> nn.Module:
+        norm = nn.BatchNorm2d(self.channels, eps=self.eps)
+        return nn.Sequential(OrderedDict(scale=ChannelScale(self.channels), **{self.which: norm}))
+
+    @classmethod
+    def shared_module(cls, ops: Sequence[OpSpec]) -> nn.Module:
+        full = cast(Normed, max(ops, key=lambda op: op.params))
+        norms = {cast(Normed, op).which: nn.BatchNorm2d(full.channels, eps=full.eps) for op in ops}
+        return nn.ModuleDict({"scale": ChannelScale(full.channels), **norms})
+
+
+def test_batch_norm_of_an_operation_of_the_space_s_own_is_given_to_whoever_runs_it() -> None:
+    full, small = Normed(5), Normed(3, "second")
+    layer = random_parameters(elastic_layer("here", [full, small], kernel_transform=True))
+    assert list(layer.buffers()) == []
+    asked: list[tuple[str, Tensor, Tensor]] = []
+
+    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        asked.append((name, weight, bias))
+        return 2 * x
+
+    own = dict(layer.named_parameters())
+    x = inputs(small)
+    torch.testing.assert_close(layer(x, small, normalise), 2 * x * own["module.scale.scale"][:3])
+    ((name, weight, bias),) = asked
+    assert name == "here.second"
+    assert torch.equal(weight, own["module.second.weight"][:3])
+    assert torch.equal(bias, own["module.second.bias"][:3])
+    assert layer.norms(small) == {"second.": ("here.second", 3)}
+    assert layer.norms(full) == {"first.": ("here.first", 5)}
+
+
+def test_alternatives_have_weights_of_their_own_and_share_the_rest() -> None:
+    first, second = Normed(4), Normed(4, "second")
+    layer = random_parameters(elastic_layer("here", [first, second], kernel_transform=True))
+    one, other = layer.sliced(first), layer.sliced(second)
+    assert one["scale.scale"] is other["scale.scale"]
+    assert set(one) ^ set(other) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    unused = {name for name, mask in layer.active(first).items() if not mask.any()}
+    assert unused == {"module.second.weight", "module.second.bias"}
+
+
+def test_a_module_that_is_a_batch_norm_itself_is_run_so_too() -> None:
+    layer = ElasticModule("here", "Norm", nn.BatchNorm2d(4))
+    assert set(dict(layer.named_parameters())) == {"module.weight", "module.bias"}
+    assert list(layer.buffers()) == []
+
+
+def test_batch_norm_of_another_precision_is_refused() -> None:
+    with pytest.raises(SpaceError, match=r"here: the module of Normed has buffers.*eps 1e-05"):
+        elastic_layer("here", [Normed(4, eps=1e-3)], kernel_transform=True)
+
+
+def test_modules_of_many_operations_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.elastic.layers.MAX_STATICS", 2)
+    layer = random_parameters(elastic_layer("here", [Scale(c) for c in range(1, 6)], kernel_transform=True))
+    for channels in (1, 2, 3, 4, 5, 1):
+        op = Scale(channels)
+        scale = dict(layer.named_parameters())["module.scale"]
+        expected = inputs(op) * scale[:channels]
+        torch.testing.assert_close(layer(inputs(op), op, batch_statistics), expected)
+        assert len(layer._statics) <= 2
 
 
 def test_settings_with_other_parameters_are_refused() -> None:
