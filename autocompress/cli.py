@@ -58,8 +58,6 @@ DEMO: dict[str, Any] = {
     "search": {
         "budget": {"latency_ms": "60%"},
         "evaluations": 60,
-        "finalists": 15,
-        "options": {"population": 100},
     },
     "finetune": {"epochs": 12, "learning_rate": 0.03},
 }

@@ -1,6 +1,7 @@
 """Latency tables, their errors and costs of networks, in a line for people."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from autocompress.latency.correction import ErrorReport
 from autocompress.latency.table import LatencyTable
@@ -45,6 +46,18 @@ def describe_error(table: LatencyTable) -> str:
     if report is None:
         return ""
     return f"; predicted latencies are {report.figures.mape_percent:.1f} % off on average"
+
+
+def describe_predictor(notes: Mapping[str, Any] | None) -> str:
+    """Return how well the predictor of a search ordered networks, to stand behind its result."""
+    predictor = (notes or {}).get("predictor")
+    if not isinstance(predictor, Mapping):
+        return "" if predictor is None else f"; predictor {predictor}"
+    low, high = predictor["kendall_tau_interval"]
+    return (
+        f"; {predictor['kind']} predictor, {predictor['judged']} Kendall tau {predictor['kendall_tau']:.2f} "
+        f"({low:.2f} to {high:.2f}) on {predictor['rows']} networks"
+    )
 
 
 def describe_costs(found: Mapping[str, float]) -> str:

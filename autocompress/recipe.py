@@ -145,7 +145,9 @@ class Phase(_Settings):
 class TrainSettings(OptimizerSettings):
     """How the supernet is trained."""
 
-    schedule: Literal["sandwich", "progressive"] = "sandwich"
+    schedule: Literal["sandwich", "progressive", "single_path", "fair"] = "sandwich"
+    """`single_path` trains one uniformly random network a step (SPOS), `fair` as many as the choice with the
+    most options has, with each option of a choice equally often (FairNAS); both on the labels alone."""
     random_networks: Count = 2
     """Random sub-networks a step of the sandwich, besides the largest and the smallest."""
     phases: tuple[Phase, ...] = ()
@@ -155,6 +157,17 @@ class TrainSettings(OptimizerSettings):
     def _phases(self) -> Self:
         if (self.schedule == "progressive") != bool(self.phases):
             raise ValueError("phases belong to schedule 'progressive', which needs at least one")
+        return self
+
+    @model_validator(mode="after")
+    def _networks(self) -> Self:
+        # Compared with the default, since a run's own recipe names every setting.
+        default = type(self).model_fields["random_networks"].default
+        if self.schedule in ("single_path", "fair") and self.random_networks != default:
+            raise ValueError(
+                f"random_networks ({self.random_networks}) belongs to schedule 'sandwich'; leave it out with "
+                f"{self.schedule!r}, which sets the number of networks itself"
+            )
         return self
 
 
@@ -167,16 +180,15 @@ class SearchSettings(_Settings):
     confidence: Annotated[float, Field(gt=0, lt=1)] | None = None
     """If given, a network fits a latency budget only if its measured latency will hold it with this
     probability, by the table's own errors on whole networks; otherwise its prediction is compared."""
-    strategy: str = "evolution"
+    strategy: str = "predictor"
+    """A name of `autocompress list strategies`, or `module:attribute`; `docs/strategies.md` compares them."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Of the strategy."""
     evaluations: Positive = 100
-    """Paid evaluations of supernet slices, those that train the predictor included."""
-    predictor: Literal["none", "ridge", "mlp"] = "ridge"
-    """What scores candidates between paid evaluations; `none` pays for every candidate."""
-    candidates: Positive = 5000
-    """Candidates that the strategy may have scored by the predictor."""
-    finalists: Positive = 20
-    """Paid evaluations of the candidates that the predictor likes best."""
+    """Evaluations of supernet slices."""
+    warm_start: Literal["none", "uniform", "synflow", "naswot", "params", "macs"] = "uniform"
+    """What is evaluated first: the uniform-scaled networks that fit; with the name of a zero-cost proxy also
+    those that it likes best of some random ones."""
     calibration_images: Positive = 512
     """Training images for the batch-norm statistics of a sub-network."""
     seed: Count = 0
@@ -190,15 +202,6 @@ class SearchSettings(_Settings):
         if isinstance(value, Mapping):
             Budget.of(value)
         return value
-
-    @model_validator(mode="after")
-    def _finalists(self) -> Self:
-        if self.predictor != "none" and self.finalists >= self.evaluations:
-            raise ValueError(
-                f"finalists ({self.finalists}) must be below evaluations ({self.evaluations}): the rest "
-                "trains the predictor"
-            )
-        return self
 
 
 class FinetuneSettings(OptimizerSettings):

@@ -1,7 +1,7 @@
 """A run directory: everything of one run, each stage whole or resumable.
 
 `recipe.yaml` (resolved), `environment.json` (when it was begun), `latency_table.json`, `supernet.pt`,
-`trials.log` (an Optuna journal), `history.bin`, `result.json`, `networks/KEY/` for each network that was
+`trials.log` (an Optuna journal), `result.json`, `networks/KEY/` for each network that was
 finetuned and exported, `report.json` and `report.md`; `searches/N/` for searches that a later one put aside.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autocompress.training.data import DataSet
     from autocompress.training.task import Task
 
-SEARCHED = ("trials.log", "history.bin", "result.json")
+SEARCHED = ("trials.log", "result.json")
 # What says that a stage has begun: its part of the recipe can be changed until then.
 BEGUN = {
     "profile": ("latency_samples.jsonl", "latency_table.json"),

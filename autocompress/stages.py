@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +17,14 @@ from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, Cost, operation_cost
-from autocompress.describe import describe_costs, describe_error, describe_table
+from autocompress.describe import describe_costs, describe_error, describe_predictor, describe_table
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
 from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetError, StorageError, TableError
 from autocompress.evaluation.supernet import SupernetEvaluator
-from autocompress.guided import guided_search
+from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
 from autocompress.latency.check import measure_network_of
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
@@ -34,7 +35,7 @@ from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, strategy_factory
-from autocompress.space import Architecture, SearchSpace
+from autocompress.space import Architecture, Codes, SearchSpace
 from autocompress.strategy import Strategy, WarmStart
 from autocompress.training.check import check_task
 from autocompress.training.checkpoint import load_checkpoint, weights_fingerprint
@@ -45,6 +46,8 @@ from autocompress.training.supernet import supernet_identity, train_supernet
 from autocompress.trial import Trial
 
 LATENCY = "latency_ms"
+PROXY_NETWORKS, PROXY_DRAWS, PROXY_IMAGES = 10, 200, 32
+"""How many networks a zero-cost proxy adds to a warm start, of how many it scores, on how many images."""
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
@@ -257,49 +260,48 @@ def search(run: Run, shown: Shown) -> SearchResult:
     if path.exists():
         return load_result(path, run.space)
     score = evaluator(run, supernet)
-    # The baseline that a search has to beat is among what it evaluates, so it never returns less.
-    first = uniform_candidates(limits)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
     with shown.stage(f"search by {settings.strategy}") as progress:
-        if settings.predictor == "none":
-            result = run_search(
-                WarmStart(strategy, first),
-                limits,
-                score,
-                evaluations=settings.evaluations,
-                objective=run.task.metric,
-                storage=run.path("trials.log"),
-                identity=identity,
-                progress=progress,
-            )
-        else:
-            result = guided_search(
-                strategy_factory(run.recipe),
-                limits,
-                score,
-                evaluations=settings.evaluations,
-                finalists=settings.finalists,
-                candidates=settings.candidates,
-                predictor=settings.predictor,
-                objective=run.task.metric,
-                seed=settings.seed,
-                options=settings.options,
-                first=first,
-                storage=run.path("trials.log"),
-                history=run.path("history.bin"),
-                identity=identity,
-                show=shown.say,
-                progress=progress,
-            )
+        result = run_search(
+            WarmStart(strategy, warm_start(run, limits)),
+            limits,
+            score,
+            evaluations=settings.evaluations,
+            objective=run.task.metric,
+            storage=run.path("trials.log"),
+            identity=identity,
+            progress=progress,
+        )
     best = result.best()
     shown.say(
         f"search: best validation {run.task.metric} {best.metrics[run.task.metric]:.4f} of "
-        f"{len(result.trials)} evaluated and {result.scored} predicted networks; {describe_costs(best.costs)}"
-        f"{describe_error(profile(run, shown))}"
+        f"{len(result.trials)} evaluated networks; {describe_costs(best.costs)}"
+        f"{describe_error(profile(run, shown))}{describe_predictor(result.notes)}"
     )
     shown.say(_measure_winner(run, profile(run, shown), best))
     result.save(path)
     return result
+
+
+def warm_start(run: Run, limits: Constraints) -> Codes:
+    """Return what a search evaluates first, `(n, choices)`.
+
+    The baseline that a search has to beat is among it, unless the recipe says otherwise: such a search never
+    returns less on validation.
+    """
+    kind = run.recipe.search.warm_start
+    if kind == "none":
+        return run.space.smallest()[:0]
+    uniform = uniform_candidates(limits)
+    if kind == "uniform":
+        return uniform
+    images = calibration(run)[0][:PROXY_IMAGES]
+    proxy = zero_cost_proxy(kind, run.space, images=images, seed=run.recipe.search.seed)
+    liked = best_of(
+        proxy, limits, PROXY_NETWORKS, draws=PROXY_DRAWS, seed=run.recipe.search.seed, metric=proxy.metric
+    )
+    known = {row.tobytes() for row in uniform}
+    return np.vstack([uniform, *(row[None] for row in liked if row.tobytes() not in known)])
 
 
 def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:

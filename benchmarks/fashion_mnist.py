@@ -39,15 +39,15 @@ from autocompress.distill.finetune import finetune
 from autocompress.elastic.extract import extract
 from autocompress.elastic.supernet import resize
 from autocompress.engine import search
-from autocompress.guided import guided_search
 from autocompress.latency.plan import check_networks
 from autocompress.recipe import FinetuneSettings, parse_recipe
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture, Codes
 from autocompress.stages import costs, evaluator, extract_recalibrated, profile, resolution, train
 from autocompress.stages import finetune as finetune_slice
+from autocompress.strategy import WarmStart
 from autocompress.training.evaluate import evaluate
-from strategies.evolution import ElitistEvolution
+from strategies.predictor_guided import PredictorGuided
 from strategies.random_search import RandomSearch
 
 # The smallest network takes about 42 % of the largest one's latency here.
@@ -64,7 +64,6 @@ class Size:
     epochs: int
     finetune_epochs: int
     evaluations: int
-    finalists: int
     random: int
     ranked: int
 
@@ -75,13 +74,10 @@ FULL = Size(
     epochs=15,
     finetune_epochs=5,
     evaluations=64,
-    finalists=16,
     random=10,
     ranked=12,
 )
-QUICK = Size(
-    images=1_500, held_out=300, epochs=2, finetune_epochs=1, evaluations=20, finalists=5, random=3, ranked=4
-)
+QUICK = Size(images=1_500, held_out=300, epochs=2, finetune_epochs=1, evaluations=20, random=3, ranked=4)
 
 
 class Benchmark:
@@ -243,18 +239,8 @@ class Benchmark:
         return self.slice_test(candidates[int(scores.argmax())])
 
     def _search(self, limits: Constraints, seed: int) -> dict[str, Any]:
-        result = guided_search(
-            ElitistEvolution,
-            limits,
-            self.score,
-            evaluations=self.size.evaluations,
-            finalists=self.size.finalists,
-            candidates=5000,
-            predictor="ridge",
-            objective="accuracy",
-            seed=seed,
-            first=uniform_candidates(limits),
-        )
+        strategy = WarmStart(PredictorGuided(limits, seed=seed), uniform_candidates(limits))
+        result = search(strategy, limits, self.score, evaluations=self.size.evaluations)
         best = result.best()
         row = self.run.space.encode([best.architecture])
         tau = (result.notes or {}).get("predictor")

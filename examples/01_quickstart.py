@@ -23,7 +23,6 @@ recipe = parse_recipe(
             # Four rounds of measuring are too few for a budget on latency.
             "budget": {"macs": "2M"} if smoke else {"latency_ms": "60%", "macs": "2M"},
             "evaluations": 12 if smoke else 80,
-            "finalists": 2 if smoke else 20,
         },
         "finetune": {"epochs": 1 if smoke else 10},
         "export": {"formats": ["safetensors"] if smoke else ["onnx", "torch_export", "safetensors"]},

@@ -41,8 +41,7 @@ RECIPE: dict[str, Any] = {
     "search": {
         "budget": {"macs": "90%"},
         "evaluations": 6,
-        "finalists": 2,
-        "predictor": "none",
+        "strategy": "evolution",
         "options": {"population": 4},
         "calibration_images": 80,
     },

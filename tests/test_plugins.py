@@ -37,7 +37,7 @@ def test_a_name_and_a_module_with_attribute_give_the_same() -> None:
         ("zzz", "no strategy 'zzz'; available are"),
         ("no.such.module:Search", "cannot be imported from module 'no.such.module': No module named"),
         ("strategies.evolution:Search", "'strategies.evolution' has no attribute 'Search'"),
-        ("strategies.evolution:MAX_ATTEMPTS", "must be something to call, got int"),
+        ("strategies.breeding:MAX_ATTEMPTS", "must be something to call, got int"),
         (":Search", "a strategy is a name or 'module:attribute', got ':Search'"),
         ("strategies.evolution:", "a strategy is a name or 'module:attribute'"),
         (".evolution:Search", "a strategy is a name or 'module:attribute'"),

@@ -111,7 +111,7 @@ def test_an_amount_of_validation_is_a_share_or_a_number_of_images() -> None:
             "granularity, knots, max_rounds, measured, min_rounds, networks, seed, table, tolerance, widths",
         ),
         ("train.epoch", "batch_size, cutout, epochs, gradient_clip"),
-        ("search.generations", "budget, calibration_images, candidates, confidence, evaluations, finalists"),
+        ("search.generations", "budget, calibration_images, confidence, evaluations, options, seed"),
         ("finetune.schedule", "alpha, batch_size"),
         ("export.format", "formats"),
     ],
@@ -173,9 +173,7 @@ def test_an_unknown_key_inside_a_list_is_found() -> None:
         ("search.budget", "60%"),
         ("search.budget", ["60%"]),
         ("search.evaluations", 0),
-        ("search.predictor", "forest"),
-        ("search.candidates", 0),
-        ("search.finalists", 0),
+        ("search.warm_start", "forest"),
         ("search.calibration_images", 0),
         ("search.seed", -1),
         ("search.options", 3),
@@ -251,21 +249,11 @@ def test_a_wrong_budget_is_refused_with_what_is_allowed(budget: dict[str, Any], 
         ({"profile": {"max_rounds": 3}}, r"profile: .*min_rounds \(24\) must not exceed max_rounds \(3\)"),
         ({"train": {"schedule": "progressive"}}, "train: .*phases belong to schedule 'progressive'"),
         ({"train": {"phases": [{"epochs": 1}]}}, "train: .*phases belong to schedule 'progressive'"),
-        (
-            {"search": {"evaluations": 20, "finalists": 20}},
-            r"search: .*finalists \(20\) must be below evaluations \(20\)",
-        ),
-        ({"search": {"evaluations": 10}}, r"search: .*finalists \(20\) must be below evaluations \(10\)"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(payload: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         parse_recipe(payload)
-
-
-def test_without_a_predictor_there_are_no_finalists_to_count() -> None:
-    recipe = parse_recipe({"search": {"evaluations": 5, "finalists": 20, "predictor": "none"}})
-    assert recipe.search.evaluations == 5
 
 
 def test_every_mistake_is_told_at_once() -> None:

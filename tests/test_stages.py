@@ -20,6 +20,7 @@ from small_runs import RECIPE, small_recipe, small_space, table_by_hand, with_ta
 
 from autocompress import stages
 from autocompress.atomic import write_json
+from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget
 from autocompress.describe import describe_costs
 from autocompress.errors import (
@@ -186,19 +187,37 @@ def test_no_stage_reads_the_test_part(tmp_path: Path) -> None:
         run.data.test[0]
 
 
-def test_a_predictor_and_its_candidates_are_kept_in_the_run(tmp_path: Path, exported: Path) -> None:
+def test_what_the_predictor_was_worth_is_kept_and_said(tmp_path: Path, exported: Path) -> None:
     folder = copy_of(exported, tmp_path, without=("result.json", "trials.log"))
-    recipe = small_recipe(search={"predictor": "ridge", "evaluations": 14, "finalists": 3, "candidates": 60})
-    rewrite_recipe(folder, recipe.model_dump(mode="json"))
+    search = {"strategy": "predictor", "options": {"initial": 5, "round_size": 3}, "evaluations": 14}
+    payload = small_recipe().model_dump(mode="json")
+    payload["search"].update(search)
+    rewrite_recipe(folder, payload)
     said: list[str] = []
     run = Run(folder)
     result = stages.search(run, Shown(say=said.append))
     assert len(result.trials) == 14
-    assert result.scored == 60
-    assert (folder / "history.bin").stat().st_size > 60 * len(run.space.choices)
     assert result.notes is not None
-    assert result.notes["predictor"]["rows"] == 11
-    assert any("Kendall tau" in line for line in said)
+    assert result.notes["predictor"]["rows"] == 14
+    assert any("predictor, leave-one-out Kendall tau" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["none", "uniform", "synflow", "naswot", "params", "macs"])
+def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) -> None:
+    run = Run(with_table(tmp_path / "run"), small_recipe(search={"warm_start": kind}))
+    limits = stages.constraints(run, SILENT)
+    rows = stages.warm_start(run, limits)
+    uniform = uniform_candidates(limits)
+    assert limits.feasible(rows).all()
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    if kind == "none":
+        assert len(rows) == 0
+        return
+    np.testing.assert_array_equal(rows[: len(uniform)], uniform)
+    assert (len(rows) > len(uniform)) == (kind != "uniform")
+    if kind in ("params", "macs"):  # what a proxy adds is what it likes best, in its order
+        cost = limits.costs[kind].of(rows[len(uniform) :])
+        assert (np.diff(cost) <= 0).all()
 
 
 def copy_of(run: Path, tmp_path: Path, without: tuple[str, ...] = ()) -> Path:

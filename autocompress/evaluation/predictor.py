@@ -4,149 +4,23 @@ What they return is a prediction, and its name says so (`predicted_accuracy` by 
 the column of a measured value.
 """
 
-import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, final
+from typing import final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from autocompress.cost import Values
+from autocompress.cost import Cost, Values
 from autocompress.errors import DataError
+from autocompress.evaluation.regression import KINDS, Kind, Model, make_model
 from autocompress.space import Codes, SearchSpace
 
 MIN_ROWS, MIN_HELD_OUT = 10, 4
 """Fewest distinct architectures in all, and to judge the predictor; so few give a very wide interval."""
 RESAMPLES = 500
 CONFIDENCE = 0.95
-RIDGE_PENALTIES = np.logspace(-3, 4, 29)
-
-Features = NDArray[np.float32]
-
-
-@final
-class RidgePredictor:
-    """Linear regression on one-hot genes, its penalty chosen by leave-one-out errors.
-
-    On published once-for-all sub-networks it orders as well as the 400x3 network does, from 200 samples.
-    """
-
-    def __init__(self) -> None:
-        """Start untrained."""
-        self.penalty = float("nan")
-        self.leave_one_out_error = float("nan")
-        self._weights: Values = np.zeros(0)
-        self._constant = 0.0
-
-    def fit(self, features: Features, values: Values) -> Self:
-        """Fit, for every penalty of `RIDGE_PENALTIES` at once, and keep the one that predicts best.
-
-        The leave-one-out error of row i is `residual_i / (1 - h_i)`, h the diagonal of the matrix that maps
-        values to predictions; one singular value decomposition serves all penalties.
-
-        `leave_one_out_error` is the mean square of the errors under the penalty that was kept.
-
-        Source: Hastie, Tibshirani & Friedman, The Elements of Statistical Learning, 2nd ed., section 7.10.
-
-        Args:
-            features: `(n, features)`.
-            values: `(n,)`.
-        """
-        matrix = features.astype(np.float64)
-        center, mean = matrix.mean(axis=0), float(values.mean())
-        left, singular, right = np.linalg.svd(matrix - center, full_matrices=False)
-        projected = left.T @ (values - mean)
-        # (penalties, components): how much of each component is kept.
-        kept = singular**2 / (singular**2 + RIDGE_PENALTIES[:, None])
-        residuals = (values - mean) - (kept * projected) @ left.T
-        leverage = 1.0 / len(values) + kept @ (left**2).T
-        errors = ((residuals / np.maximum(1.0 - leverage, 1e-12)) ** 2).mean(axis=1)
-        best = int(errors.argmin())
-        self.penalty, self.leave_one_out_error = float(RIDGE_PENALTIES[best]), float(errors[best])
-        self._weights = right.T @ (singular / (singular**2 + self.penalty) * projected)
-        self._constant = mean - float(center @ self._weights)
-        return self
-
-    def predict(self, features: Features) -> Values:
-        """Return predictions `(n,)` for features `(n, features)`."""
-        result: Values = features @ self._weights + self._constant
-        return result
-
-
-@final
-class MLPPredictor:
-    """The once-for-all predictor: three hidden layers of 400 with ReLU, trained by Adam.
-
-    Values are standardised for training, so that it works alike on percent and on fractions; the mean of
-    the values is thus the output's bias, and the learning rate falls to zero along a cosine.
-
-    Source: Cai et al., Once-for-All, ICLR 2020; learning rate and weight decay as its authors state them
-    (mit-han-lab/once-for-all, issue 30).
-    """
-
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        width: int = 400,
-        depth: int = 3,
-        epochs: int = 200,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-4,
-    ) -> None:
-        """Make the predictor, untrained."""
-        self._seed, self._width, self._depth = seed, width, depth
-        self._epochs, self._batch_size = epochs, batch_size
-        self._learning_rate, self._weight_decay = learning_rate, weight_decay
-        self._network = nn.Sequential()
-        self._mean, self._scale = 0.0, 1.0
-
-    def _build(self, inputs: int) -> nn.Sequential:
-        sizes = [inputs, *[self._width] * self._depth]
-        # The global generator is left as it was found.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            layers: list[nn.Module] = []
-            for before, after in itertools.pairwise(sizes):
-                layers += [nn.Linear(before, after), nn.ReLU()]
-            layers.append(nn.Linear(sizes[-1], 1))
-        return nn.Sequential(*layers)
-
-    def fit(self, features: Features, values: Values) -> Self:
-        """Train from scratch on features `(n, features)` and values `(n,)`; deterministic under the seed."""
-        # Values that are all equal have no scale of their own.
-        self._mean, self._scale = float(values.mean()), float(values.std()) or 1.0
-        inputs = torch.from_numpy(features)
-        targets = torch.from_numpy((values - self._mean) / self._scale).float()
-        network = self._build(inputs.shape[1])
-        optimizer = torch.optim.Adam(
-            network.parameters(), lr=self._learning_rate, weight_decay=self._weight_decay
-        )
-        steps = self._epochs * -(-len(inputs) // self._batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        shuffler = torch.Generator().manual_seed(self._seed)
-        for _ in range(self._epochs):
-            order = torch.randperm(len(inputs), generator=shuffler)
-            for rows in torch.split(order, self._batch_size):
-                optimizer.zero_grad()
-                loss = nn.functional.mse_loss(network(inputs[rows])[:, 0], targets[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-        self._network = network.eval().requires_grad_(False)
-        return self
-
-    def predict(self, features: Features) -> Values:
-        """Return predictions `(n,)` for features `(n, features)`."""
-        with torch.inference_mode():
-            output: Tensor = self._network(torch.from_numpy(features))
-        return output.numpy()[:, 0].astype(np.float64) * self._scale + self._mean
-
-
-Kind = Literal["ridge", "mlp"]
+FOLDS = 5
 
 
 @final
@@ -157,7 +31,7 @@ class FittedPredictor:
     Attributes:
         space: The space of the architectures.
         metric: The name of the prediction.
-        kind: `ridge` or `mlp`.
+        kind: One of `KINDS`.
         model: Trained on all rows.
         rows: Rows it was trained on.
         held_out_rows: Rows that judged it, when it was trained on the others only.
@@ -171,7 +45,7 @@ class FittedPredictor:
     space: SearchSpace
     metric: str
     kind: Kind
-    model: RidgePredictor | MLPPredictor
+    model: Model
     rows: int
     held_out_rows: int
     kendall_tau: float
@@ -182,9 +56,9 @@ class FittedPredictor:
     def __call__(self, codes: Codes) -> dict[str, Values]:
         """Return the predicted metric of every row, `(n,)`.
 
-        The same rows in a batch of another size can differ in the last bits of a 32-bit float.
+        The same rows in a batch of another size can differ in the last bits of a float.
         """
-        return {self.metric: self.model.predict(self.space.one_hot(codes))}
+        return {self.metric: self.model.predict(codes)}
 
     def __str__(self) -> str:
         low, high = self.kendall_tau_interval
@@ -201,6 +75,7 @@ def fit(
     values: Values,
     *,
     kind: Kind = "ridge",
+    costs: Sequence[Cost] = (),
     held_out: float = 0.2,
     seed: int = 0,
     metric: str = "predicted_accuracy",
@@ -212,7 +87,9 @@ def fit(
         space: The space.
         codes: Evaluated architectures `(n, choices)`. All rows of one network are held out together.
         values: What was measured `(n,)`, any unit.
-        kind: `"ridge"`, good from 50 rows on and trained in milliseconds, or `"mlp"`, for thousands.
+        kind: `"gaussian_process"`, the best up to some thousand rows; `"ridge"`, good from 50 rows on and
+            trained in milliseconds; `"mlp"`, for thousands.
+        costs: Costs whose logarithms are features beside the genes; MACs make every kind better.
         held_out: Share of the distinct architectures that judge the predictor, above 0 and below 1.
         seed: Chooses the held-out architectures, the initial weights and the order of training.
         metric: Name of the prediction.
@@ -227,7 +104,8 @@ def fit(
     _check(codes, values, kind=kind, held_out=held_out)
     if len(values) and np.ptp(values) == 0:
         raise DataError(f"the {len(values)} values are all {values[0]:g}: nothing can be learned of them")
-    networks, network = np.unique(space.canonical(codes), axis=0, return_inverse=True)
+    codes = space.canonical(codes)
+    networks, network = np.unique(codes, axis=0, return_inverse=True)
     network = network.reshape(-1)
     away = max(MIN_HELD_OUT, round(held_out * len(networks)))
     if len(networks) < MIN_ROWS or len(networks) - away < 2:
@@ -237,24 +115,47 @@ def fit(
         )
     rng = np.random.default_rng(seed)
     judges = np.isin(network, rng.permutation(len(networks))[:away])
-    features = space.one_hot(space.canonical(codes))
 
-    def model() -> RidgePredictor | MLPPredictor:
-        return RidgePredictor() if kind == "ridge" else MLPPredictor(seed=seed, epochs=epochs)
+    def model() -> Model:
+        return make_model(kind, space, costs, seed=seed, epochs=epochs)
 
-    predicted = model().fit(features[~judges], values[~judges]).predict(features[judges])
+    predicted = model().fit(codes[~judges], values[~judges]).predict(codes[judges])
     tau, interval = kendall_tau(predicted, values[judges], rng)
     return FittedPredictor(
         space=space,
         metric=metric,
         kind=kind,
-        model=model().fit(features, values),
+        model=model().fit(codes, values),
         rows=len(values),
         held_out_rows=int(judges.sum()),
         kendall_tau=tau,
         kendall_tau_interval=interval,
         mean_absolute_error=float(np.abs(predicted - values[judges]).mean()),
     )
+
+
+def cross_validate(
+    model: Callable[[], Model], codes: Codes, values: Values, *, seed: int, folds: int = FOLDS
+) -> float:
+    """Return Kendall's tau of predictions, each by a model that was trained on the other folds.
+
+    It serves to choose between models by rows for training alone.
+
+    Args:
+        model: Makes an untrained model.
+        codes: Canonical, distinct, `(n, choices)`.
+        values: `(n,)`.
+        seed: Deals the rows to the folds.
+        folds: At most n.
+    """
+    from scipy.stats import kendalltau
+
+    fold = np.random.default_rng(seed).permutation(len(values)) % folds
+    predicted = np.empty(len(values))
+    for away in range(folds):
+        judges = fold == away
+        predicted[judges] = model().fit(codes[~judges], values[~judges]).predict(codes[judges])
+    return float(kendalltau(predicted, values).statistic)
 
 
 def kendall_tau(first: Values, second: Values, rng: np.random.Generator) -> tuple[float, tuple[float, float]]:
@@ -280,8 +181,8 @@ def kendall_tau(first: Values, second: Values, rng: np.random.Generator) -> tupl
 
 
 def _check(codes: Codes, values: Values, *, kind: str, held_out: float) -> None:
-    if kind not in ("ridge", "mlp"):
-        raise DataError(f"kind must be 'ridge' or 'mlp', got {kind!r}")
+    if kind not in KINDS:
+        raise DataError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if not 0 < held_out < 1:
         raise DataError(f"held_out must be above 0 and below 1, got {held_out!r}")
     if values.shape != (len(codes),):

@@ -230,8 +230,8 @@ def measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[
 def measure_network_of(table: LatencyTable, net: Blocks, *, runs: int = 60) -> Measurement:
     """Measure one network on the table's target, between small blocks, as it would run in use.
 
-    Right after a profile such medians were 2 to 5 % above those of its rounds, and as far with 100 rows of the
-    table between them: what is further off is a change of the machine's speed.
+    Right after a profile such medians were 2 to 5 % above those of its rounds, and as far with 100 rows of
+    the table between them: what is further off is a change of the machine's speed.
     """
     with pinned(table.target):
         return measure_network(prepare(net, table.target), target=table.target, count=runs)

@@ -1,7 +1,8 @@
-"""Supernet training: the sandwich rule with in-place distillation, and progressive shrinking.
+"""Supernet training: sandwich rule with in-place distillation, progressive shrinking, single paths.
 
 Sources: Yu & Huang, Universally Slimmable Networks, ICCV 2019 (sandwich rule, in-place distillation);
-Yu et al., BigNAS, ECCV 2020; Cai et al., Once-for-All, ICLR 2020 (progressive shrinking).
+Yu et al., BigNAS, ECCV 2020; Cai et al., Once-for-All, ICLR 2020 (progressive shrinking); Guo et al., Single
+Path One-Shot, ECCV 2020 (uniform single path); Chu et al., FairNAS, ICCV 2021 (strict fairness).
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ from autocompress.elastic.extract import active_masks, only_active
 from autocompress.elastic.importance import sort_channels
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet
-from autocompress.errors import RecipeError
 from autocompress.progress import Progress, silent
 from autocompress.recipe import Phase, TrainSettings
-from autocompress.space import Architecture, Codes
+from autocompress.space import Architecture
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
+from autocompress.training.paths import networks_of_step, phases_of
 from autocompress.training.speed import autocast, choose_formats
 from autocompress.training.task import Task
 
@@ -47,7 +48,14 @@ def train_supernet(
     Sandwich rule, each step: the largest network on the labels, whose detached outputs then teach some random
     networks and the smallest; gradients are summed. Progressive shrinking: first the largest network alone;
     then phases in which more and more choices vary, random networks only, taught by the labels and by the
-    largest network as it was after the first phase.
+    largest network as it was after the first phase. Single path: one network, uniform over genes, on the
+    labels. Fair: as many networks as the choice with the most options has, which together hold each option of
+    a choice equally often (`paths.fair_draws`), on the labels.
+
+    Gradients of the networks of a step are summed, not averaged, as in FairNAS (algorithm 1): what serves one
+    option alone moves as far as in single-path training. What several networks share, here slices too, gets
+    a gradient from each of them: the more networks a step, the lower the learning rate should be. Weight
+    decay and momentum leave alone what no network of a step used.
 
     Args:
         supernet: Trained in place; its memory format may change.
@@ -67,7 +75,7 @@ def train_supernet(
     """
     space = supernet.space
     largest, smallest = space.decode(np.vstack([space.largest(), space.smallest()]))
-    phases = _phases(supernet, settings)
+    phases = phases_of(space, settings)
     epochs = sum(phase.epochs for phase in phases)
     starts = np.cumsum([0] + [phase.epochs for phase in phases])[:-1].tolist()
     per_epoch = steps_per_epoch(data, settings)
@@ -89,13 +97,7 @@ def train_supernet(
         return outputs.float()
 
     def networks(step: int) -> list[Architecture]:
-        """Return the architectures that take part in the gradient of a step."""
-        phase = phase_of(step // per_epoch)
-        rng = np.random.default_rng((settings.seed, 1, step))
-        sampled = space.decode(restricted_sample(supernet, phase.elastic, phase.networks, rng))
-        if settings.schedule == "sandwich":
-            return [largest, *(sampled if phase.elastic else []), smallest]
-        return [largest] if step < starts[1] * per_epoch else sampled
+        return networks_of_step(space, settings, phase_of(step // per_epoch), step)
 
     def sandwich(images: Tensor, targets: Tensor, step: int) -> float:
         images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
@@ -107,10 +109,10 @@ def train_supernet(
             task.distillation(forward(images, arch), teacher).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def progressive(images: Tensor, targets: Tensor, step: int) -> float:
+    def on_labels(images: Tensor, targets: Tensor, step: int) -> float:
         images = images.contiguous(memory_format=FORMATS[formats["memory_format"]])
         teacher: Tensor | None = None
-        if step >= starts[1] * per_epoch:
+        if frozen:
             with torch.no_grad():
                 teacher = torch.func.functional_call(supernet, frozen, (images, largest)).float()
         total = 0.0
@@ -151,7 +153,7 @@ def train_supernet(
             )
             position.scores.append([epoch + 1, name, scored.mean])
 
-    compute = sandwich if settings.schedule == "sandwich" else progressive
+    compute = sandwich if settings.schedule == "sandwich" else on_labels
 
     def prepare(position: Position) -> None:
         if not position.choices:
@@ -192,33 +194,3 @@ def supernet_identity(supernet: Supernet, data: DataSet, settings: TrainSettings
         "data": data.fingerprint,
         "settings": settings.model_dump(mode="json"),
     }
-
-
-def _phases(supernet: Supernet, settings: TrainSettings) -> list[Phase]:
-    kinds = sorted({choice.name.rpartition(".")[2] for choice in supernet.space.choices})
-    if settings.schedule == "sandwich":
-        # Without random networks nothing varies: the sandwich is the largest and the smallest alone.
-        varying = tuple(kinds) if settings.random_networks else ()
-        return [Phase(epochs=settings.epochs, elastic=varying, networks=max(settings.random_networks, 1))]
-    for phase in settings.phases:
-        for name in phase.elastic:
-            if name not in kinds:
-                raise RecipeError(f"train.phases: the space has no choices named {name!r}; it has {kinds}")
-    return [Phase(epochs=settings.epochs), *settings.phases]
-
-
-def restricted_sample(
-    supernet: Supernet, elastic: tuple[str, ...], n: int, rng: np.random.Generator
-) -> Codes:
-    """Draw networks in which only choices of some kinds vary, uniform over their genes.
-
-    Args:
-        supernet: Whose space.
-        elastic: Last parts of the names of the choices that vary; all others are at their largest.
-        n: How many.
-        rng: Source of randomness.
-    """
-    space = supernet.space
-    codes = (rng.random((n, len(space.choices))) * space.counts).astype(np.int64)
-    varies = np.array([choice.name.rpartition(".")[2] in elastic for choice in space.choices])
-    return space.canonical(np.where(varies, codes, space.counts - 1))

@@ -1,4 +1,3 @@
-import csv
 import pickle
 from pathlib import Path
 
@@ -6,13 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from autocompress.cost import operation_cost
 from autocompress.errors import DataError, SpaceError
-from autocompress.evaluation.predictor import (
-    RIDGE_PENALTIES,
-    RidgePredictor,
-    fit,
-    kendall_tau,
-)
+from autocompress.evaluation.ofa_table import read_ofa_table
+from autocompress.evaluation.predictor import cross_validate, fit, kendall_tau
+from autocompress.evaluation.regression import KINDS, RIDGE_PENALTIES, Kind, RidgePredictor, make_model
 from autocompress.space import Codes
 from autocompress.testing.toys import every_network, toy_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
@@ -26,19 +23,64 @@ def additive(codes: Codes) -> np.ndarray:
     return 70.0 + 2.0 * codes[:, 1] + codes[:, 2:] @ np.array([0.5, 0.4, 0.3, 0.2, 0.1]) + 0.05 * codes[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp"])
-def test_it_learns_what_is_linear_in_the_genes(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_what_is_linear_in_the_genes(kind: Kind) -> None:
     rows = CODES[np.random.default_rng(0).permutation(len(CODES))[:400]]
     predictor = fit(SPACE, rows, additive(rows), kind=kind, epochs=20)
-    assert predictor.kendall_tau > (0.99 if kind == "ridge" else 0.93)
+    assert predictor.kendall_tau > (0.93 if kind == "mlp" else 0.99)
     assert predictor.held_out_rows == 80
     assert predictor.rows == 400
     error = np.abs(predictor(CODES)["predicted_accuracy"] - additive(CODES))
-    assert error.mean() < (0.05 if kind == "ridge" else 0.4)
+    assert error.mean() < (0.4 if kind == "mlp" else 0.05)
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp"])
-def test_noise_is_not_predicted(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_as_features_help_where_values_follow_costs(kind: Kind) -> None:
+    costs = [operation_cost(SPACE, metric) for metric in ("macs", "params")]
+    values = np.log(costs[0].of(CODES)) + 0.2 * (CODES[:, 2] == 1)
+    rows = np.random.default_rng(0).permutation(len(CODES))[:60]
+    with_costs, without = (
+        make_model(kind, SPACE, given, epochs=30).fit(CODES[rows], values[rows]).predict(CODES)
+        for given in (costs, [])
+    )
+    # One of the two members of an ensemble does not look at costs.
+    share = 0.7 if kind == "ensemble" else 0.5
+    assert np.abs(with_costs - values).mean() < share * np.abs(without - values).mean()
+    assert fit(SPACE, CODES[rows], values[rows], kind=kind, costs=costs, epochs=30).kendall_tau > 0.85
+
+
+def test_a_cost_that_is_the_same_for_all_networks_is_no_fault() -> None:
+    largest = operation_cost(SPACE, "macs").scaled(0.0, 5.0)
+    values = additive(CODES[:50])
+    with_cost = make_model("ridge", SPACE, [largest]).fit(CODES[:50], values).predict(CODES)
+    np.testing.assert_allclose(with_cost, make_model("ridge", SPACE).fit(CODES[:50], values).predict(CODES))
+
+
+def test_cross_validation_predicts_every_row_from_the_other_folds() -> None:
+    rng = np.random.default_rng(4)
+    rows = CODES[rng.permutation(len(CODES))[:60]]
+    assert cross_validate(lambda: make_model("ridge", SPACE), rows, additive(rows), seed=0) > 0.97
+    noise = cross_validate(lambda: make_model("ridge", SPACE), rows, rng.normal(size=60), seed=0)
+    # Four standard deviations of tau under independence; out of fold a mean goes against its own fold.
+    assert -0.6 < noise < 4 * 0.088
+
+    class Remembering:
+        """Right where it was trained, and wrong elsewhere."""
+
+        def fit(self, codes: Codes, values: np.ndarray) -> "Remembering":
+            self.known = {row.tobytes(): value for row, value in zip(codes, values, strict=True)}
+            assert len(codes) in (48, 49)
+            return self
+
+        def predict(self, codes: Codes) -> np.ndarray:
+            assert not any(row.tobytes() in self.known for row in codes)
+            return np.arange(len(codes), dtype=np.float64)
+
+    assert abs(cross_validate(Remembering, rows, additive(rows), seed=1)) < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_not_predicted(kind: Kind) -> None:
     rng = np.random.default_rng(1)
     rows = CODES[rng.permutation(len(CODES))[:300]]
     predictor = fit(SPACE, rows, rng.normal(size=300), kind=kind, epochs=5)
@@ -49,8 +91,8 @@ def test_noise_is_not_predicted(kind: str) -> None:
     assert 0.2 < high - low < 0.6
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp"])
-def test_it_is_deterministic_leaves_the_global_generators_alone_and_can_be_pickled(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_deterministic_leaves_the_global_generators_alone_and_can_be_pickled(kind: Kind) -> None:
     rows, values = CODES[:100], additive(CODES[:100])
     before = torch.get_rng_state()
     first = fit(SPACE, rows, values, kind=kind, epochs=3, seed=5)
@@ -140,7 +182,12 @@ def test_kendall_tau_of_a_hand_made_order() -> None:
             {"held_out": 0.0},
             "held_out must be above 0 and below 1, got 0.0",
         ),
-        (CODES[:30], additive(CODES[:30]), {"kind": "forest"}, "kind must be 'ridge' or 'mlp', got 'forest'"),
+        (
+            CODES[:30],
+            additive(CODES[:30]),
+            {"kind": "forest"},
+            "kind must be one of 'ridge', 'mlp', 'gaussian_process', 'ensemble', got 'forest'",
+        ),
     ],
 )
 def test_data_that_nothing_can_be_learned_of_is_an_error(
@@ -150,8 +197,8 @@ def test_data_that_nothing_can_be_learned_of_is_an_error(
         fit(SPACE, rows, values, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp"])
-def test_values_of_which_only_one_differs_are_learned_but_not_trusted(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_which_only_one_differs_are_learned_but_not_trusted(kind: Kind) -> None:
     values = np.zeros(10)
     values[0] = 1.0
     predictor = fit(SPACE, CODES[:10], values, kind=kind, epochs=2)
@@ -171,35 +218,30 @@ OFA = Path(__file__).parents[3] / "shared/data/ofa/ofa_mbv3_w10_imagenet_subnets
 
 @pytest.mark.slow
 @pytest.mark.skipif(not OFA.exists(), reason=f"needs {OFA}")
-def test_a_ridge_on_200_published_sub_networks_orders_the_others_as_reported() -> None:
-    """../shared/SUPERNETS.md 1.6: tau 0.857/0.866/0.883/0.909 from 50/100/200/500 samples (ridge 1.0)."""
+@pytest.mark.parametrize(
+    ("samples", "reported", "wanted"), [(50, 0.857, 0.88), (200, 0.883, 0.92), (500, 0.909, 0.94)]
+)
+def test_published_sub_networks_are_ordered(samples: int, reported: float, wanted: float) -> None:
+    """A ridge on genes as ../shared/SUPERNETS.md 1.6 reports, of 2,162 sub-networks; here are 842 of them."""
     space = mobilenet_v3()
-    with OFA.open() as file:
-        lines = list(csv.DictReader(file))
-    rows, values = [], []
-    for line in lines:
-        genes = {name: [int(part) for part in line[name].split()] for name in ("kernel", "expand", "depth")}
-        settings: dict[str, int] = {"resolution": int(line["resolution"])}
-        for stage in range(5):
-            settings[f"stage{stage + 1}.depth"] = genes["depth"][stage]
-            for block in range(4):
-                prefix = f"stage{stage + 1}.block{block + 1}"
-                settings[f"{prefix}.kernel"] = genes["kernel"][4 * stage + block]
-                settings[f"{prefix}.expand"] = genes["expand"][4 * stage + block]
-        rows.append(space.architecture(settings))
-        values.append(float(line["top1_percent"]))
-    codes, accuracy = space.encode(rows), np.array(values)
-    _, distinct = np.unique(codes, axis=0, return_index=True)
-    assert len(distinct) == 842
-    taus: dict[int, float] = {}
-    for samples in (50, 200, 500):
-        found = [
-            fit(space, codes[distinct], accuracy[distinct], held_out=1 - samples / 842, seed=seed).kendall_tau
-            for seed in range(10)
-        ]
-        taus[samples] = float(np.mean(found))
-    # The report is of all 2,162 published sub-networks at a fixed penalty; 842 of them are kept here.
-    assert taus[50] == pytest.approx(0.857, abs=0.03)
-    assert taus[200] == pytest.approx(0.883, abs=0.03)
-    assert taus[500] == pytest.approx(0.909, abs=0.03)
-    assert taus[50] < taus[200] < taus[500]
+    table = read_ofa_table(OFA, space).distinct()
+    costs = [operation_cost(space, metric) for metric in ("macs", "params")]
+    ridge, process = (
+        np.mean(
+            [
+                fit(
+                    space,
+                    table.codes,
+                    table.top1_percent,
+                    kind=kind,
+                    costs=given,
+                    held_out=1 - samples / len(table.codes),
+                    seed=seed,
+                ).kendall_tau
+                for seed in range(5)
+            ]
+        )
+        for kind, given in (("ridge", []), ("gaussian_process", costs))
+    )
+    assert ridge == pytest.approx(reported, abs=0.03)
+    assert process > wanted

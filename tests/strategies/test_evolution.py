@@ -11,7 +11,8 @@ from autocompress.strategy import Strategy
 from autocompress.testing.strategy import StrategyContract
 from autocompress.testing.toys import every_network, toy_batch, toy_constraints, toy_score
 from autocompress.trial import Batch, Outcome
-from strategies.evolution import AgingEvolution, ElitistEvolution, _Breeding
+from strategies.breeding import Breeding
+from strategies.evolution import AgingEvolution, ElitistEvolution
 from strategies.random_search import RandomSearch
 
 Make = Callable[..., Strategy]
@@ -178,7 +179,7 @@ def test_children_over_the_budget_keep_what_they_can() -> None:
     space, rng = constraints.space, np.random.default_rng(0)
     parents = constraints.sample(500, rng)
     children = space.sample(500, rng)
-    breeding = _Breeding(constraints, rng, rate=0.1, deduplicate=True)
+    breeding = Breeding(constraints, rng, rate=0.1, deduplicate=True)
     repaired = breeding._repaired(children, parents)
     fits = constraints.feasible(children)
     assert 0.2 < fits.mean() < 0.8

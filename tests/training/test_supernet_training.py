@@ -1,10 +1,12 @@
-"""Sandwich and progressive shrinking against sums that are written out; killed and resumed."""
+"""Every schedule against sums that are written out; killed and resumed."""
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from autocompress.elastic.extract import active_masks
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet
 from autocompress.errors import CheckpointError, RecipeError
-from autocompress.recipe import Phase, TaskSettings, TrainSettings
+from autocompress.recipe import Phase, TaskSettings, TrainSettings, parse_recipe
 from autocompress.space import Architecture
 from autocompress.testing.toys import toy_classifier_space
 from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.loop import Position, training_batches
-from autocompress.training.supernet import restricted_sample, train_supernet
+from autocompress.training.supernet import train_supernet
 from autocompress.training.task import load_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +82,7 @@ class Spy:
             monkeypatch.setattr(kind, "step", stepped)
 
         wrap(torch.optim.SGD)
+        wrap(torch.optim.AdamW)
         self.supernet: Supernet | None = None
 
     def keep(self) -> None:
@@ -351,15 +354,103 @@ def test_a_phase_that_names_no_choice_is_refused_before_anything_is_trained() ->
     assert all(torch.equal(tensor, before[name]) for name, tensor in supernet.state_dict().items())
 
 
-def test_restricted_samples_are_canonical_and_uniform_over_the_genes_that_vary() -> None:
+# Single paths -----------------------------------------------------------------------------------------
+
+ONE_SHOT = ("single_path", "fair")
+
+
+def one_shot(schedule: str, **changes: Any) -> TrainSettings:
+    return settings(**{"schedule": schedule, "random_networks": 2} | changes)
+
+
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_one_update_sums_the_gradients_of_the_step_s_networks_on_the_labels(spy: Spy, schedule: str) -> None:
+    supernet = spy.supernet = shaken(SPACE)
+    chosen = one_shot(schedule, epochs=1, label_smoothing=0.2)
+    position = train(supernet, chosen)
+    found = list(training_batches(DATA, chosen, epoch=0, seed=chosen.seed))
+    means = []
+    for (archs, before, gradients), (x, labels) in zip(spy.steps, found, strict=True):
+        assert len(archs) == {"single_path": 1, "fair": 3}[schedule]
+        twin = SPACE.supernet()
+        twin.load_state_dict(before)
+        losses = [F.cross_entropy(twin(x, arch), labels, label_smoothing=0.2) for arch in archs]
+        assert_gradients(twin, gradients, losses)
+        means.append(np.mean([float(loss.detach()) for loss in losses]))
+    assert position.losses == pytest.approx([np.mean(means)], rel=1e-5)
+
+
+def test_every_fair_step_trains_every_option_of_the_widest_choices_once(spy: Spy) -> None:
+    supernet = spy.supernet = shaken(SPACE)
+    train(supernet, one_shot("fair"))
+    assert len(spy.steps) == 8
+    for archs, _, _ in spy.steps:
+        assert sorted(arch["block1.kernel"] for arch in archs) == [1, 3, 5]
+    for choice in ("resolution", "depth", "block1.expand"):
+        drawn = Counter(arch[choice] for archs, _, _ in spy.steps for arch in archs)
+        assert list(drawn.values()) == [12, 12]  # two options in 24 draws
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_layers_that_no_path_of_a_step_used_have_no_gradient_and_do_not_move(
+    spy: Spy, schedule: str, optimizer: str
+) -> None:
+    space = toy_classifier_space(blocks=4)
+    supernet = spy.supernet = shaken(space)
+    train(supernet, one_shot(schedule, epochs=5, weight_decay=0.5, optimizer=optimizer))
+    after = [before for _, before, _ in spy.steps[1:]] + [weights(supernet)]
+    trained: set[str] = set()
+    idle = partly = 0
+    for (archs, before, gradients), then in zip(spy.steps, after, strict=True):
+        masks = active_masks(supernet, archs)
+        for name, parameter in supernet.named_parameters():
+            mask = masks.get(name)
+            if mask is None:
+                assert gradients[name] is None, name
+                mask = torch.zeros_like(parameter, dtype=torch.bool)
+                idle += name in trained  # has momentum by now
+            assert torch.equal(then[name][~mask], before[name][~mask]), name
+            partly += bool(mask.any()) and not bool(mask.all())
+        trained |= masks.keys()
+    assert idle > 0
+    assert partly > 0
+
+
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_single_paths_learn_and_report_the_largest_and_the_smallest(schedule: str) -> None:
     supernet = SPACE.supernet()
-    codes = restricted_sample(supernet, ("kernel",), 3000, np.random.default_rng(0))
-    np.testing.assert_array_equal(codes, SPACE.canonical(codes))
-    kernels = codes[:, [SPACE.positions["block1.kernel"], SPACE.positions["block2.kernel"]]]
-    counts = np.bincount(kernels[:, 0] * 3 + kernels[:, 1], minlength=9)
-    # Nine pairs of 3000/9 each; chi-squared with 8 degrees of freedom exceeds 31.8 with probability 1e-4.
-    assert ((counts - 3000 / 9) ** 2 / (3000 / 9)).sum() < 31.8
-    assert (codes[:, SPACE.positions["depth"]] == 1).all()
+    chosen = one_shot(schedule, epochs=12, learning_rate=0.2, label_smoothing=0.0)
+    position = train(supernet, chosen)
+    assert position.losses[-1] < 0.7 * position.losses[0]
+    scores = {name: value for epoch, name, value in position.scores if epoch == 12}
+    assert scores["largest"] >= 0.8
+    assert scores.keys() == {"largest", "smallest"}
+
+
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_single_paths_have_no_teacher(schedule: str) -> None:
+    def taught(*_: Any) -> Tensor:
+        raise AssertionError("distilled")
+
+    task = dataclasses.replace(TASK, distillation=taught)
+    train_supernet(shaken(SPACE), DATA, task, one_shot(schedule, epochs=1))
+
+
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_settings_of_other_schedules_are_refused(schedule: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"random_networks \(3\) belongs to schedule 'sandwich'.*'{schedule}'"
+    ):
+        parse_recipe({"train": {"schedule": schedule, "random_networks": 3}})
+    with pytest.raises(RecipeError, match="phases belong to schedule 'progressive'"):
+        parse_recipe({"train": {"schedule": schedule, "phases": [{"epochs": 1}]}})
+
+
+@pytest.mark.parametrize("schedule", ONE_SHOT)
+def test_a_resolved_recipe_of_single_paths_reads_back(schedule: str) -> None:
+    recipe = parse_recipe({"train": {"schedule": schedule}})
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 # Resume -----------------------------------------------------------------------------------------------
@@ -370,11 +461,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill_at", [2, 5, 9])
-@pytest.mark.parametrize("schedule", ["sandwich", "progressive"])
+@pytest.mark.parametrize("schedule", ["sandwich", "progressive", *ONE_SHOT])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, kill_at: int
 ) -> None:
-    chosen = settings(epochs=3) if schedule == "sandwich" else progressive()
+    chosen = progressive() if schedule == "progressive" else one_shot(schedule, epochs=3)
     whole = shaken(SPACE)
     expected = train(whole, chosen)
     monkeypatch.setattr("autocompress.training.loop.CHECKPOINT_SECONDS", -1.0)
