@@ -20,12 +20,11 @@ from autocompress.trial import Batch
 # Rounds in which children that were asked before are replaced by others, each mutated twice as strongly.
 MAX_ATTEMPTS = 6
 MAX_RATE = 0.5
+# A round proposes at most so many, or as many as are wanted. Under tight budgets random rows are far dearer.
+MAX_PROPOSALS = 64
 # A child over the budget gets each gene of its parent back with these probabilities, one after the other,
 # until it fits: genes that came back stay. After the last step it is its parent.
 REPAIR_STEPS = np.arange(1, 6) / 6
-# Where no population is given, a generation is a tenth of what was told, within these bounds. Large ones from
-# the start make a search of a few hundred evaluations a random one, small ones for ever get stuck.
-SMALLEST, LARGEST = 20, 100
 
 Propose = Callable[[int, int], tuple[Codes, Codes]]
 """Given how many and the attempt, from 0: children and for each a feasible parent, `(n, choices)` both."""
@@ -86,7 +85,8 @@ class Breeding:
         missing = n
         for attempt in range(MAX_ATTEMPTS):
             # Twice as many at each later attempt: what they have in common with earlier rows is dropped.
-            proposed = self._repaired(*propose(min(n, missing * 2**attempt), attempt))
+            count = min(max(n, MAX_PROPOSALS), missing * 2**attempt)
+            proposed = self._repaired(*propose(count, attempt))
             found.append(self._asked.fresh(proposed, at_most=missing))
             missing -= len(found[-1])
             if not missing:
@@ -110,11 +110,6 @@ class Breeding:
         # Where no step fits, the parent does; without duplicates it is dropped later.
         children[broken] = np.where(fits.any(axis=0, keepdims=True).T, repaired, tame)
         return children
-
-
-def generation_size(population: int | None, told: int) -> int:
-    """Return how many rows the next generation has: `population`, or what suits a search of so many tells."""
-    return min(LARGEST, max(SMALLEST, told // 10)) if population is None else population
 
 
 @final

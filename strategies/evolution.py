@@ -14,7 +14,12 @@ from autocompress.cost import Values
 from autocompress.proposals import check_count, check_share, random_generator
 from autocompress.space import Codes
 from autocompress.trial import Batch
-from strategies.breeding import LARGEST, Breeding, Generation, generation_size, scored
+from strategies.breeding import Breeding, Generation, scored
+
+# Where the elitist form is given no population, a generation is a tenth of what was told, within these
+# bounds. A large one from the start makes a search of a few hundred evaluations a random one; a small one
+# stays behind after thousands.
+SMALLEST, LARGEST = 20, 100
 
 
 @final
@@ -153,7 +158,7 @@ class ElitistEvolution:
         rate = check_share("mutation_rate", mutation_rate)
         self._breeding = Breeding(constraints, self._rng, rate=rate, deduplicate=deduplicate)
         none: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
-        # Best first; equal ones in the order in which they were told. More than are parents now.
+        # Best first; equal ones in the order in which they were told.
         self._best, self._best_values = none, np.zeros(0)
         self._told = 0
         self._founded = False
@@ -162,7 +167,7 @@ class ElitistEvolution:
     def ask(self, n: int) -> Codes:
         """Propose up to `n` architectures of the present generation; none until the last one was told."""
         if self._generation.over:
-            size = generation_size(self._population, self._told)
+            size = self._generation_size
             if self._founded and len(self._best):
                 rows = self._breeding.children(size, self._propose)
             else:
@@ -179,14 +184,20 @@ class ElitistEvolution:
             self._breeding.know(batch.codes)
         codes, values = scored(batch, self._objective)
         codes, values = np.vstack([self._best, codes]), np.concatenate([self._best_values, values])
+        # Later generations may have more parents.
         order = np.argsort(-values, kind="stable")[: self._parents_of(self._population or LARGEST)]
         self._best, self._best_values = codes[order], values[order]
+
+    @property
+    def _generation_size(self) -> int:
+        grown = min(LARGEST, max(SMALLEST, self._told // 10))
+        return grown if self._population is None else self._population
 
     def _parents_of(self, population: int) -> int:
         return max(1, round(self._parent_ratio * population))
 
     def _propose(self, n: int, attempt: int) -> tuple[Codes, Codes]:
-        best = self._best[: self._parents_of(generation_size(self._population, self._told))]
+        best = self._best[: self._parents_of(self._generation_size)]
         # Crossovers of parents that have become alike bring nothing new: only mutants replace them.
         mutants = round(self._mutation_ratio * n) if attempt == 0 else n
         parents = best[self._rng.integers(len(best), size=n)]

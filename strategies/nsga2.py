@@ -16,7 +16,7 @@ from autocompress.errors import RecipeError
 from autocompress.proposals import check_count, check_share, random_generator
 from autocompress.space import Codes
 from autocompress.trial import Batch, Outcome
-from strategies.breeding import Breeding, Generation, generation_size, objective_values
+from strategies.breeding import Breeding, Generation, objective_values
 
 
 def domination(values: Values, violation: Values) -> NDArray[np.bool_]:
@@ -103,7 +103,7 @@ class NSGA2:
     nothing better: every feasible one dominates them, and so does what breaks the limits less.
 
     A generation can be asked in pieces of any size; it closes when all of it was asked and told. Failed rows
-    have no children; while nothing was measured, the next generation is random again.
+    have no children; while nothing else was told, the next generation is random again.
 
     Different from the paper: genes are options, so crossover takes each from either parent (instead of SBX),
     every child is mutated in at least one gene, and none is asked twice.
@@ -116,7 +116,7 @@ class NSGA2:
         seed: int,
         objective: str = "accuracy",
         costs: Sequence[str] | None = None,
-        population: int | None = None,
+        population: int = 20,
         crossover_rate: float = 0.9,
         mutation_rate: float = 0.0,
     ) -> None:
@@ -128,8 +128,9 @@ class NSGA2:
             objective: The metric to maximise.
             costs: The metrics to minimise with it, such as `("latency_ms",)`; by default those that the
                 budget limits, or the first that is priced if it limits none.
-            population: How many survive, and how many children a generation has; by default a tenth of the
-                rows told so far, from 20 to 100.
+            population: How many survive, and how many children a generation has. With two objectives a larger
+                one covers less of the front for up to thousands of evaluations: all that was evaluated counts
+                for it, not the last population alone.
             crossover_rate: Probability that a child has two parents.
             mutation_rate: Probability that a gene changes; at least one does, and with 0 exactly one.
 
@@ -137,7 +138,7 @@ class NSGA2:
             RecipeError: An option is out of its range, or a cost is unknown.
             InfeasibleBudgetError: Nothing fits.
         """
-        self._population = None if population is None else check_count("population", population)
+        self._population = check_count("population", population)
         self._crossover_rate = check_share("crossover_rate", crossover_rate)
         rate = check_share("mutation_rate", mutation_rate)
         self._objective = objective
@@ -150,19 +151,17 @@ class NSGA2:
         self._values: Values = np.zeros((0, 1 + len(self._costs)))
         self._violation: Values = np.zeros(0)
         self._told: list[tuple[Codes, Values, NDArray[np.bool_]]] = []
-        self._told_rows = 0
         self._founded = False
         self._generation = Generation(self._codes)
 
     def ask(self, n: int) -> Codes:
         """Propose up to `n` architectures of the present generation; none until the last one was told."""
         if self._generation.over:
-            size = generation_size(self._population, self._told_rows)
-            self._survive(size)
+            self._survive()
             if self._founded and len(self._codes):
-                rows = self._breeding.children(size, self._propose)
+                rows = self._breeding.children(self._population, self._propose)
             else:
-                rows = self._breeding.founders(size)
+                rows = self._breeding.founders(self._population)
             self._founded = True
             self._generation = Generation(rows)
         return self._generation.ask(n)
@@ -170,7 +169,6 @@ class NSGA2:
     def tell(self, batch: Batch) -> None:
         """Learn outcomes; they compete with the parents when the whole generation was told."""
         self._generation.tell(len(batch))
-        self._told_rows += len(batch)
         if not self._founded:
             self._breeding.know(batch.codes)
         objective = objective_values(batch, self._objective)
@@ -178,8 +176,8 @@ class NSGA2:
         usable = refused | ~np.isnan(objective)
         self._told.append((batch.codes[usable], objective[usable], refused[usable]))
 
-    def _survive(self, size: int) -> None:
-        """Keep the best `size` of parents and children (section III-C)."""
+    def _survive(self) -> None:
+        """Keep the best of parents and children (section III-C)."""
         if not self._told:
             return
         codes, objective, refused = (np.concatenate(parts) for parts in zip(*self._told, strict=True))
@@ -192,7 +190,7 @@ class NSGA2:
         codes = np.vstack([self._codes, codes])
         values = np.vstack([self._values, values])
         violation = np.concatenate([self._violation, violation])
-        order = crowded_order(values, violation)[:size]
+        order = crowded_order(values, violation)[: self._population]
         self._codes, self._values, self._violation = codes[order], values[order], violation[order]
 
     def _propose(self, n: int, attempt: int) -> tuple[Codes, Codes]:
@@ -226,9 +224,11 @@ def _costs(constraints: Constraints, costs: Sequence[str] | None) -> tuple[str, 
     unknown = [metric for metric in chosen if metric not in constraints.costs]
     if unknown:
         raise RecipeError(f"costs must be among {', '.join(priced) or 'none'}, got {', '.join(unknown)}")
-    if not chosen or len(set(chosen)) != len(chosen):
+    if not chosen:
         raise RecipeError(
-            f"costs must name at least one of {', '.join(priced) or 'no priced metrics'}, each once, got "
-            f"{list(chosen)}; to maximise {'the objective'} alone, use evolution or elitist"
+            f"NSGA-II minimises at least one cost, got none; priced are {', '.join(priced) or 'none'}; to "
+            "maximise the objective alone, use evolution or elitist"
         )
+    if len(set(chosen)) != len(chosen):
+        raise RecipeError(f"costs must name each metric once, got {list(chosen)}")
     return chosen

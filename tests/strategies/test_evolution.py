@@ -252,3 +252,69 @@ def test_a_budget_that_nothing_fits_is_refused_when_the_search_is_made(make: Mak
     constraints = toy_constraints()
     with pytest.raises(InfeasibleBudgetError, match="nearest feasible budget"):
         make(Constraints(constraints.space, constraints.costs, {"macs": 1.0}), seed=0)
+
+
+@BOTH
+def test_founders_are_random_also_where_rows_were_told_before(make: Make) -> None:
+    constraints = toy_constraints("macs=100%", blocks=10)
+    warm, cold = (make(constraints, seed=9, population=30) for _ in range(2))
+    warm.tell(told(constraints, constraints.space.largest(), [0.9]))
+    np.testing.assert_array_equal(warm.ask(30), cold.ask(30))
+
+
+@BOTH
+def test_told_rows_are_not_asked_again(make: Make) -> None:
+    tiny = toy_constraints(blocks=2)
+    networks = every_network(tiny.space)
+    feasible = networks[tiny.feasible(networks)]
+    strategy = make(tiny, seed=9, population=6)
+    strategy.tell(toy_batch(tiny, feasible[::2]))
+    asked = []
+    while len(rows := strategy.ask(6)):
+        asked.append(rows)
+        strategy.tell(toy_batch(tiny, rows))
+    np.testing.assert_array_equal(np.unique(np.vstack(asked), axis=0), np.unique(feasible[1::2], axis=0))
+
+
+@BOTH
+def test_without_options_a_hundred_evaluations_are_no_random_search(make: Make) -> None:
+    constraints = toy_constraints(blocks=10)
+    wins = 0
+    for seed in range(12):
+        evolved = run(make(constraints, seed=seed), constraints, 100, 1)
+        wins += evolved > run(RandomSearch(constraints, seed=seed), constraints, 100, 1)
+    # If it were no better, P(>= 10 of 12) <= 0.019; ties count as losses.
+    assert wins >= 10
+
+
+def test_without_a_population_generations_grow_from_20_to_100() -> None:
+    constraints = toy_constraints("macs=100%", blocks=12)
+    strategy = ElitistEvolution(constraints, seed=10)
+    told_rows = 0
+    while told_rows < 1300:
+        codes = strategy.ask(1000)
+        assert len(codes) == min(100, max(20, told_rows // 10))
+        told_rows += len(codes)
+        strategy.tell(toy_batch(constraints, codes))
+    # A quarter are parents: children of the best five only, then of the best twenty-five.
+    assert len(codes) == 100
+    assert len(strategy._best) == 25
+
+
+def test_an_exhausted_neighbourhood_is_left_by_stronger_mutations() -> None:
+    constraints = toy_constraints("macs=100%", blocks=10)
+    space = constraints.space
+    centre = space.largest()
+    strategy = AgingEvolution(constraints, seed=11, population=1)
+    # All that is one gene away from the only member that will live was told before.
+    around = np.repeat(centre, space.counts.sum(), axis=0)
+    for row, (gene, option) in enumerate(
+        (gene, option) for gene, count in enumerate(space.counts) for option in range(count)
+    ):
+        around[row, gene] = option
+    around = np.unique(space.canonical(np.vstack([around, centre])), axis=0)
+    strategy.tell(told(constraints, around, [0.0] * len(around)))
+    strategy.tell(told(constraints, strategy.ask(1), [0.0]))
+    strategy.tell(told(constraints, centre, [1.0]))
+    child = strategy.ask(1)
+    assert 2 <= distance(constraints, child[0], centre[0]) <= 8

@@ -171,17 +171,31 @@ def test_without_limits_every_network_is_feasible() -> None:
     np.testing.assert_array_equal(every_feasible(free, at_most=1000), every_network(free.space))
 
 
-def test_a_choice_is_the_greatest_expected_improvement() -> None:
-    means, variances, noise, best = np.array([0.9, 0.5, 1.1]), np.array([0.01, 1.0, 1e-6]), 0.04, 1.0
+@pytest.mark.parametrize(
+    ("variances", "noise", "order"),
+    [
+        ([0.01, 1.0, 1e-6], 0.04, [1, 2, 0]),
+        # What a value has by chance alone can also be an improvement: without it the second would come first.
+        ([1e-6, 0.3, 1e-6], 0.5, [2, 0, 1]),
+    ],
+)
+def test_a_choice_is_the_greatest_expected_improvement(
+    variances: list[float], noise: float, order: list[int]
+) -> None:
+    means, best = np.array([0.9, 0.5, 1.1]), 1.0
     improvement = [
         quad(lambda x, m=m, s=s: (x - best) * norm.pdf(x, m, s), best, best + 20 * s)[0]
-        for m, s in zip(means, np.sqrt(variances + noise), strict=True)
+        for m, s in zip(means, np.sqrt(np.array(variances) + noise), strict=True)
     ]
-    assert np.argsort(improvement)[::-1].tolist() == [1, 2, 0]
+    assert np.argsort(improvement)[::-1].tolist() == order
+    # One at a time: a choice says nothing of candidates that are independent of it.
     picks = choose(means, np.diag(variances), 3, best=best, noise=noise, uncertain=0)
-    assert picks[0] == 1
-    only = choose(means[[0, 2]], np.diag(variances[[0, 2]]), 1, best=best, noise=noise, uncertain=0)
-    assert only.tolist() == [1]
+    assert picks.tolist() == order
+
+
+def test_no_candidate_is_chosen_twice() -> None:
+    picks = choose(np.array([9.0, 0.0, 0.0]), np.eye(3), 3, best=0.0, noise=5.0, uncertain=1)
+    assert sorted(picks) == [0, 1, 2]
 
 
 def test_uncertain_choices_are_those_of_greatest_variance_given_the_ones_before() -> None:
