@@ -234,8 +234,6 @@ def test_labels_and_integer_programming_agree_where_nobody_can_enumerate(
     # Many labels, so that prices are sampled: 12 choices of 12 options, three limits.
     monkeypatch.setattr(multi_knapsack, "ENOUGH_LABELS", 50)
     monkeypatch.setattr(multi_knapsack, "CHUNK", 500)
-    # Cutoffs that rise slowly end just above the optimum: a bound that is a little too high then loses it.
-    monkeypatch.setattr(multi_knapsack, "GROWTH", 1.02)
     space, rng = plain_space((12,) * 12), np.random.default_rng(seed)
     shared = rng.random((12, 12))
     tables = [0.7 * shared + 0.3 * rng.random((12, 12)) for _ in range(4)]
@@ -247,6 +245,32 @@ def test_labels_and_integer_programming_agree_where_nobody_can_enumerate(
     assert by_labels.proven
     assert by_milp.proven
     assert by_labels.value == pytest.approx(by_milp.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_round_with_a_cutoff_just_above_the_optimum_finds_it(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    # Any bound that is a little too high loses it; prices are sampled at every stage.
+    monkeypatch.setattr(multi_knapsack, "ENOUGH_LABELS", 0)
+    rng = np.random.default_rng(seed)
+    values, costs = rng.random((6, 5)), rng.random((6, 3, 5))
+    rows = np.array(list(itertools.product(range(5), repeat=6)))
+    sums = costs[np.arange(6), :, rows].sum(axis=1)
+    room = np.quantile(sums, 0.3, axis=0)
+    optimum = values[np.arange(6), rows].sum(axis=1)[(sums <= room).all(axis=1)].min()
+    choices = [multi_knapsack._Choice(np.arange(5), *tables) for tables in zip(costs, values, strict=True)]
+    free = np.zeros((1, 3))
+    attempt = multi_knapsack._Round(choices, room, optimum + 1e-9, free, math.inf)
+    found = attempt.run()
+    assert found is not None
+    assert found[0] == pytest.approx(optimum, rel=1e-12)
+    assert found[1] is not None
+    assert values[np.arange(6), found[1]].sum() == pytest.approx(optimum, rel=1e-12)
+    assert len(attempt.prices) > len(free)
+    below = multi_knapsack._Round(choices, room, optimum - 1e-9, free, math.inf).run()
+    assert below is not None
+    assert below[0] >= optimum - 1e-9
 
 
 @pytest.mark.parametrize("budget", ["macs=50%", "macs=30%,params=40%", "macs=50%,params=70%,size_bytes=60%"])

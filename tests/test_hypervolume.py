@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from autocompress.cost import Values
 from autocompress.errors import AutocompressError, BudgetError
 from autocompress.hypervolume import HypervolumeTracker, hypervolume, hypervolume_curve
-from autocompress.result import SearchResult
+from autocompress.result import SearchResult, pareto_front
 from autocompress.testing.toys import every_network, toy_space
 from autocompress.trial import Outcome, Trial
 
@@ -110,6 +110,8 @@ def test_the_tracker_agrees_on_numbers_that_are_not_round() -> None:
     values = [tracker.add(point) for point in points]
     assert (np.diff(values) >= 0).all()
     assert values[-1] == pytest.approx(hypervolume(points, (-1, -1, -1)), rel=1e-12)
+    # Only the front is kept, or a search of thousands would take hours.
+    assert len(tracker._front) == pareto_front(points[(points > -1).all(axis=1)]).sum()
 
 
 def test_without_a_point_beyond_the_reference_there_is_no_volume() -> None:

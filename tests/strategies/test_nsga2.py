@@ -222,6 +222,28 @@ def test_what_was_refused_though_it_fits_is_infeasible_but_better_than_what_does
     assert {row.tobytes() for row in strategy._codes} == {row.tobytes() for row in founders}
 
 
+def test_founders_are_random_also_where_rows_were_told_before() -> None:
+    constraints = toy_constraints("macs=100%", blocks=10)
+    warm, cold = (NSGA2(constraints, seed=9, population=30) for _ in range(2))
+    warm.tell(toy_batch(constraints, constraints.space.largest()))
+    np.testing.assert_array_equal(warm.ask(30), cold.ask(30))
+
+
+@pytest.mark.parametrize(("rate", "children"), [(0.0, 0), (1.0, 300)])
+def test_crossover_mixes_the_genes_of_two_parents(rate: float, children: int) -> None:
+    constraints = toy_constraints("macs=100%", blocks=10)
+    strategy = NSGA2(constraints, seed=10, population=600, crossover_rate=rate)
+    # Two of equal rank that differ in all genes; their mutants differ from one of them in one.
+    pair = np.vstack([constraints.space.largest(), constraints.space.largest()])
+    pair[1, 0], pair[1, 2:] = 0, 1
+    strategy._codes, strategy._violation = pair, np.zeros(2)
+    rows, _ = strategy._propose(600, 0)
+    far = [(rows[:, 2:] != parent[2:]).sum(axis=1) for parent in pair]
+    # Half of the pairs of parents are twins, which have no other children than mutants.
+    mixed = (np.minimum(*far) > 1) & (rows[:, 1] == pair[0, 1])
+    assert abs(int(mixed.sum()) - children) <= children / 2
+
+
 def test_told_rows_are_not_asked_again() -> None:
     constraints = toy_constraints(blocks=2)
     networks = every_network(constraints.space)
