@@ -24,6 +24,7 @@ from autocompress.training.check import check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
 from autocompress.training.loop import steps_per_epoch, training_batches
+from autocompress.training.paths import networks_of_step, phases_of
 from autocompress.training.speed import choose_threads, largest_step
 from autocompress.training.task import load_task
 
@@ -121,13 +122,7 @@ def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
 def _training(recipe: Recipe, data: DataSet, supernet: Supernet) -> list[Estimate]:
     """Estimate training, search, finetuning and the comparison."""
     space, task = supernet.space, load_task(recipe.task)
-    largest, smallest, *others = space.decode(
-        np.vstack([
-            space.largest(),
-            space.smallest(),
-            space.sample(recipe.train.random_networks, np.random.default_rng(0)),
-        ])
-    )  # fmt: skip
+    (largest,) = space.decode(space.largest())
     images, targets = next(training_batches(data, recipe.train, epoch=0, seed=recipe.train.seed))
     images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
     supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -139,12 +134,15 @@ def _training(recipe: Recipe, data: DataSet, supernet: Supernet) -> list[Estimat
         supernet.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    sandwich, alone = [largest, *others, smallest], [largest]
-    step_s(sandwich)  # the first step allocates
-    sandwich_s, alone_s = step_s(sandwich), step_s(alone)
-    epochs = recipe.train.epochs + sum(phase.epochs for phase in recipe.train.phases)
-    steps = epochs * steps_per_epoch(data, recipe.train)
-    found = [Estimate("train", steps * sandwich_s, f"{steps} steps of {sandwich_s:.3f} s")]
+    step_s([largest])  # the first step allocates
+    alone_s = step_s([largest])
+    steps, train_s = 0, 0.0
+    for phase in phases_of(space, recipe.train):
+        # Steps of random networks differ: the mean of a few.
+        timed = [step_s(networks_of_step(space, recipe.train, phase, step)) for step in range(3)]
+        steps += phase.epochs * steps_per_epoch(data, recipe.train)
+        train_s += phase.epochs * steps_per_epoch(data, recipe.train) * sum(timed) / len(timed)
+    found = [Estimate("train", train_s, f"{steps} steps of {train_s / steps:.3f} s")]
 
     calibration = calibration_batches(data, recipe.search.calibration_images)
     score = SupernetEvaluator(supernet.eval(), data, task, calibration)

@@ -2,8 +2,8 @@
 
     python benchmarks/strategy_overhead.py [--quick]
 
-Space: MobileNetV3 with 46 choices, at most 60 % of the largest network's MACs. Each strategy is asked and told
-without the engine, in batches of 100 and one network at a time; scores are a sum over genes.
+Space: MobileNetV3 with 46 choices, at most 60 % of the largest network's MACs. Each strategy is asked and
+told without the engine, in batches of 100 and one network at a time; scores are a sum over genes.
 """
 
 import json
