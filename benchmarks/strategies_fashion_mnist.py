@@ -33,7 +33,7 @@ from autocompress.stages import profile, target
 
 BUDGETS = ("50%", "70%")
 STRATEGIES = ("random", "evolution", "elitist", "nsga2", "reinforce", "tpe", "predictor")
-# A population of a hundred would be all of a search of so few evaluations.
+# The populations of the committed results; the defaults have changed since.
 OPTIONS: dict[str, dict[str, Any]] = {
     "evolution": {"population": 16, "sample_size": 5},
     "elitist": {"population": 16},
