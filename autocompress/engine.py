@@ -4,7 +4,8 @@ Two kinds of evaluators, two memories: what is paid for is remembered, stored an
 is free (a predictor, a table) is asked again, streamed to a file, and only the best of it is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.deadline import deadline
 from autocompress.errors import AutocompressError, EvaluationError, SpaceError, StrategyError
-from autocompress.evaluator import Evaluator, ParallelEvaluator
+from autocompress.evaluator import Evaluator, ParallelEvaluator, evaluated
 from autocompress.history import History
 from autocompress.progress import Progress, silent
 from autocompress.result import SearchResult
@@ -92,18 +93,16 @@ def search(
         **(identity or {}),
     }
     guarded = _Guarded(strategy, space, ask_timeout_s)
-    if not evaluator.paid:
-        kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
-        memory: _Memory = _Free(constraints, evaluator, objective, kept, batch)
-        asked = _run(guarded, memory, evaluations, objective, progress)
-    elif storage is None:
-        memory = _Paid(constraints, evaluator, objective, None)
-        asked = _run(guarded, memory, evaluations, objective, progress)
-    else:
+    stored = None
+    if evaluator.paid and storage is not None:
         stored = TrialStorage(storage, study=study, identity=belongs)
-        with stored.claimed():
-            memory = _Paid(constraints, evaluator, objective, stored)
-            asked = _run(guarded, memory, evaluations, objective, progress)
+    with nullcontext() if stored is None else stored.claimed():
+        if evaluator.paid:
+            memory: _Memory = _Paid(constraints, evaluator, objective, stored)
+        else:
+            kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
+            memory = _Free(constraints, evaluator, objective, kept, batch)
+        asked = _run(guarded, memory, evaluations, objective, progress)
     return SearchResult(
         space=space.describe(),
         objective=objective,
@@ -246,15 +245,10 @@ class _Paid:
             yield from self.evaluator.each(codes)
             return
         for index in range(len(codes)):
-            try:
-                found = self.evaluator(codes[index : index + 1])
-                yield {name: float(values[0]) for name, values in found.items()}
-            except EvaluationError as reason:
-                yield reason
-            except AutocompressError:
-                raise
-            except Exception as error:  # noqa: BLE001  (a user's evaluator may raise anything)
-                yield EvaluationError(f"{type(error).__name__}: {error}")
+            found = evaluated(self.evaluator, codes[index : index + 1])
+            if isinstance(found, AutocompressError) and not isinstance(found, EvaluationError):
+                raise found
+            yield found
 
     def _add(
         self,
@@ -381,7 +375,3 @@ def _check_objective(objective: str, found: Mapping[str, Any]) -> None:
     if objective not in found:
         given = ", ".join(found) or "nothing"
         raise AutocompressError(f"the search maximises {objective!r}, but the evaluator gives {given}")
-
-
-StrategyFactory = Callable[..., Strategy]
-"""`factory(constraints, seed=..., objective=..., **options)`."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from autocompress.cost import Values
+from autocompress.errors import AutocompressError, EvaluationError
 from autocompress.space import Codes
 
 
@@ -41,3 +42,18 @@ class ParallelEvaluator(Evaluator, Protocol):
 
     def each(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
         """Yield the metrics of every row, in the order of the rows, or why there are none."""
+
+
+def evaluated(evaluator: Evaluator, codes: Codes) -> Mapping[str, float] | Exception:
+    """Return the metrics of one row, or why there are none.
+
+    Returns:
+        `EvaluationError` for what concerns this row only; others of autocompress say that the evaluator is
+        broken.
+    """
+    try:
+        return {name: float(values[0]) for name, values in evaluator(codes).items()}
+    except AutocompressError as error:
+        return error
+    except Exception as error:  # noqa: BLE001  (a user's evaluator may raise anything)
+        return EvaluationError(f"{type(error).__name__}: {error}")

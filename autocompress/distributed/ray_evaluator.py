@@ -20,7 +20,7 @@ import numpy as np
 
 from autocompress.cost import Values
 from autocompress.errors import AutocompressError, EvaluationError
-from autocompress.evaluator import Evaluator
+from autocompress.evaluator import Evaluator, evaluated
 from autocompress.machine import cores
 from autocompress.proposals import check_count
 from autocompress.space import Codes
@@ -257,18 +257,3 @@ class _Worker:
     def evaluate(self, codes: Codes) -> Mapping[str, float] | Exception:
         """Return the metrics of one row, or why there are none."""
         return evaluated(self._evaluator, codes)
-
-
-def evaluated(evaluator: Evaluator, codes: Codes) -> Mapping[str, float] | Exception:
-    """Return the metrics of one row, or why there are none.
-
-    Returns:
-        `EvaluationError` for what concerns this row only; others of autocompress say that the evaluator is
-        broken.
-    """
-    try:
-        return {name: float(values[0]) for name, values in evaluator(codes).items()}
-    except AutocompressError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  (a user's evaluator may raise anything)
-        return EvaluationError(f"{type(error).__name__}: {error}")

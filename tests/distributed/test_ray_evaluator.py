@@ -19,11 +19,11 @@ from small_networks import shaken, small_data
 
 from autocompress.budget import Budget
 from autocompress.cost import Values, operation_cost
-from autocompress.distributed.ray_evaluator import MAX_DEATHS, RayEvaluator, _Pool, evaluated
+from autocompress.distributed.ray_evaluator import MAX_DEATHS, RayEvaluator, _Pool
 from autocompress.engine import search
 from autocompress.errors import AutocompressError, EvaluationError, RecipeError, SpaceError
 from autocompress.evaluation.supernet import SupernetEvaluator
-from autocompress.evaluator import Evaluator, ParallelEvaluator
+from autocompress.evaluator import Evaluator, ParallelEvaluator, evaluated
 from autocompress.machine import cores
 from autocompress.recipe import TaskSettings
 from autocompress.space import Codes
