@@ -20,6 +20,7 @@ from tabular_runs import (
     made_by,
     markdown,
     parser,
+    problems_of,
     run_all,
 )
 
@@ -51,7 +52,7 @@ def main() -> None:
     runs, about = run_all(
         path,
         contenders_of(options),
-        problems[::8] if options.quick else problems,
+        problems_of(options, problems[::8] if options.quick else problems),
         min(3, options.seeds) if options.quick else options.seeds,
         workers=options.workers,
         again=options.again,

@@ -20,6 +20,7 @@ from tabular_runs import (
     made_by,
     markdown,
     parser,
+    problems_of,
     run_all,
 )
 
@@ -55,7 +56,7 @@ def main() -> None:
     runs, about = run_all(
         path,
         contenders_of(options),
-        (SHORT, LONG),
+        problems_of(options, (SHORT, LONG)),
         min(3, options.seeds) if options.quick else options.seeds,
         workers=options.workers,
         again=options.again,

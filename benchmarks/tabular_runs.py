@@ -64,8 +64,8 @@ CONTENDERS = (
     Contender("random", "random"),
     Contender("evolution", "evolution", '{"population": 10, "sample_size": 5}'),
     Contender("evolution (defaults)", "evolution"),
-    Contender("elitist", "elitist", '{"population": 20}'),
-    Contender("nsga2", "nsga2", '{"population": 20}'),
+    Contender("elitist", "elitist"),
+    Contender("nsga2", "nsga2"),
     Contender("reinforce", "reinforce"),
     Contender("reinforce (LSTM)", "reinforce", '{"policy": "lstm"}'),
     Contender("tpe", "tpe"),
@@ -196,6 +196,7 @@ def parser(description: str, name: str, *, seeds: int) -> argparse.ArgumentParse
     result.add_argument(
         "--again", action="append", default=[], metavar="NAME", help="forget its finished runs"
     )
+    result.add_argument("--problems", default="", metavar="TEXT", help="only those with this in their names")
     result.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     result.add_argument("--output", type=Path, help=f"default: benchmarks/results/{name}.json")
     return result
@@ -213,6 +214,15 @@ def contenders_of(options: argparse.Namespace) -> list[Contender]:
     if unknown:
         raise SystemExit(f"there is no strategy {unknown[0]!r} here; there are {', '.join(known)}, and --add")
     return [known[name] for name in chosen]
+
+
+def problems_of(options: argparse.Namespace, problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that the command line asks for."""
+    chosen = [problem for problem in problems if options.problems in problem.name]
+    if not chosen:
+        named = ", ".join(problem.name for problem in problems)
+        raise SystemExit(f"no problem has {options.problems!r} in its name; there are {named}")
+    return chosen
 
 
 def run_all(
