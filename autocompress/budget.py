@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.cost import METRIC_UNITS, Cost, Values
-from autocompress.errors import BudgetError, InfeasibleBudgetError
+from autocompress.errors import BudgetError, CostError, InfeasibleBudgetError
 from autocompress.space import Codes, SearchSpace
+from autocompress.tilting import Tilted, tilted
 
 _THOUSANDS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
 _BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -35,10 +36,13 @@ ROUNDING = 1e-12
 
 # Draws for one request before the sampler stops rejecting and constructs instead.
 MAX_REJECTED_DRAWS = 100_000
-DRAWS_PER_ROUND = 4_096
+# So many draws a round for each network that is missing, within bounds.
+DRAWS_PER_MISSING, LEAST_DRAWS, MOST_DRAWS = 4, 256, 4_096
+# Draws are tilted where certainly no larger share of all genes fits.
+TIGHT = 0.3
 
 
-def _up(value: float) -> str:
+def not_below(value: float) -> str:
     """Write a number with six digits, never below itself: a budget that is typed back must be feasible."""
     text = f"{value:.6g}"
     if float(text) >= value:
@@ -218,7 +222,7 @@ class Constraints:
     def _infeasible(self, minima: dict[str, float], nearest: dict[str, float]) -> InfeasibleBudgetError:
         asked = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in self.limits.items())
         reach = ", ".join(f"{metric} {value:.6g}" for metric, value in minima.items())
-        near = ", ".join(f"{metric} <= {_up(value)}" for metric, value in nearest.items())
+        near = ", ".join(f"{metric} <= {not_below(value)}" for metric, value in nearest.items())
         jointly = " one by one" if len(self.limits) > 1 else ""
         return InfeasibleBudgetError(
             f"no network of space {self.space.name!r} fits {asked}; the reachable minimum{jointly} is "
@@ -254,9 +258,11 @@ class Constraints:
     def sample(self, n: int, rng: np.random.Generator, *, at_least: float = 0.0) -> Codes:
         """Draw `n` feasible architectures, uniform over genes, given that they fit; always ends.
 
-        Draws that do not fit are rejected, up to 100,000 of them. What is then still missing is
-        constructed choice by choice, each option uniform among those from which every limit can still be
-        met; such rows fit, but are not distributed as the rejected ones would have been.
+        Draws that do not fit are rejected, up to 100,000 of them; under tight budgets draws are tilted
+        towards cheap networks, and rejected so that the same distribution remains. What is then still
+        missing (limits that hardly any network meets jointly) is constructed choice by choice, each option
+        uniform among those from which every limit can still be met; such rows fit, but are not distributed
+        as the rejected ones would have been.
 
         Args:
             n: How many.
@@ -273,16 +279,38 @@ class Constraints:
         kept: list[Codes] = [np.zeros((0, len(self.space.choices)), dtype=np.int64)]
         count = drawn = 0
         while count < n and drawn < MAX_REJECTED_DRAWS:
-            codes = self.space.sample(max(n, DRAWS_PER_ROUND) if self.limits else n, rng)
-            drawn += len(codes)
-            fits = self.feasible(codes)
+            wanted = n - count
+            # Nearly all the time of a few draws goes into the calls, not into the draws.
+            draws = min(max(LEAST_DRAWS, DRAWS_PER_MISSING * wanted), MOST_DRAWS) if self.limits else wanted
+            codes = self._drawn(draws, rng)
+            drawn += draws
             if at_least > 0 and self.limits:
-                fits &= self.violation(codes) >= at_least - 1.0
-            kept.append(codes[fits][: n - count])
+                codes = codes[self.violation(codes) >= at_least - 1.0]
+            kept.append(codes[:wanted])
             count += len(kept[-1])
         if count < n:
             kept.append(self._construct(n - count, rng))
         return np.vstack(kept)
+
+    def _drawn(self, n: int, rng: np.random.Generator) -> Codes:
+        """Return those of `n` draws that fit."""
+        if self._tilted is None:
+            codes = self.space.sample(n, rng)
+        else:
+            genes, probabilities = self._tilted.draw(n, rng)
+            codes = self.space.canonical(genes[rng.random(n) < probabilities])
+        return codes[self.feasible(codes)]
+
+    @cached_property
+    def _tilted(self) -> Tilted | None:
+        """How to draw under tight limits; `None` where they are not, or where that takes large tables."""
+        if not self.limits:
+            return None
+        try:
+            found = tilted(self.costs, self.limits)
+        except CostError:
+            return None
+        return found if found is not None and found.log_bound < math.log(TIGHT) else None
 
     def _construct(self, n: int, rng: np.random.Generator) -> Codes:
         if self._witness is None:

@@ -77,7 +77,7 @@ class Cost(ABC):
     constant: float
     factors: tuple[Factor, ...]
 
-    _join: ClassVar[np.ufunc]
+    join: ClassVar[np.ufunc]
     """How constant and factors become one number: minima over a choice must distribute over it."""
 
     @cached_property
@@ -107,8 +107,8 @@ class Cost(ABC):
         for start in range(0, len(codes), CHUNK_ROWS):
             chunk = codes[start : start + CHUNK_ROWS].astype(np.float64)
             index = (chunk @ strides).astype(np.int64) + offsets
-            result[start : start + CHUNK_ROWS] = self._join.reduce(flat.take(index), axis=1)
-        joined: Values = self._join(result, self.constant)
+            result[start : start + CHUNK_ROWS] = self.join.reduce(flat.take(index), axis=1)
+        joined: Values = self.join(result, self.constant)
         return joined
 
     @cached_property
@@ -118,25 +118,17 @@ class Cost(ABC):
         constant = self.constant
         bounds: list[Cost] = [self]
         for position in range(len(self.counts) - 1, -1, -1):
-            touching = [factor for factor in factors if position in factor.positions]
-            if touching:
-                factors = [factor for factor in factors if position not in factor.positions]
-                scope = sorted({p for factor in touching for p in factor.positions})
-                entries = math.prod(self.counts[p] for p in scope)
-                if entries > MAX_ELIMINATION_ENTRIES:
-                    raise CostError(
-                        f"bounding {self.metric} joins choices {scope} in one table of {entries} entries; "
-                        f"at most {MAX_ELIMINATION_ENTRIES}: put choices that many blocks share first in "
-                        "the space"
-                    )
-                joined = reduce(self._join, (factor.aligned(tuple(scope)) for factor in touching))
-                axis = scope.index(position)
-                values = joined.min(axis=axis)
-                if len(scope) > 1:
-                    rest = Factor(tuple(scope[:axis] + scope[axis + 1 :]), values)
-                    factors = _merge([*factors, rest], self._join)
+            joined, factors = eliminated(
+                factors, position, self.join, at_most=MAX_ELIMINATION_ENTRIES, what=self.metric
+            )
+            if joined is not None:
+                axis = joined.positions.index(position)
+                values = joined.values.min(axis=axis)
+                rest = (*joined.positions[:axis], *joined.positions[axis + 1 :])
+                if rest:
+                    factors = merged([*factors, Factor(rest, values)], self.join)
                 else:
-                    constant = float(self._join(constant, values))
+                    constant = float(self.join(constant, values))
             bounds.append(
                 replace(self, counts=self.counts[:position], constant=constant, factors=tuple(factors))
             )
@@ -195,7 +187,7 @@ class Cost(ABC):
 class AdditiveCost(Cost):
     """The constant plus one entry of every factor: MACs, bytes of weights, latency."""
 
-    _join = np.add
+    join = np.add
 
     @cached_property
     def maximum(self) -> float:
@@ -249,7 +241,7 @@ class MaximumCost(Cost):
     which one does not depend on it, is the greater of that one and the other's least.
     """
 
-    _join = np.maximum
+    join = np.maximum
 
     @cached_property
     def maximum(self) -> float:
@@ -279,15 +271,50 @@ class MaximumCost(Cost):
         return MaximumCost(self.metric, self.counts, scale * self.constant + constant, factors)
 
 
-def _merge(factors: Sequence[Factor], join: np.ufunc) -> list[Factor]:
+def merged(factors: Sequence[Factor], join: np.ufunc) -> list[Factor]:
     """Join factors over the same choices."""
-    merged: dict[tuple[int, ...], Factor] = {}
+    known: dict[tuple[int, ...], Factor] = {}
     for factor in factors:
-        known = merged.get(factor.positions)
-        merged[factor.positions] = (
-            factor if known is None else Factor(factor.positions, join(known.values, factor.values))
+        same = known.get(factor.positions)
+        known[factor.positions] = (
+            factor if same is None else Factor(factor.positions, join(same.values, factor.values))
         )
-    return list(merged.values())
+    return list(known.values())
+
+
+def eliminated(
+    factors: Sequence[Factor], position: int, join: np.ufunc, *, at_most: int, what: str
+) -> tuple[Factor | None, list[Factor]]:
+    """Take the factors over one choice out, joined into one: a step of variable elimination.
+
+    Args:
+        factors: No two over the same choices.
+        position: Of the choice.
+        join: How factors become one.
+        at_most: Entries that the joined factor may have.
+        what: What is eliminated, for the error.
+
+    Returns:
+        The joined factor, `None` if there is none over the choice, and the other factors.
+
+    Raises:
+        CostError: The joined factor would have more than `at_most` entries.
+    """
+    touching = [factor for factor in factors if position in factor.positions]
+    if not touching:
+        return None, list(factors)
+    sizes = {
+        p: size for factor in touching for p, size in zip(factor.positions, factor.values.shape, strict=True)
+    }
+    scope = tuple(sorted(sizes))
+    if (entries := math.prod(sizes.values())) > at_most:
+        raise CostError(
+            f"bounding {what} joins choices {list(scope)} in one table of {entries} entries; at most "
+            f"{at_most}: put choices that many blocks share first in the space"
+        )
+    joined = reduce(join, (factor.aligned(scope) for factor in touching))
+    others = [factor for factor in factors if position not in factor.positions]
+    return Factor(scope, joined), others
 
 
 def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
@@ -304,7 +331,7 @@ def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
     """
     factors = _priced(space, price, metric)
     constant = sum((float(factor.values) for factor in factors if not factor.positions), 0.0)
-    scoped = _merge([factor for factor in factors if factor.positions], np.add)
+    scoped = merged([factor for factor in factors if factor.positions], np.add)
     return AdditiveCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
 
 
@@ -327,7 +354,7 @@ def compile_maximum(space: SearchSpace, price: Price, metric: str) -> MaximumCos
             f"{metric} is a maximum, in which absent blocks are 0: prices must be 0 or more, got {least}"
         )
     constant = max((float(factor.values) for factor in factors if not factor.positions), default=0.0)
-    scoped = _merge([factor for factor in factors if factor.positions], np.maximum)
+    scoped = merged([factor for factor in factors if factor.positions], np.maximum)
     return MaximumCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
 
 

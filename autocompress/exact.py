@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from autocompress import labels, milp
-from autocompress.budget import Constraints, _up
+from autocompress.budget import Constraints, not_below
 from autocompress.cost import AdditiveCost, Factor, Values
 from autocompress.errors import AutocompressError, CostError, InfeasibleBudgetError, SpaceError
 from autocompress.program import Program, Solution, conditions, make_program, thinned
@@ -236,7 +236,7 @@ def _infeasible(constraints: Constraints, program: Program) -> AutocompressError
     reached = constraints.price(constraints.space.canonical(program.expand(codes)))
     nearest = {metric: max(limit, float(reached[metric][0])) for metric, limit in limits.items()}
     asked = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in limits.items())
-    near = ", ".join(f"{metric} <= {_up(limit)}" for metric, limit in nearest.items())
+    near = ", ".join(f"{metric} <= {not_below(limit)}" for metric, limit in nearest.items())
     return InfeasibleBudgetError(
         f"no network of space {constraints.space.name!r} fits {asked} with these ties and forbidden "
         f"combinations; the nearest feasible budget is {near}",

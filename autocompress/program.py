@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.cost import MAX_FACTOR_ENTRIES, AdditiveCost, Cost, Factor, MaximumCost, _merge
+from autocompress.cost import MAX_FACTOR_ENTRIES, AdditiveCost, Cost, Factor, MaximumCost, merged
 from autocompress.errors import CostError
 from autocompress.space import Codes, SearchSpace
 
@@ -115,7 +115,7 @@ def make_program(
 
     def restated(cost: AnyCost) -> AnyCost:
         factors = [_tied(factor, decides) for factor in _of_networks(cost, space)]
-        return replace(cost, counts=counts, factors=tuple(_merge(factors, cost._join)))
+        return replace(cost, counts=counts, factors=tuple(merged(factors, cost.join)))
 
     return Program(
         restated(value),
@@ -223,11 +223,11 @@ def _least_with(cost: Cost, position: int) -> NDArray[np.float64]:
     least = np.full(cost.counts[position], cost.constant)
     for factor in cost.factors:
         if position not in factor.positions:
-            least = cost._join(least, factor.values.min())
+            least = cost.join(least, factor.values.min())
         else:
             axis = factor.positions.index(position)
             others = tuple(other for other in range(factor.values.ndim) if other != axis)
-            least = cost._join(least, factor.values.min(axis=others))
+            least = cost.join(least, factor.values.min(axis=others))
     return least
 
 

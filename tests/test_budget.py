@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from small_spaces import all_codes, costs_over, maxima_over
 
-from autocompress.budget import Budget, Constraints, Limit, _up, parse_limit
+from autocompress.budget import Budget, Constraints, Limit, not_below, parse_limit
 from autocompress.cost import AdditiveCost, Cost, Factor, MaximumCost, operation_cost
 from autocompress.errors import BudgetError, InfeasibleBudgetError
 from autocompress.milp import least_excess
@@ -197,13 +197,13 @@ def test_a_metric_without_a_cost_is_refused_and_latency_asks_for_its_table() -> 
 
 @given(st.floats(1e-9, 1e15))
 def test_a_number_written_for_typing_back_is_never_below_itself_and_close(value: float) -> None:
-    assert value <= float(_up(value)) <= value * (1 + 1.1e-5)
+    assert value <= float(not_below(value)) <= value * (1 + 1.1e-5)
 
 
 @pytest.mark.parametrize("value", [0.123456, 123456.0, 14.44, 1e9, 0.001, 99999.95, 999999.5, 300774272.0])
 def test_a_number_just_above_a_round_one_is_written_above_itself(value: float) -> None:
     for near in (math.nextafter(value, 0), value, math.nextafter(value, math.inf)):
-        assert near <= float(_up(near)) <= near * (1 + 1.1e-5)
+        assert near <= float(not_below(near)) <= near * (1 + 1.1e-5)
 
 
 def test_an_impossible_limit_is_refused_with_the_reachable_minimum_and_the_nearest_budget() -> None:

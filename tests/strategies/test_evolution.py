@@ -193,7 +193,7 @@ def test_children_over_the_budget_keep_what_they_can() -> None:
     # They stop as soon as they fit: on average they use more of the budget than their parents.
     macs = constraints.costs["macs"]
     assert macs.of(repaired[~fits]).mean() > 1.1 * macs.of(parents[~fits]).mean()
-    assert (repaired[~fits] != parents[~fits]).any(axis=1).mean() > 0.8
+    assert (repaired[~fits] != parents[~fits]).any(axis=1).mean() > 0.7
 
 
 @BOTH
