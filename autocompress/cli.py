@@ -230,6 +230,12 @@ def search(
     recipe: RecipeArgument = None,
     run: RunOption = Path("runs/run"),
     set_: SetOption = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="See `autocompress list strategies`; its options by --set.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Limits such as latency_ms=60%,params=2M.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Networks that are evaluated.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that evaluate, by Ray.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(help="Probability with which measured latencies shall hold the budget, as 0.95."),
@@ -244,9 +250,15 @@ def search(
     from autocompress.describe import describe_costs
     from autocompress.run import refuse_other
 
-    if confidence is not None:
-        set_ = [*(set_ or []), f"search.confidence={confidence}"]
-    parsed = read_recipe(recipe, set_, run)
+    options = {
+        "strategy": strategy,
+        "budget": budget,
+        "evaluations": evaluations,
+        "workers": workers,
+        "confidence": confidence,
+    }
+    changes = [*(set_ or []), *(f"search.{k}={v}" for k, v in options.items() if v is not None)]
+    parsed = read_recipe(recipe, changes, run)
     if again:
         before = _open(run, None)
         with before.locked():

@@ -189,6 +189,9 @@ class SearchSettings(_Settings):
     warm_start: Literal["none", "uniform", "synflow", "naswot", "params", "macs"] = "uniform"
     """What is evaluated first: the uniform-scaled networks that fit; with the name of a zero-cost proxy also
     those that it likes best of some random ones."""
+    workers: Positive = 1
+    """Processes that evaluate sub-networks at the same time, by Ray; 1 starts none. A strategy is then asked
+    for as many networks at a time, which is another search than with one."""
     calibration_images: Positive = 512
     """Training images for the batch-norm statistics of a sub-network."""
     seed: Count = 0

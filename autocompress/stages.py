@@ -5,6 +5,7 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 
 import json
 from collections.abc import Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,23 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
-from autocompress.errors import CheckpointError, ExportError, InfeasibleBudgetError, StorageError, TableError
+from autocompress.errors import (
+    CheckpointError,
+    ExportError,
+    InfeasibleBudgetError,
+    RecipeError,
+    StorageError,
+    TableError,
+)
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
+from autocompress.evaluator import Evaluator
 from autocompress.latency.check import measure_network_of
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
+from autocompress.machine import cores
 from autocompress.network import build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings
@@ -232,6 +242,15 @@ def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
     return SupernetEvaluator(supernet, run.data, run.task, calibration(run))
 
 
+def spread(evaluator: Evaluator, workers: int) -> AbstractContextManager[Evaluator]:
+    """Return the evaluator, to be entered; more than one worker are processes, which share the cores."""
+    if workers == 1:
+        return nullcontext(evaluator)
+    from autocompress.distributed.ray_evaluator import RayEvaluator
+
+    return RayEvaluator(evaluator, workers=workers, threads=cores() // workers)
+
+
 def calibration(run: Run) -> list[Tensor]:
     """Return the training images on which batch-norm statistics are computed."""
     return calibration_batches(run.data, run.recipe.search.calibration_images, seed=run.recipe.search.seed)
@@ -253,15 +272,21 @@ def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
     # A wrong task, an impossible budget or a wrong option is refused before hours of training.
     check(run)
-    limits, strategy = proposer(run, shown)
     settings = run.recipe.search
+    if settings.workers > cores():
+        raise RecipeError(
+            f"search.workers must be at most the cores of this process, {cores()}, got {settings.workers}"
+        )
+    limits, strategy = proposer(run, shown)
     supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():
         return load_result(path, run.space)
-    score = evaluator(run, supernet)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
-    with shown.stage(f"search by {settings.strategy}") as progress:
+    with (
+        spread(evaluator(run, supernet), settings.workers) as score,
+        shown.stage(f"search by {settings.strategy}") as progress,
+    ):
         result = run_search(
             WarmStart(strategy, warm_start(run, limits)),
             limits,

@@ -241,6 +241,21 @@ def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_d
     assert "Budget: params 70%" in call("resume", folder).stdout
 
 
+def test_settings_of_a_search_have_options_of_their_own(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    options = ("--strategy", "random", "--budget", "params=80%,macs=95%", "--evaluations", "5")
+    call("search", "--run", folder, "--again", *options, "--set", "search.options={}")
+    search = Run(folder).recipe.search
+    assert (search.strategy, search.evaluations, search.workers) == ("random", 5, 1)
+    assert search.budget == {"params": "80%", "macs": "95%"}
+    assert len(json.loads((folder / "result.json").read_text())["trials"]) == 5
+    with pytest.raises(RecipeError, match=r"search.workers: .*greater than or equal to 1, got 0"):
+        call("search", "--run", folder, "--again", "--workers", "0")
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -220,6 +220,29 @@ def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) ->
         assert (np.diff(cost) <= 0).all()
 
 
+def test_a_search_by_two_workers_finds_what_one_process_finds(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autocompress.stages.cores", lambda: 2)
+    found = []
+    for workers in (1, 2):
+        folder = copy_of(exported, tmp_path / str(workers), without=("trials.log", "result.json"))
+        payload = yaml.safe_load((folder / "recipe.yaml").read_text())
+        payload["search"] |= {"strategy": "random", "options": {}, "evaluations": 8, "workers": workers}
+        rewrite_recipe(folder, payload)
+        result = stages.search(Run(folder), SILENT)
+        found.append([(t.number, t.architecture, t.outcome, t.metrics, t.costs) for t in result.trials])
+    assert len(found[0]) == 8
+    assert found[0] == found[1]
+
+
+def test_more_workers_than_cores_are_refused_before_any_work(tmp_path: Path) -> None:
+    run = Run(with_table(tmp_path / "run"), small_recipe(search={"workers": 1000}))
+    with pytest.raises(RecipeError, match=r"search.workers must be at most the cores .*, got 1000"):
+        stages.search(run, SILENT)
+    assert not run.path(stages.CHECKPOINT).exists()
+
+
 def copy_of(run: Path, tmp_path: Path, without: tuple[str, ...] = ()) -> Path:
     shutil.copytree(run, tmp_path / "copy")
     for name in without:
