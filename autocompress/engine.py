@@ -22,7 +22,7 @@ from autocompress.progress import Progress, silent
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.storage import TrialStorage
-from autocompress.strategy import Noted, Strategy
+from autocompress.strategy import Noted, Strategy, name_of
 from autocompress.trial import Batch, Outcome, Trial
 
 DEFAULT_BATCH = 100
@@ -137,7 +137,7 @@ class _Guarded:
 
     def __init__(self, strategy: Strategy, space: SearchSpace, timeout_s: float) -> None:
         self._strategy, self._space, self._timeout_s = strategy, space, timeout_s
-        self._name = type(strategy).__name__
+        self._name = name_of(strategy)
 
     @property
     def notes(self) -> Mapping[str, Any]:

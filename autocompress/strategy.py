@@ -43,29 +43,39 @@ class Noted(Protocol):
         """What is worth knowing of the search, such as the quality of a predictor."""
 
 
+def name_of(strategy: Strategy) -> str:
+    """Return the name of a strategy's class, or of that of the one it wraps (its attribute `wrapped`)."""
+    while (inner := getattr(strategy, "wrapped", None)) is not None:
+        strategy = inner
+    return type(strategy).__name__
+
+
 class WarmStart:
     """A strategy that asks given rows first, then goes on as another one, which is told them too.
 
     A search that starts from what one would pick without searching never returns less than that.
+
+    Attributes:
+        wrapped: The other strategy.
     """
 
     def __init__(self, strategy: Strategy, first: Codes) -> None:
         """Start with the rows `(n, choices)`, canonical and distinct."""
-        self._strategy, self._first, self._untold = strategy, first, len(first)
+        self.wrapped, self._first, self._untold = strategy, first, len(first)
 
     def ask(self, n: int) -> Codes:
         """Propose the given rows; after all of them were told, what the other strategy proposes."""
         if self._untold:
             rows, self._first = self._first[:n], self._first[n:]
             return rows
-        return self._strategy.ask(n)
+        return self.wrapped.ask(n)
 
     @property
     def notes(self) -> Mapping[str, Any]:
         """What the other strategy says of the search."""
-        return self._strategy.notes if isinstance(self._strategy, Noted) else {}
+        return self.wrapped.notes if isinstance(self.wrapped, Noted) else {}
 
     def tell(self, batch: Batch) -> None:
         """Let the other strategy learn."""
         self._untold = max(0, self._untold - len(batch))
-        self._strategy.tell(batch)
+        self.wrapped.tell(batch)

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -95,6 +96,17 @@ def rate(name: str, count: int, seconds: Seconds, unit: str, *, at_least: float 
     reached = None if at_least is None else value >= at_least
     target = "" if at_least is None else f">= {at_least:,.0f}"
     return Figure(name, value, unit, count / seconds.greatest, count / seconds.least, target, reached)
+
+
+def cifar10_folder() -> Path:
+    """Return a folder with CIFAR-10 in its official layout, unpacked from the shared data once."""
+    folder = ROOT / "runs" / "cifar-10"
+    if not (folder / "cifar-10-batches-bin" / "test_batch.bin").exists():
+        script = SHARED / "unpack_cifar10.py"
+        if not script.exists():
+            raise SystemExit(f"this benchmark needs CIFAR-10: {script} is absent")
+        subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
 
 
 def _git(*arguments: str) -> str:

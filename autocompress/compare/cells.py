@@ -70,18 +70,18 @@ class _Timed:
     """A strategy and the seconds it takes."""
 
     def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
+        self.wrapped = strategy
         self.seconds = 0.0
 
     def ask(self, n: int) -> Codes:
         start = time.perf_counter()
-        codes = self._strategy.ask(n)
+        codes = self.wrapped.ask(n)
         self.seconds += time.perf_counter() - start
         return codes
 
     def tell(self, batch: Batch) -> None:
         start = time.perf_counter()
-        self._strategy.tell(batch)
+        self.wrapped.tell(batch)
         self.seconds += time.perf_counter() - start
 
 
@@ -151,8 +151,11 @@ def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path
     """Run one cell in a worker and write it."""
     if threads:
         import torch
+        from threadpoolctl import threadpool_limits
 
         torch.set_num_threads(threads)
+        # Gaussian processes solve their equations in threads of BLAS.
+        threadpool_limits(threads, user_api="blas")
     problem = _problem(source)
     journal = path.with_suffix(".log")
     try:
@@ -207,7 +210,7 @@ def run_cells(
         evaluations: Of each.
         folder: Of the finished cells.
         jobs: Worker processes; 1 runs in this process.
-        threads: Of PyTorch in each; 0 leaves them.
+        threads: Of PyTorch and BLAS in each; 0 leaves them.
         progress: Told finished cells.
     """
     text = json.dumps({"factory": source.factory, "arguments": dict(source.arguments)}, sort_keys=True)

@@ -8,7 +8,7 @@ import typer
 from autocompress.console import stage
 from autocompress.errors import RecipeError
 
-DEFAULT_STRATEGIES = "random,evolution,elitist"
+DEFAULT_STRATEGIES = "random,evolution,elitist,nsga2,reinforce,tpe,predictor"
 
 
 def compare(

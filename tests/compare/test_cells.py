@@ -86,7 +86,7 @@ def test_cells_are_the_same_in_other_processes_and_run_once(tmp_path: Path, jobs
 def test_a_strategy_that_fails_is_a_cell_with_its_error_and_the_others_go_on(tmp_path: Path) -> None:
     broken = Contestant("breaking", f"{__name__}:Breaking")
     cells = run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
-    assert cells[0].error == "StrategyError: strategy _Timed failed to ask: RuntimeError: no idea"
+    assert cells[0].error == "StrategyError: strategy Breaking failed to ask: RuntimeError: no idea"
     assert len(cells[1].scores) == 5
 
 
