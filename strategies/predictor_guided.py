@@ -73,7 +73,8 @@ class PredictorGuided:
             objective: The metric to maximise.
             initial: Random networks that are asked first.
             round_size: Networks a round; more once over a hundred were told.
-            explore: Share of a round that goes to the most uncertain networks.
+            explore: Share of a round that goes to the most uncertain and to random networks, half each: a
+                predictor can be sure and wrong where it saw few networks.
             exhaustive: A feasible space of at most so many networks is looked at whole in every round, a
                 larger one by evolution.
             candidates: Networks that evolution looks at in a round.
@@ -158,13 +159,16 @@ class PredictorGuided:
         rows = self._codes[:0]
         if self._learnable:
             self._rounds += 1
-            rows = self._asked.fresh(self._promising(size))
+            exploring = round(self._explore * size)
+            # Half of them, in turns where that is no whole number.
+            random = (exploring + self._rounds % 2) // 2
+            rows = self._asked.fresh(self._promising(size - random, uncertain=exploring - random))
         if len(rows) < size:
             rest = fresh_sample(self._constraints, size - len(rows), self._rng, self._asked)
             rows = np.vstack([rows, rest])
         return rows
 
-    def _promising(self, size: int) -> Codes:
+    def _promising(self, size: int, *, uncertain: int) -> Codes:
         process, targets = self._fit()
         candidates = self._candidates(process)
         best = np.argsort(-self._optimistic(process, candidates), kind="stable")[:SHORTLIST]
@@ -176,7 +180,7 @@ class PredictorGuided:
             size,
             best=float(targets.max()),
             noise=process.noise,
-            uncertain=round(self._explore * size),
+            uncertain=uncertain,
         )
         return candidates[picks]
 

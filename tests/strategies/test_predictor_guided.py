@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.integrate import quad
@@ -219,19 +221,30 @@ def test_of_two_networks_that_tell_the_same_only_one_is_chosen_at_first() -> Non
     assert picks.tolist() == [0, 2, 1]
 
 
-@pytest.mark.parametrize(("explore", "first"), [(0.0, False), (1.0, True)])
-def test_explore_is_the_share_of_uncertain_choices(
-    explore: float, first: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("explore", "rounds"),
+    [
+        # A round of five: how many the predictor chooses, and how many of those for their uncertainty. What
+        # is missing to five is drawn at random.
+        (0.0, [(5, 0), (5, 0)]),
+        (0.2, [(4, 0), (5, 1)]),
+        (0.6, [(3, 1), (4, 2)]),
+        (1.0, [(2, 2), (3, 3)]),
+    ],
+)
+def test_half_of_what_explores_is_uncertain_and_half_random(
+    explore: float, rounds: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = []
+    seen = []
 
-    def spy(*args: object, uncertain: int, **options: object) -> np.ndarray:
-        shares.append(uncertain)
-        return choose(*args, uncertain=uncertain, **options)  # type: ignore[arg-type]
+    def spy(means: np.ndarray, covariances: np.ndarray, size: int, **options: Any) -> np.ndarray:
+        seen.append((size, options["uncertain"]))
+        return choose(means, covariances, size, **options)
 
     monkeypatch.setattr(strategies.predictor_guided, "choose", spy)
-    run(PredictorGuided(flat_space(4), seed=0, initial=10, round_size=4, explore=explore), 18)
-    assert shares == [4 * int(first)] * 2
+    codes, _ = run(PredictorGuided(flat_space(4), seed=0, initial=10, round_size=5, explore=explore), 20)
+    assert seen == rounds
+    assert len(codes) == 20
 
 
 # What it says ----------------------------------------------------------------------------------------------
