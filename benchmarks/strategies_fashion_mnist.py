@@ -4,7 +4,7 @@
     python benchmarks/strategies_fashion_mnist.py --quick    # a smoke test of a few minutes
 
 The supernet, the data and the decisions are those of `fashion_mnist.py`: strategies score slices on held-out
-training images, none is told anything first, and each evaluates as many networks. Beside them stand the
+training images, with their default options; none is told anything first, and each evaluates as many networks. Beside them stand the
 uniform-scaled network and random networks at the same budget. Each winner is finetuned with distillation from
 the largest network; the test set is read for the table only.
 """
@@ -33,12 +33,6 @@ from autocompress.stages import profile, target
 
 BUDGETS = ("50%", "70%")
 STRATEGIES = ("random", "evolution", "elitist", "nsga2", "reinforce", "tpe", "predictor")
-# The populations of the committed results; the defaults have changed since.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "evolution": {"population": 16, "sample_size": 5},
-    "elitist": {"population": 16},
-    "nsga2": {"population": 16},
-}
 
 
 class Strategies(Benchmark):
@@ -66,7 +60,7 @@ class Strategies(Benchmark):
         self.once("measured", self._measure)
 
     def _by(self, strategy: str, limits: Constraints, seed: int) -> dict[str, Any]:
-        made = load_strategy(strategy)(limits, seed=seed, objective="accuracy", **OPTIONS.get(strategy, {}))
+        made = load_strategy(strategy)(limits, seed=seed, objective="accuracy")
         result = search(made, limits, self.score, evaluations=self.size.evaluations)
         best = result.best()
         return {
