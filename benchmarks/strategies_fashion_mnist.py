@@ -4,9 +4,9 @@
     python benchmarks/strategies_fashion_mnist.py --quick    # a smoke test of a few minutes
 
 The supernet, the data and the decisions are those of `fashion_mnist.py`: strategies score slices on held-out
-training images, with their default options; none is told anything first, and each evaluates as many networks. Beside them stand the
-uniform-scaled network and random networks at the same budget. Each winner is finetuned with distillation from
-the largest network; the test set is read for the table only.
+training images, with their default options; none is told anything first, and each evaluates as many networks.
+Beside them stand the uniform-scaled network and random networks at the same budget. Each winner is finetuned
+with distillation from the largest network; the test set is read for the table only.
 """
 
 import argparse
