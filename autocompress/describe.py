@@ -60,6 +60,18 @@ def describe_predictor(notes: Mapping[str, Any] | None) -> str:
     )
 
 
+def describe_relaxation(notes: Mapping[str, Any]) -> str:
+    """Return how sure a differentiable search is of its options, and what it expects to cost."""
+    relaxation = notes["relaxation"]
+    costs = "".join(
+        f", expected {metric} {value:.4g} (of the mixture, not of the network)"
+        for metric, value in relaxation["expected_costs"].items()
+    )
+    skips = relaxation["skips"]
+    shown = "" if skips is None else f", {skips:.0%} of the probability on skip connections"
+    return f"entropy of the options {relaxation['entropy']:.2f} of 1{shown}{costs}"
+
+
 def describe_costs(found: Mapping[str, float]) -> str:
     """Return the costs of a network in a line."""
     line = (

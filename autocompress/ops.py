@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from autocompress.errors import SpaceError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -154,6 +154,38 @@ def _positive(spec: OpSpec, *names: str) -> None:
         value = getattr(spec, name)
         if not isinstance(value, int) or value < 1:
             raise SpaceError(f"{type(spec).__name__}.{name} must be an integer >= 1, got {value!r}")
+
+
+EdgeMixture = tuple[Sequence[tuple[str, "Tensor | None"]], "Tensor | None"]
+"""Of one edge of a cell: operations that are computed, each with its weight, and a factor on their sum;
+`None` is 1."""
+
+
+class CellSpec(OpSpec):
+    """An operation with several choices inside, one an edge, which differentiable searches mix edge by edge.
+
+    It is alone in its block, whose choices stand in the order of the edges and have the names of operations
+    as options.
+    """
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[int, ...]:
+        """The node that each edge ends in."""
+
+    @abstractmethod
+    def mixture(
+        self, module: "nn.Module", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
+    ) -> "Tensor":
+        """Run every edge as the weighted sum of operations.
+
+        Args:
+            module: What `shared_module` made.
+            x: `(batch, *in_shape)`.
+            edges: One a choice of the block.
+            channels: Operations see one in so many channels; the others are passed on, and channels are
+                shuffled (Xu et al., PC-DARTS, ICLR 2020).
+        """
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,26 @@ def _made_again(message: str) -> StorageError:
     return StorageError(f"{message}; remove it, and its stage makes it again")
 
 
+def is_differentiable(recipe: Recipe) -> bool:
+    """Whether the strategy of a recipe is trained together with the supernet."""
+    return hasattr(load_strategy(recipe.search.strategy), "architecture_step")
+
+
+def _parameters(factory: Callable[..., Any]) -> list[str]:
+    """Return the names that a class or function takes; if it takes any, those of its bases too."""
+    names: dict[str, None] = {}
+    for part in (c for c in getattr(factory, "__mro__", (factory,)) if c is not object):
+        try:
+            parameters = inspect.signature(part).parameters.values()
+        except (TypeError, ValueError):
+            break
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
 def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:
     """Return what makes the strategy of a recipe; also a check that can be made before any work.
 
@@ -197,10 +217,7 @@ def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:
     """
     settings = recipe.search
     strategy = load_strategy(settings.strategy)
-    try:
-        parameters = list(inspect.signature(strategy).parameters)
-    except (TypeError, ValueError):
-        parameters = []
+    parameters = _parameters(strategy)
     if not {"constraints", "seed", "objective"} <= set(parameters):
         raise RecipeError(
             f"search.strategy: {settings.strategy!r} is no strategy: it must take constraints, seed and "

@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import OPERATION_METRICS, Cost, operation_cost
-from autocompress.describe import describe_costs, describe_error, describe_predictor, describe_table
+from autocompress.describe import (
+    describe_costs,
+    describe_error,
+    describe_predictor,
+    describe_relaxation,
+    describe_table,
+)
+from autocompress.differentiable import Differentiable
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
@@ -44,9 +51,10 @@ from autocompress.network import build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
-from autocompress.run import Run, Shown, strategy_factory
+from autocompress.run import Run, Shown, is_differentiable, strategy_factory
 from autocompress.space import Architecture, Codes, SearchSpace
 from autocompress.strategy import Strategy, WarmStart
+from autocompress.training.bilevel import train_relaxed
 from autocompress.training.check import check_task
 from autocompress.training.checkpoint import load_checkpoint, weights_fingerprint
 from autocompress.training.data import Images, batches
@@ -206,6 +214,8 @@ def check(run: Run) -> None:
 
 def train(run: Run, shown: Shown) -> Supernet:
     """Train the supernet, from its checkpoint if there is one, or read the trained one."""
+    if is_differentiable(run.recipe):
+        return train_together(run, shown)[0]
     set_threads(run)
     supernet = run.space.supernet()
     path, report = run.path(CHECKPOINT), run.path(TRAINING)
@@ -225,6 +235,42 @@ def train(run: Run, shown: Shown) -> Supernet:
     scores = ", ".join(f"{name} {score:.4f}" for name, score in last.items())
     shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
     return supernet.eval()
+
+
+def train_together(run: Run, shown: Shown) -> tuple[Supernet, Constraints, Differentiable]:
+    """Train the supernet and a differentiable strategy, from their checkpoint if there is one.
+
+    Returns:
+        The supernet, the budget, and the strategy, ready to be asked.
+    """
+    check(run)
+    limits, proposing = proposer(run, shown)
+    strategy = cast(Differentiable, proposing)
+    set_threads(run)
+    supernet, settings, report = run.space.supernet(), run.recipe.search, run.path(TRAINING)
+    with shown.stage(f"train the supernet and {settings.strategy}") as progress:
+        position = train_relaxed(
+            supernet,
+            strategy,
+            run.data,
+            run.task,
+            run.recipe.train,
+            seed=settings.seed,
+            identity={
+                "strategy": settings.strategy,
+                "options": dict(settings.options),
+                "limits": dict(limits.limits),
+                "seed": settings.seed,
+            },
+            checkpoint=run.path(CHECKPOINT),
+            progress=progress,
+        )
+    if not report.exists():
+        write_json(report, vars(position))
+        shown.say(
+            f"{settings.strategy}: loss {position.losses[-1]:.4f}; {describe_relaxation(strategy.notes)}"
+        )
+    return supernet.eval(), limits, strategy
 
 
 def _choices(run: Run) -> Mapping[str, Any]:
@@ -278,7 +324,11 @@ def search(run: Run, shown: Shown) -> SearchResult:
             f"search.workers must be at most the cores of this process, {cores()}, got {settings.workers}"
         )
     limits, strategy = proposer(run, shown)
-    supernet = train(run, shown)
+    together = is_differentiable(run.recipe)
+    if together:
+        supernet, limits, strategy = train_together(run, shown)
+    else:
+        supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():
         return load_result(path, run.space)
@@ -288,7 +338,8 @@ def search(run: Run, shown: Shown) -> SearchResult:
         shown.stage(f"search by {settings.strategy}") as progress,
     ):
         result = run_search(
-            WarmStart(strategy, warm_start(run, limits)),
+            # Mixtures train the network that is derived, not the uniform-scaled ones.
+            strategy if together else WarmStart(strategy, warm_start(run, limits)),
             limits,
             score,
             evaluations=settings.evaluations,

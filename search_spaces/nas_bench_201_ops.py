@@ -14,10 +14,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, cast
 
 from autocompress.errors import SpaceError
-from autocompress.ops import OpSpec, Shape
+from autocompress.ops import CellSpec, EdgeMixture, OpSpec, Shape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 EDGES: Final = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """Source and target of each edge, in the order in which the published tables number them."""
@@ -91,8 +91,30 @@ def _edge(operation: str, channels: int) -> "nn.Module":
     return _relu_conv_norm(channels, channels, KERNELS[operation], 1)
 
 
+def _mixed(edge: "nn.Module", x: "Tensor", parts: Sequence[tuple[str, "Tensor | None"]]) -> "Tensor":
+    """Run the weighted sum of operations on an edge; convolutions use leading channels of their weights."""
+    import torch
+    import torch.nn.functional as F
+
+    from autocompress.elastic.partial import weighted
+
+    def run(name: str) -> "Tensor":
+        if name == "skip_connect":
+            return x
+        if name == "avg_pool_3x3":
+            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        weight = edge.get_parameter(f"{name}.conv.weight")[: x.shape[1], : x.shape[1]]
+        normed: Tensor = edge.get_submodule(f"{name}.bn")(
+            F.conv2d(x.relu(), weight, padding=KERNELS[name] // 2)
+        )
+        return normed
+
+    total = weighted((run(name), weight) for name, weight in parts if name != "none")
+    return torch.zeros_like(x) if total is None else total
+
+
 @dataclass(frozen=True)
-class Cell(OpSpec):
+class Cell(CellSpec):
     """Four nodes, each the sum of an operation on every earlier one; the first is the input.
 
     Operations that no path to the output uses are built, run and counted, as in the benchmark.
@@ -205,6 +227,38 @@ class Cell(OpSpec):
                 for (source, target), names in zip(EDGES, used, strict=True)
             }
         )
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The node that each edge ends in."""
+        return tuple(target for _, target in EDGES)
+
+    def mixture(
+        self, module: "nn.Module", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
+    ) -> "Tensor":
+        """Run the cell with every edge a weighted sum of operations, see `CellSpec.mixture`."""
+        import torch
+
+        from autocompress.elastic.partial import through_part
+
+        nodes = [x]
+        for node in range(1, NODES):
+            total = torch.zeros_like(x)
+            for (source, target), (parts, scale) in zip(EDGES, edges, strict=True):
+                if target != node:
+                    continue
+
+                def mixed(
+                    some: "Tensor",
+                    parts: Sequence[tuple[str, "Tensor | None"]] = parts,
+                    place: str = f"edge_{source}_{target}",
+                ) -> "Tensor":
+                    return _mixed(module.get_submodule(place), some, parts)
+
+                added = through_part(mixed, nodes[source], channels)
+                total = total + (added if scale is None else scale.to(added.dtype) * added)
+            nodes.append(total)
+        return nodes[-1]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def finetune(
         position.scores.append([epoch + 1, "network", scored.mean])
         remember(scored)
 
-    def prepare(position: Position) -> None:
+    def prepare(position: Position, _: torch.optim.Optimizer) -> None:
         if not position.choices:
             images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
             # Timing must not move the statistics of batch norm.

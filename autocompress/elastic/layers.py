@@ -6,7 +6,8 @@ smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 202
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -339,6 +340,22 @@ class ElasticModule(ElasticLayer):
             for norm in norms.values():
                 norm.normalise = None
         return cast(Tensor, result)
+
+    @contextmanager
+    def shared(self, normalise: Normalise) -> Iterator[nn.Module]:
+        """Give the module that holds the parameters of all operations, its batch norms run as given."""
+
+        def leading(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return normalise(name, x, weight[: x.shape[1]], bias[: x.shape[1]])
+
+        norms = [part for part in self.module.modules() if isinstance(part, _SharedNorm)]
+        for norm in norms:
+            norm.normalise = leading
+        try:
+            yield self.module
+        finally:
+            for norm in norms:
+                norm.normalise = None
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the leading entries of each parameter."""

@@ -1,7 +1,5 @@
 """The supernet: one set of weights from which every network of a space is a slice."""
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -73,7 +71,8 @@ class Supernet(nn.Module):
             layers[place] = layer
         return layers
 
-    def _bind(self, name: str, ops: Ops) -> tuple[tuple[ElasticLayer | None, OpSpec], ...]:
+    def bind(self, name: str, ops: Ops) -> tuple[tuple[ElasticLayer | None, OpSpec], ...]:
+        """Return the layer of each operation of a block; `None` for the addition of a residual block."""
         layers = cast(nn.ModuleDict, self.layers[module_name(name)])
         return tuple(
             (None if isinstance(op, Add) else cast(ElasticLayer, layers[slot(position, op)]), op)
@@ -85,7 +84,7 @@ class Supernet(nn.Module):
         plan = self._plans.get(arch)
         if plan is None:
             blocks = self.space.operations(self.space.encode([arch]))
-            plan = tuple((name, self._bind(name, ops)) for name, ops in blocks)
+            plan = tuple((name, self.bind(name, ops)) for name, ops in blocks)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             self._plans[arch] = plan
@@ -97,92 +96,36 @@ class Supernet(nn.Module):
         arch: Architecture,
         *,
         statistics: Statistics | None = None,
-        gates: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Run one sub-network.
+        """Run one sub-network; `mixture.run_mixture` runs several at once.
 
         Args:
             x: `(batch, channels, height, width)`; resized when the architecture has another resolution.
             arch: An architecture of the space.
             statistics: Batch-norm statistics of this very sub-network, from `recalibrate`; without them
                 the statistics of the batch are used, whether training or not.
-            gates: For some choices one weight an option, `(options,)`. A block that depends on such a
-                choice gives the weighted sum of its outputs over the options, the block's input standing for
-                options that leave the block out; a one-hot gate is the plain choice. Where several choices
-                of a block are gated, their weights multiply.
 
         Returns:
             The output of the last block.
 
         Raises:
-            SpaceError: The architecture is of another space, the statistics are of another sub-network, or a
-                gate cannot be applied.
+            SpaceError: The architecture is of another space, or the statistics are of another sub-network.
         """
-        return self.run(x, arch, batch_statistics if statistics is None else fixed(statistics), gates)
+        return self.run(x, arch, batch_statistics if statistics is None else fixed(statistics))
 
-    def run(
-        self,
-        x: Tensor,
-        arch: Architecture,
-        normalise: Normalise,
-        gates: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def run(self, x: Tensor, arch: Architecture, normalise: Normalise) -> Tensor:
         """Run one sub-network with batch norm as given; `forward` and recalibration stand on this."""
         plan = self.plan(arch)
         x = resize(x, plan[0][1][0][1].in_shape[1:])
-        if gates:
-            return self._run_gated(x, arch, normalise, gates)
         for _, layers in plan:
-            x = _run_block(x, layers, normalise)
-        return x
-
-    def _run_gated(
-        self, x: Tensor, arch: Architecture, normalise: Normalise, gates: Mapping[str, Tensor]
-    ) -> Tensor:
-        positions = self.space.positions
-        for name, gate in gates.items():
-            if name not in positions:
-                raise SpaceError(f"gates name {name!r}, which is no choice of space {self.space.name!r}")
-            options = self.space.choices[positions[name]].options
-            if gate.shape != (len(options),):
-                raise SpaceError(f"the gate of {name!r} has shape {tuple(gate.shape)}, not ({len(options)},)")
-        row = self.space.encode([arch])[0].tolist()
-        for block in self.space.blocks:
-            gated = [name for name in block.choices if name in gates]
-            chosen = {
-                name: self.space.choices[positions[name]].options[row[positions[name]]]
-                for name in block.choices
-            }
-            total: Tensor | None = None
-            for codes in itertools.product(*(range(len(gates[name])) for name in gated)):
-                weight: Tensor | None = None
-                for name, code in zip(gated, codes, strict=True):
-                    chosen[name] = self.space.choices[positions[name]].options[code]
-                    weight = gates[name][code] if weight is None else weight * gates[name][code]
-                ops = block.operations(*(chosen[name] for name in block.choices))
-                # Layers run on images of any size, so only the shapes tell that a setting does not fit.
-                if ops and math.prod(ops[0].in_shape) != x[0].numel():
-                    raise SpaceError(
-                        f"block {block.name!r} takes {ops[0].in_shape} with {chosen}, got "
-                        f"{tuple(x.shape[1:])}; a choice that changes shapes (resolution, stage width) "
-                        "cannot be gated"
-                    )
-                output = _run_block(x, self._bind(block.name, ops), normalise)
-                if weight is not None:
-                    if total is not None and total.shape != output.shape:
-                        raise SpaceError(
-                            f"block {block.name!r} has outputs of different shapes under gates on {gated}; "
-                            "a choice that changes shapes (resolution, stage width) cannot be gated"
-                        )
-                    output = weight * output
-                total = output if total is None else total + output
-            x = cast(Tensor, total)
+            x = run_block(x, layers, normalise)
         return x
 
 
-def _run_block(
+def run_block(
     x: Tensor, layers: Sequence[tuple[ElasticLayer | None, OpSpec]], normalise: Normalise
 ) -> Tensor:
+    """Run the operations of a block as `Supernet.bind` gives them; none is the identity."""
     entry = x
     for layer, op in layers:
         x = entry + x if layer is None else layer(x, op, normalise)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from autocompress.elastic.extract import active_masks, extract, only_active
 from autocompress.elastic.importance import sort_channels
 from autocompress.elastic.layers import ElasticConv2d, ElasticLayer, memory_format, slot
+from autocompress.elastic.mixture import Gate, run_mixture
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Statistics, Supernet
 from autocompress.errors import SpaceError
@@ -254,7 +255,8 @@ class ElasticContract(ABC):
     ) -> Tensor | None:
         try:
             with torch.no_grad():
-                return cast(Tensor, supernet(images, arch, gates=gates))
+                given = {name: Gate.all(weights) for name, weights in gates.items()}
+                return run_mixture(supernet, images, arch, given)
         except SpaceError as error:
             if "cannot be gated" in str(error):  # resolution and the like
                 return None

@@ -112,7 +112,7 @@ def run_epochs(
     extra_state: dict[str, Any] | None = None,
     validate: Callable[[int, Position], None] | None = None,
     guard: Callable[[int, torch.optim.Optimizer], AbstractContextManager[None]] | None = None,
-    prepare: Callable[[Position], None] | None = None,
+    prepare: Callable[[Position, torch.optim.Optimizer], None] | None = None,
     before_epoch: Callable[[int, torch.optim.Optimizer], None] | None = None,
     progress: Progress = silent,
     clock: Callable[[], float] = time.monotonic,
@@ -130,7 +130,8 @@ def run_epochs(
         extra_state: Tensors that belong to the run besides the model; saved, and restored in place.
         validate: Called after each epoch with the epoch and the position, may add to its `scores`.
         guard: Called with step and optimizer; wraps the optimizer's step.
-        prepare: Called once at the start of a new run, may fill `choices`; on resume called with those.
+        prepare: Called with position and optimizer at the start of a new run, may fill `choices`; on resume
+            called with those.
         before_epoch: Called with epoch and optimizer at the start of each epoch that is not resumed in its
             middle.
         progress: Told steps and the loss.
@@ -176,7 +177,7 @@ def run_epochs(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"checkpoint {checkpoint} does not fit this network: {reason}") from None
     if prepare is not None:
-        prepare(position)
+        prepare(position, optimizer)
     if checkpoint is not None and not checkpoint.exists():
         save_checkpoint(checkpoint, identity, content())
     good = snapshot()

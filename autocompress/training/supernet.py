@@ -155,7 +155,7 @@ def train_supernet(
 
     compute = sandwich if settings.schedule == "sandwich" else on_labels
 
-    def prepare(position: Position) -> None:
+    def prepare(position: Position, _: torch.optim.Optimizer) -> None:
         if not position.choices:
             images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
 

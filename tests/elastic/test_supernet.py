@@ -1,14 +1,10 @@
 """The supernet as a whole: contract of our spaces, published sizes, gates, resolutions."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from small_networks import arch_of, images, shaken
-from torch import Tensor
 
-from autocompress.elastic.extract import extract
 from autocompress.elastic.layers import ElasticConv2d
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
@@ -108,74 +104,6 @@ def test_resizing_is_the_mean_of_what_a_pixel_covers_and_keeps_images_of_the_rig
     # Halved with antialiasing, a triangle of width 4: (1, 3, 3, 1) / 8 inside, cut off at the border.
     row = torch.tensor([0.0, 0, 1, 0, 0, 0, 0, 0]).expand(1, 1, 8, 8)
     torch.testing.assert_close(resize(row, (8, 4))[0, 0, 0], torch.tensor([1 / 7, 3 / 8, 0, 0]))
-
-
-# Gates ---------------------------------------------------------------------------------------------------
-
-
-def test_gates_on_two_choices_of_a_block_mix_all_pairs_of_options() -> None:
-    space = toy_classifier_space(blocks=1)
-    supernet = shaken(space)
-    kernel, expand = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.6, 0.4])
-    mixture = torch.zeros(4, 4, 6, 6)
-    for (i, k), (j, e) in itertools.product(enumerate((1, 3, 5)), enumerate((2, 4))):
-        arch = arch_of(space, resolution=12, depth=1, block1_kernel=k, block1_expand=e)
-        network = extract(supernet, arch)  # in training mode: statistics of the batch, as in the supernet
-        entry = network.stem(images())
-        mixture = mixture + kernel[i] * expand[j] * network.block1(entry)
-    expected = network.head(mixture)
-    gates = {"block1.kernel": kernel, "block1.expand": expand}
-    torch.testing.assert_close(supernet(images(), arch, gates=gates), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_where_a_gated_choice_leaves_the_block_out_its_input_stands_for_it() -> None:
-    space = toy_classifier_space(blocks=2)
-    supernet = shaken(space)
-    deep = arch_of(space, resolution=12, depth=2)
-    network = extract(supernet, deep)
-    before = network.block1(network.stem(images()))
-    expected = network.head(0.25 * before + 0.75 * network.block2(before))
-    gates = {"depth": torch.tensor([0.25, 0.75])}
-    torch.testing.assert_close(supernet(images(), deep, gates=gates), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_gradient_of_gates_is_that_of_finite_differences() -> None:
-    space = toy_classifier_space(blocks=1)
-    supernet = shaken(space).double()
-    arch = arch_of(space, resolution=12, depth=1)
-    gate = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64, requires_grad=True)
-
-    def loss(gate: Tensor) -> Tensor:
-        return supernet(images().double(), arch, gates={"block1.kernel": gate}).square().sum()
-
-    loss(gate).backward()
-    assert gate.grad is not None
-    step = 1e-5
-    for code in range(3):
-        nudge = torch.zeros(3, dtype=torch.float64)
-        nudge[code] = step
-        slope = (loss(gate.detach() + nudge) - loss(gate.detach() - nudge)) / (2 * step)
-        assert gate.grad[code].item() == pytest.approx(slope.item(), rel=1e-4)
-        assert gate.grad[code] != 0
-
-
-def test_a_gate_that_names_no_choice_is_refused() -> None:
-    space = toy_classifier_space()
-    with pytest.raises(SpaceError, match=r"gates name 'block9\.kernel', which is no choice of space"):
-        space.supernet()(images(), arch_of(space, depth=1), gates={"block9.kernel": torch.ones(3)})
-
-
-def test_a_gate_of_the_wrong_length_is_refused() -> None:
-    space = toy_classifier_space()
-    with pytest.raises(SpaceError, match=r"the gate of 'block1\.kernel' has shape \(2,\), not \(3,\)"):
-        space.supernet()(images(), arch_of(space, depth=1), gates={"block1.kernel": torch.ones(2)})
-
-
-def test_resolution_cannot_be_gated() -> None:
-    space = toy_classifier_space()
-    gates = {"resolution": torch.tensor([0.5, 0.5])}
-    with pytest.raises(SpaceError, match=r"'stem' takes \(3, 8, 8\).*got \(3, 12, 12\).*cannot be gated"):
-        space.supernet()(images(), arch_of(space, resolution=12, depth=1), gates=gates)
 
 
 # Errors --------------------------------------------------------------------------------------------------

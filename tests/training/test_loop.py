@@ -189,7 +189,7 @@ def test_it_tells_of_every_step_and_asks_for_validation_after_every_epoch() -> N
         epochs=2,
         identity=IDENTITY,
         validate=validate,
-        prepare=lambda position: called.append("prepare"),
+        prepare=lambda position, optimizer: called.append("prepare"),
         before_epoch=lambda epoch, optimizer: called.append(f"before {epoch}"),
         progress=lambda step, total, text: told.append((step, total, text)),
     )

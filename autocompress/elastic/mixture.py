@@ -1,0 +1,177 @@
+"""A supernet run as a mixture: what the options of a choice compute, weighted by gates.
+
+Cells decide several choices inside one operation and mix edge by edge (`ops.CellSpec`); other blocks mix
+whole outputs over the settings of their choices.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from autocompress.elastic.layers import NORM_EPS, ElasticModule, Normalise
+from autocompress.elastic.supernet import Supernet, batch_statistics, resize, run_block
+from autocompress.errors import SpaceError
+from autocompress.ops import CellSpec, EdgeMixture
+from autocompress.space import Architecture, Block
+
+
+@final
+@dataclass(frozen=True)
+class Gate:
+    """What of a choice is computed, and what it counts.
+
+    Attributes:
+        codes: Positions of the options that are computed, ascending; the others are not.
+        weights: Of each of them, `(len(codes),)`.
+        scale: Of the sum; `None` is 1. Cells multiply what an edge adds by it.
+    """
+
+    codes: tuple[int, ...]
+    weights: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def all(cls, weights: Tensor, scale: Tensor | None = None) -> "Gate":
+        """Compute every option."""
+        return cls(tuple(range(len(weights))), weights, scale)
+
+
+Gates = Mapping[str, Gate]
+"""Gates by the name of their choice."""
+
+
+def run_mixture(
+    supernet: Supernet,
+    x: Tensor,
+    arch: Architecture,
+    gates: Gates,
+    *,
+    affine: bool = True,
+    channels: int = 1,
+) -> Tensor:
+    """Run a mixture of sub-networks with the batch-norm statistics of the batch.
+
+    Args:
+        supernet: The weights.
+        x: `(batch, channels, height, width)`; resized when the architecture has another resolution.
+        arch: Says the options of choices without a gate.
+        gates: Of the others. A block gives the weighted sum of its outputs over the options that are
+            computed, its input standing for options that leave it out; where several choices of a block are
+            gated, weights multiply. A cell mixes each of its edges on its own.
+        affine: Whether batch norms scale and shift. DARTS leaves that out: scales would make up for weights.
+        channels: Cells mix one in so many channels and pass the others on (PC-DARTS).
+
+    Raises:
+        SpaceError: The architecture is of another space, or a gate cannot be applied.
+    """
+    space = supernet.space
+    _check(supernet, gates)
+    row = space.encode([arch])[0].tolist()
+    (_, first), *_ = space.operations(space.encode([arch]))
+    x = resize(x, first[0].in_shape[1:])
+    normalise = batch_statistics if affine else _plain
+    for block in space.blocks:
+        chosen = {
+            name: space.choices[space.positions[name]].options[row[space.positions[name]]]
+            for name in block.choices
+        }
+        ops = block.operations(*chosen.values())
+        if len(ops) == 1 and isinstance(ops[0], CellSpec) and any(name in gates for name in block.choices):
+            x = _run_cell(supernet, block, ops[0], x, chosen, gates, normalise, channels)
+        else:
+            x = _run_settings(supernet, block, x, chosen, gates, normalise)
+    return x
+
+
+def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, None, None, training=True, eps=NORM_EPS)
+
+
+def _check(supernet: Supernet, gates: Gates) -> None:
+    space = supernet.space
+    for name, gate in gates.items():
+        if name not in space.positions:
+            raise SpaceError(f"gates name {name!r}, which is no choice of space {space.name!r}")
+        count = len(space.choices[space.positions[name]].options)
+        if not gate.codes or list(gate.codes) != sorted(set(gate.codes) & set(range(count))):
+            raise SpaceError(
+                f"the gate of {name!r} names options {gate.codes}, which are not of 0..{count - 1}"
+            )
+        if gate.weights.shape != (len(gate.codes),):
+            raise SpaceError(
+                f"the gate of {name!r} has weights of shape {tuple(gate.weights.shape)}, not "
+                f"({len(gate.codes)},)"
+            )
+
+
+def _run_cell(
+    supernet: Supernet,
+    block: Block,
+    op: CellSpec,
+    x: Tensor,
+    chosen: Mapping[str, object],
+    gates: Gates,
+    normalise: Normalise,
+    channels: int,
+) -> Tensor:
+    space = supernet.space
+    ((layer, _),) = supernet.bind(block.name, (op,))
+    edges: list[EdgeMixture] = []
+    for name in block.choices:
+        options = space.choices[space.positions[name]].options
+        gate = gates.get(name)
+        if gate is None:
+            edges.append(([(str(chosen[name]), None)], None))
+        else:
+            parts = [(str(options[code]), gate.weights[at]) for at, code in enumerate(gate.codes)]
+            edges.append((parts, gate.scale))
+    with cast(ElasticModule, layer).shared(normalise) as module:
+        return op.mixture(module, x, edges, channels)
+
+
+def _run_settings(
+    supernet: Supernet,
+    block: Block,
+    x: Tensor,
+    chosen: dict[str, object],
+    gates: Gates,
+    normalise: Normalise,
+) -> Tensor:
+    space = supernet.space
+    gated = [name for name in block.choices if name in gates]
+    total: Tensor | None = None
+    for codes, weight in _combinations([gates[name] for name in gated]):
+        setting = dict(chosen)
+        for name, code in zip(gated, codes, strict=True):
+            setting[name] = space.choices[space.positions[name]].options[code]
+        ops = block.operations(*setting.values())
+        # Layers run on images of any size, so only the shapes tell that a setting does not fit.
+        if ops and math.prod(ops[0].in_shape) != x[0].numel():
+            raise SpaceError(
+                f"block {block.name!r} takes {ops[0].in_shape} with {setting}, got {tuple(x.shape[1:])}; a "
+                "choice that changes shapes (resolution, stage width) cannot be gated"
+            )
+        output = run_block(x, supernet.bind(block.name, ops), normalise)
+        if total is not None and total.shape != output.shape:
+            raise SpaceError(
+                f"block {block.name!r} has outputs of different shapes under gates on {gated}; a choice that "
+                "changes shapes (resolution, stage width) cannot be gated"
+            )
+        output = output if weight is None else weight.to(output.dtype) * output
+        total = output if total is None else total + output
+    return cast(Tensor, total)
+
+
+def _combinations(gates: Sequence[Gate]) -> Iterator[tuple[tuple[int, ...], Tensor | None]]:
+    """Yield the codes of every combination of options, and its weight."""
+    for places in itertools.product(*(range(len(gate.codes)) for gate in gates)):
+        weight: Tensor | None = None
+        for gate, place in zip(gates, places, strict=True):
+            own = gate.weights[place] if gate.scale is None else gate.scale * gate.weights[place]
+            weight = own if weight is None else weight * own
+        yield tuple(gate.codes[place] for gate, place in zip(gates, places, strict=True)), weight

@@ -1,0 +1,216 @@
+"""A space made continuous: a probability for each option, expected costs, and the way back to one network.
+
+A differentiable strategy moves the logits; the supernet mixes what the options of a choice compute
+(`elastic.mixture`); expected costs are exact, since the choices are independent. What comes out is derived by
+integer programming: the most probable network that keeps the budget. Taking the most probable option of each
+choice can land anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autocompress.budget import Constraints
+from autocompress.cost import Cost
+from autocompress.errors import SpaceError, TrainingError
+from autocompress.exact import Optimum, separable, solve
+from autocompress.ops import Ops
+from autocompress.space import Codes, Option, SearchSpace
+
+# Logits start near zero: all options are nearly equally probable.
+INITIAL_SPREAD = 1e-3
+
+
+@final
+class Relaxation(nn.Module):
+    """Logits, one vector a relaxed choice; other choices are fixed.
+
+    Attributes:
+        space: The space.
+        relaxed: Names of the choices with logits, in the order of the space.
+        fixed: Name to option of the others.
+        logits: `(options,)` a relaxed choice, in the order of `relaxed`, in 64-bit floats.
+    """
+
+    def __init__(self, space: SearchSpace, *, seed: int, fixed: Mapping[str, Option] | None = None) -> None:
+        """Draw the logits.
+
+        Args:
+            space: The space.
+            seed: Of the logits.
+            fixed: Choices that are not relaxed, with their options. Choices that change the shapes of
+                whole blocks (resolution, the width of a stage) cannot be mixed: they are always fixed, by
+                default at their largest option. So are choices of one option.
+
+        Raises:
+            SpaceError: A fixed choice or option is not of the space, or nothing is left to relax.
+        """
+        super().__init__()
+        self.space = space
+        given = dict(fixed or {})
+        for name, option in given.items():
+            if name not in space.positions:
+                raise SpaceError(
+                    f"space {space.name!r} has no choice {name!r} to fix; it has {list(space.positions)}"
+                )
+            space.choices[space.positions[name]].code(option)
+        rigid = shape_changing(space)
+        self.fixed: dict[str, Option] = {}
+        for choice in space.choices:
+            if choice.name in given or choice.name in rigid or len(choice.options) == 1:
+                self.fixed[choice.name] = given.get(choice.name, choice.options[-1])
+        self.relaxed = tuple(choice.name for choice in space.choices if choice.name not in self.fixed)
+        if not self.relaxed:
+            raise SpaceError(
+                f"every choice of space {space.name!r} is fixed or changes the shapes of blocks "
+                f"({', '.join(rigid)}): there is nothing to relax; search it by another strategy"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.ParameterList(
+            nn.Parameter(
+                INITIAL_SPREAD * torch.randn(self.options(name), generator=generator, dtype=torch.float64)
+            )
+            for name in self.relaxed
+        )
+
+    def options(self, name: str) -> int:
+        """Return how many options a choice has."""
+        return len(self.space.choices[self.space.positions[name]].options)
+
+    def probabilities(self) -> dict[str, Tensor]:
+        """Return the softmax of the logits, name of a relaxed choice to `(options,)`."""
+        return {name: vector.softmax(0) for name, vector in zip(self.relaxed, self.logits, strict=True)}
+
+    def largest(self) -> Codes:
+        """Return the largest network with the fixed options, `(1, choices)`: what a mixture starts from."""
+        codes = self.space.largest().copy()
+        for name, option in self.fixed.items():
+            position = self.space.positions[name]
+            codes[0, position] = self.space.choices[position].code(option)
+        return self.space.canonical(codes)
+
+    def expected(self, cost: Cost, probabilities: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the expected cost of a network whose choices are drawn on their own, exactly.
+
+        Args:
+            cost: A cost that adds up, of the space.
+            probabilities: Of the relaxed choices, `(options,)`; by default those of the logits.
+
+        Raises:
+            CostError: The cost is a maximum, which has no such expectation.
+        """
+        given = self.probabilities() if probabilities is None else probabilities
+        vectors = []
+        for choice in self.space.choices:
+            if choice.name in given:
+                vectors.append(given[choice.name])
+            else:
+                vector = torch.zeros(len(choice.options), dtype=torch.float64)
+                vector[choice.code(self.fixed[choice.name])] = 1.0
+                vectors.append(vector)
+        found: Tensor = cost.expected(vectors)
+        return found
+
+    def derive(self, constraints: Constraints, *, forbidden: Sequence[Mapping[str, Option]] = ()) -> Optimum:
+        """Return the most probable network that keeps every limit, and the proof of it.
+
+        Args:
+            constraints: Of this space.
+            forbidden: Networks or parts of them that are not to be returned, see `exact.solve`.
+
+        Raises:
+            InfeasibleBudgetError: No network with the fixed options fits.
+            TrainingError: A logit is not finite.
+        """
+        vectors = []
+        for choice in self.space.choices:
+            if choice.name in self.fixed:
+                vectors.append(np.zeros(len(choice.options)))
+            else:
+                vectors.append(self.log_probabilities(choice.name))
+        others = [
+            {choice.name: option}
+            for choice in self.space.choices
+            if choice.name in self.fixed
+            for option in choice.options
+            if option != self.fixed[choice.name]
+        ]
+        value = separable(self.space, vectors, "log_probability")
+        return solve(value, constraints, sense="maximize", forbidden=[*others, *forbidden])
+
+    def log_probabilities(self, name: str) -> NDArray[np.float64]:
+        """Return the logarithms of the probabilities of a relaxed choice, `(options,)`.
+
+        Raises:
+            TrainingError: A logit is not finite.
+        """
+        logits = self.logits[self.relaxed.index(name)].detach()
+        if not bool(torch.isfinite(logits).all()):
+            raise TrainingError(
+                f"the architecture parameters of {name!r} are {logits.tolist()}: lower the learning rate of "
+                "the architecture, or look at the losses"
+            )
+        found: NDArray[np.float64] = logits.log_softmax(0).numpy()
+        return found
+
+    def entropy(self) -> float:
+        """Return the mean entropy of the relaxed choices, as a share of that of even probabilities."""
+        shares = []
+        for vector in self.probabilities().values():
+            p = vector.detach().clamp(min=1e-300)
+            shares.append(float(-(p * p.log()).sum() / np.log(len(p))))
+        return float(np.mean(shares))
+
+    def mean_probability(self, option: Option) -> float | None:
+        """Return the mean probability of an option over the relaxed choices that have it, `None` for none."""
+        found = []
+        for name, vector in self.probabilities().items():
+            options = self.space.choices[self.space.positions[name]].options
+            if option in options:
+                found.append(float(vector.detach()[options.index(option)]))
+        return float(np.mean(found)) if found else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the probabilities by choice and option, as plain values."""
+        return {
+            name: {
+                str(option): float(p)
+                for option, p in zip(
+                    self.space.choices[self.space.positions[name]].options, vector.tolist(), strict=True
+                )
+            }
+            for name, vector in self.probabilities().items()
+        }
+
+
+def shape_changing(space: SearchSpace) -> tuple[str, ...]:
+    """Return the choices that change the input or output shape of a block, or leave out one that has both.
+
+    A block that is left out is the identity, which needs an input and output of one shape.
+    """
+    changing: set[str] = set()
+    for block in space.blocks:
+        if set(block.choices) <= changing:
+            continue
+        by_setting: dict[tuple[Option, ...], Any] = {
+            setting: _shapes(block.operations(*setting)) for setting in space.block_settings(block)
+        }
+        for position, name in enumerate(block.choices):
+            rest: dict[tuple[Option, ...], set[Any]] = {}
+            for setting, shapes in by_setting.items():
+                seen = rest.setdefault((*setting[:position], *setting[position + 1 :]), set())
+                if shapes is not None:
+                    seen.add(shapes)
+                elif any(own is not None and own[0] != own[1] for own in by_setting.values()):
+                    seen.add(None)
+            if any(len(seen) > 1 for seen in rest.values()):
+                changing.add(name)
+    return tuple(choice.name for choice in space.choices if choice.name in changing)
+
+
+def _shapes(ops: Ops) -> tuple[Any, Any] | None:
+    return (ops[0].in_shape, ops[-1].out_shape) if ops else None

@@ -1,0 +1,187 @@
+"""Bilevel training: a differentiable strategy and the supernet's weights, each on images of its own.
+
+Source: Liu et al., DARTS, ICLR 2019, algorithm 1: before each step of the weights on one half of the training
+images the architecture makes one on the other half.
+"""
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from autocompress.differentiable import Differentiable, Moment
+from autocompress.differentiable import Images as Batch
+from autocompress.elastic.mixture import Gates, run_mixture
+from autocompress.elastic.supernet import Supernet
+from autocompress.errors import DataError
+from autocompress.progress import Progress, silent
+from autocompress.recipe import TrainSettings
+from autocompress.training.data import DataSet, Images
+from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
+from autocompress.training.supernet import supernet_identity
+from autocompress.training.task import Task
+
+# What is random in a step depends on these two and on nothing before it.
+_STRIDE = 1_000_003
+
+
+def train_relaxed(
+    supernet: Supernet,
+    strategy: Differentiable,
+    data: DataSet,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    share: float = 0.5,
+    identity: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> Position:
+    """Train a supernet and the architecture parameters of a strategy, from the checkpoint if there is one.
+
+    Args:
+        supernet: Trained in place.
+        strategy: Likewise.
+        data: The training part alone is read, and split in two.
+        task: Losses.
+        settings: Of the weights; `schedule` and `random_networks` have no meaning here.
+        seed: Of what the strategy samples.
+        share: Of the training part that goes to the weights.
+        identity: What a checkpoint must belong to, besides data, space and settings.
+        checkpoint: Path of the checkpoint; none is written without.
+        progress: Told steps and losses.
+
+    Raises:
+        DataError: A part of the split has no images.
+        TrainingError: Training collapsed again after every roll-back, or the architecture parameters are not
+            finite.
+        CheckpointError: The checkpoint is damaged or belongs to another run.
+    """
+    ours, theirs = halves(data, share)
+    per_epoch = steps_per_epoch(ours, settings)
+    steps = settings.epochs * per_epoch
+    (arch,) = supernet.space.decode(strategy_start(strategy, supernet))
+    network = _Network(supernet, task, arch, strategy.channels, task.training_loss(settings.label_smoothing))
+    held_out = _Endless(theirs, settings)
+    extra: dict[str, Any] = {"strategy": strategy.state_dict()}
+    last: list[Any] = [extra["strategy"]]
+
+    def compute(images: Tensor, targets: Tensor, step: int) -> float:
+        if extra["strategy"] is not last[0]:  # resumed, or rolled back
+            strategy.load_state_dict(extra["strategy"])
+        generator = torch.Generator().manual_seed(seed * _STRIDE + step)
+        moment = Moment(step, steps, generator)
+        strategy.architecture_step(network, (images, targets), held_out.batch(step), moment)
+        extra["strategy"] = last[0] = strategy.state_dict()
+        with torch.no_grad():
+            gates = strategy.weight_gates(moment)
+        loss = network.loss((images, targets), gates)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def prepare(position: Position, optimizer: torch.optim.Optimizer) -> None:
+        network.optimizer = optimizer
+
+    position = run_epochs(
+        supernet,
+        ours,
+        settings,
+        compute,
+        epochs=settings.epochs,
+        identity={**supernet_identity(supernet, data, settings), "kind": "relaxed", **(identity or {})},
+        checkpoint=checkpoint,
+        extra_state=extra,
+        prepare=prepare,
+        progress=progress,
+    )
+    strategy.load_state_dict(extra["strategy"])
+    return position
+
+
+def strategy_start(strategy: Differentiable, supernet: Supernet) -> Any:
+    """Return the codes `(1, choices)` that say the options of choices without gates."""
+    relaxation = getattr(strategy, "relaxation", None)
+    return supernet.space.largest() if relaxation is None else relaxation.largest()
+
+
+def halves(data: DataSet, share: float) -> tuple[DataSet, DataSet]:
+    """Split the training part: the first `share` of it and the rest, both stratified as the whole is.
+
+    Raises:
+        DataError: One of them has no images.
+    """
+    total = len(cast(Sized, data.train))
+    count = round(share * total)
+    if not 0 < count < total:
+        raise DataError(
+            f"a differentiable search splits the {total} training images in two; a share of {share} leaves "
+            "one part without images"
+        )
+    return (
+        replace(data, train=_part(data.train, 0, count)),
+        replace(data, train=_part(data.train, count, total)),
+    )
+
+
+def _part(train: Dataset[Any], start: int, end: int) -> Dataset[Any]:
+    if isinstance(train, Images):
+        return Images(train.images[start:end], train.labels[start:end], train.mean, train.std, train.flip)
+    return Subset(train, range(start, end))
+
+
+class _Endless:
+    """Batches of a training part by the number of a step: a function of settings and step alone."""
+
+    def __init__(self, data: DataSet, settings: TrainSettings) -> None:
+        self._data, self._settings = data, settings
+        self._per_epoch = steps_per_epoch(data, settings)
+        self._next = -1
+        self._batches: Iterator[Batch] = iter(())
+
+    def batch(self, step: int) -> Batch:
+        epoch, inside = divmod(step, self._per_epoch)
+        if step != self._next or inside == 0:
+            # Another seed than the weights have: their images are augmented otherwise.
+            self._batches = training_batches(
+                self._data, self._settings, epoch=epoch, seed=self._settings.seed + 1, skip=inside
+            )
+        self._next = step + 1
+        found: Batch = next(self._batches)
+        return found
+
+
+class _Network:
+    """A supernet with its task, run as mixtures."""
+
+    def __init__(self, supernet: Supernet, task: Task, arch: Any, channels: int, loss: Any) -> None:
+        self._supernet, self._task, self._arch = supernet, task, arch
+        self._channels, self._loss = channels, loss
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def loss(self, batch: Batch, gates: Gates) -> Tensor:
+        """Return the loss on the labels."""
+        images, targets = batch
+        outputs = run_mixture(
+            self._supernet, images, self._arch, gates, affine=False, channels=self._channels
+        )
+        found: Tensor = self._loss(outputs.float(), targets)
+        return found
+
+    @property
+    def weights(self) -> list[tuple[nn.Parameter, Mapping[str, Any]]]:
+        """The weights with the settings of their optimizer."""
+        return [(weight, group) for group in self._known.param_groups for weight in group["params"]]
+
+    def velocity(self, weight: nn.Parameter) -> Tensor | None:
+        """Return the momentum of a weight."""
+        found: Tensor | None = self._known.state.get(weight, {}).get("momentum_buffer")
+        return found
+
+    @property
+    def _known(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, self.optimizer)

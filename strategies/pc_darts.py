@@ -1,0 +1,106 @@
+"""PC-DARTS: cells mix a part of the channels; edges have weights of their own.
+
+Source: Xu et al., PC-DARTS: Partial Channel Connections for Memory-Efficient Architecture Search, ICLR 2020.
+One in K channels is mixed, which takes a K-th of DARTS's memory and lets the batch grow; edge normalisation,
+a softmax over the edges that end in a node, makes up for the noise of the sampled channels.
+"""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.differentiable import Images, Mixed, Moment
+from autocompress.elastic.mixture import Gate, Gates
+from autocompress.errors import SpaceError
+from autocompress.ops import CellSpec
+from autocompress.proposals import check_count
+from autocompress.relaxation import INITIAL_SPREAD
+from autocompress.space import SearchSpace
+from strategies.relaxed import RelaxedSearch
+
+
+@final
+class PcDarts(RelaxedSearch):
+    """DARTS of first order on one in K channels, with normalised edges."""
+
+    def __init__(
+        self,
+        *args: Any,
+        channels: int = 4,
+        learning_rate: float = 6e-4,
+        warmup: float = 0.3,
+        **options: Any,
+    ) -> None:
+        """Make the search; the defaults are the paper's for CIFAR-10 (of 50 epochs, 15 are warm-up).
+
+        Args:
+            args: See `RelaxedSearch`.
+            channels: K: one in so many channels is mixed.
+            learning_rate: Of the logits.
+            warmup: Share of the training in which the logits stand still.
+            options: See `RelaxedSearch`.
+
+        Raises:
+            SpaceError: The space has no cells.
+        """
+        super().__init__(*args, learning_rate=learning_rate, warmup=warmup, **options)
+        self.channels = check_count("channels", channels)
+        self._groups = edge_groups(self._constraints.space)
+        generator = torch.Generator().manual_seed(options["seed"] + 1)
+        self._edges = nn.ParameterList(
+            nn.Parameter(INITIAL_SPREAD * torch.randn(len(group), generator=generator, dtype=torch.float64))
+            for group in self._groups
+        )
+        self._optimizer.add_param_group({"params": list(self._edges)})
+
+    def weight_gates(self, moment: Moment) -> Gates:
+        """Compute every option, weighted by its probability, and edges by theirs."""
+        with torch.no_grad():
+            return self._gates()
+
+    def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
+        """Differentiate the held-out loss by the logits of options and edges."""
+        loss = self.penalised(network.loss(held_out, self._gates()))
+        parameters = [*self.relaxation.logits, *self._edges]
+        for vector, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            vector.grad = gradient
+
+    def _gates(self) -> dict[str, Gate]:
+        scales: dict[str, Tensor] = {}
+        for group, vector in zip(self._groups, self._edges, strict=True):
+            shares = vector.softmax(0)
+            scales |= {name: shares[at] for at, name in enumerate(group)}
+        given = self.relaxation.probabilities()
+        return {name: Gate.all(vector, scales.get(name)) for name, vector in given.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the relaxation has, and the logits of the edges."""
+        return {**super().state_dict(), "edges": self._edges.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        super().load_state_dict(state)
+        self._edges.load_state_dict(state["edges"])
+
+
+def edge_groups(space: SearchSpace) -> tuple[tuple[str, ...], ...]:
+    """Return the choices whose edges end in one node, node by node, for every kind of cell.
+
+    Raises:
+        SpaceError: The space has no cells.
+    """
+    groups: dict[tuple[str, ...], None] = {}
+    for block in space.blocks:
+        ops = block.operations(*next(iter(space.block_settings(block))))
+        if len(ops) == 1 and isinstance(ops[0], CellSpec):
+            targets = ops[0].targets
+            for node in sorted(set(targets)):
+                names = tuple(n for n, end in zip(block.choices, targets, strict=True) if end == node)
+                groups[names] = None
+    if not groups:
+        raise SpaceError(
+            f"space {space.name!r} has no cells, of which PC-DARTS mixes a part of the channels; take darts"
+        )
+    return tuple(groups)

@@ -1,0 +1,203 @@
+"""What the differentiable strategies share: logits, their optimizer, the budget in the loss, derivation.
+
+Architecture parameters are moved by Adam on held-out images; while they warm up they stand still. The
+expected cost of every limited sum is part of the loss, in one of the forms of `autocompress.penalty`. What is
+asked in the end is derived under the budget, which it keeps exactly; further networks are the next most
+probable ones.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.budget import Constraints
+from autocompress.cost import AdditiveCost
+from autocompress.differentiable import Images, Mixed, Moment
+from autocompress.elastic.mixture import Gate, Gates
+from autocompress.errors import BudgetError, RecipeError, TrainingError
+from autocompress.penalty import make_penalty
+from autocompress.proposals import check_count, check_share, random_generator
+from autocompress.relaxation import Relaxation
+from autocompress.space import Codes, Option
+from autocompress.trial import Batch
+
+# What cells call the identity. Searches by gradients tend to end with nothing else: it trains fastest.
+SKIP = "skip_connect"
+
+
+class RelaxedSearch(ABC):
+    """A relaxation that is trained, then asked for the most probable networks that fit."""
+
+    channels = 1
+
+    def __init__(
+        self,
+        constraints: Constraints,
+        *,
+        seed: int,
+        objective: str = "accuracy",
+        learning_rate: float = 3e-4,
+        betas: Sequence[float] = (0.5, 0.999),
+        weight_decay: float = 1e-3,
+        warmup: float = 0.0,
+        penalty: str = "lagrangian",
+        penalty_options: Mapping[str, float] | None = None,
+        fixed: Mapping[str, Option] | None = None,
+        candidates: int = 1,
+    ) -> None:
+        """Make the search, untrained.
+
+        Args:
+            constraints: Space, costs and limits.
+            seed: Of the logits and of what is sampled in training.
+            objective: Not used: what is minimised is the loss of the task.
+            learning_rate: Of the logits (Adam).
+            betas: Of Adam.
+            weight_decay: Of the logits.
+            warmup: Share of the training, 0..1, in which the logits stand still.
+            penalty: How limits enter the loss, a name of `autocompress.penalty.FORMS`.
+            penalty_options: Of the form.
+            fixed: Choices that are not relaxed, with their options; see `Relaxation`.
+            candidates: Networks that are derived: the most probable one that fits, the next one, and so on.
+
+        Raises:
+            RecipeError: An option is out of its range.
+            SpaceError: The space has nothing to relax.
+            InfeasibleBudgetError: Nothing fits, or nothing with the fixed options.
+        """
+        random_generator(seed)
+        for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise RecipeError(f"{name} must be a number >= 0, got {value!r}")
+        if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+            raise RecipeError(f"betas must be two numbers in 0..1, 1 left out, got {betas!r}")
+        constraints.check_feasible()
+        self._constraints = constraints
+        self._candidates = check_count("candidates", candidates)
+        self._warmup = check_share("warmup", warmup)
+        self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
+        self.relaxation.derive(constraints)  # the fixed options leave something that fits
+        self._penalty = make_penalty(penalty, **(penalty_options or {}))
+        self._optimizer = torch.optim.Adam(
+            self.relaxation.parameters(),
+            lr=learning_rate,
+            betas=(betas[0], betas[1]),
+            weight_decay=weight_decay,
+        )
+        self._priced = {
+            metric: (cost, constraints.limits[metric])
+            for metric, cost in constraints.costs.items()
+            if metric in constraints.limits and isinstance(cost, AdditiveCost)
+        }
+        self._asked: list[Mapping[str, Option]] = []
+        self._exhausted = False
+
+    # Training ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def weight_gates(self, moment: Moment) -> Gates:
+        """Return the gates under which the weights make a step."""
+
+    @abstractmethod
+    def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
+        """Set the gradients of the logits."""
+
+    def architecture_step(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
+        """Move the logits, unless they warm up."""
+        if moment.progress < self._warmup:
+            return
+        self._optimizer.zero_grad(set_to_none=True)
+        self.gradients(network, train, held_out, moment)
+        self.move()
+        with torch.no_grad():
+            self._penalty.update({metric: float(ratio) for metric, ratio in self.ratios().items()})
+
+    def move(self) -> None:
+        """Make a step of the optimizer.
+
+        Raises:
+            TrainingError: A gradient or logit is not finite.
+        """
+        for name, vector in zip(self.relaxation.relaxed, self.relaxation.logits, strict=True):
+            if vector.grad is not None and not bool(torch.isfinite(vector.grad).all()):
+                raise TrainingError(
+                    f"the gradient of the architecture parameters of {name!r} is {vector.grad.tolist()}: "
+                    "lower the learning rate of the weights, or look at the images and labels"
+                )
+        self._optimizer.step()
+
+    def ratios(self, probabilities: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the expected cost of every limited sum, divided by its limit."""
+        return {
+            metric: self.relaxation.expected(cost, probabilities) / limit
+            for metric, (cost, limit) in self._priced.items()
+        }
+
+    def penalised(self, loss: Tensor, probabilities: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss with the budget in it."""
+        total: Tensor = self._penalty(loss, self.ratios(probabilities))
+        return total
+
+    def set_gradients(self, loss: Tensor) -> None:
+        """Set the gradients of the logits of a loss, and of nothing else."""
+        logits = list(self.relaxation.logits)
+        for vector, gradient in zip(logits, torch.autograd.grad(loss, logits), strict=True):
+            vector.grad = gradient
+
+    def soft_gates(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Gate]:
+        """Return gates that compute every option, by default weighted by its probability."""
+        given = self.relaxation.probabilities() if weights is None else weights
+        return {name: Gate.all(vector) for name, vector in given.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return logits, moments of Adam, multipliers."""
+        return {
+            "logits": self.relaxation.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "penalty": self._penalty.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+        self.relaxation.load_state_dict(state["logits"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._penalty.load_state_dict(state["penalty"])
+
+    # Asking ------------------------------------------------------------------------------------------
+
+    def ask(self, n: int) -> Codes:
+        """Derive up to `n` networks, the most probable first; each fits, and none is derived twice."""
+        space = self._constraints.space
+        rows = [space.smallest()[:0]]
+        while len(rows) <= n and len(self._asked) < self._candidates and not self._exhausted:
+            try:
+                found = self.relaxation.derive(self._constraints, forbidden=self._asked)
+            except BudgetError:  # nothing is left, within the budget or at all
+                self._exhausted = True
+                break
+            (arch,) = space.decode(found.codes)
+            self._asked.append(dict(arch.settings))
+            rows.append(found.codes)
+        return np.vstack(rows)
+
+    def tell(self, batch: Batch) -> None:
+        """Learn nothing: the supernet has taught all there is."""
+        del batch
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """Probabilities of the options, their entropy, and the expected costs with their limits."""
+        with torch.no_grad():
+            expected = {m: float(self.relaxation.expected(cost)) for m, (cost, _) in self._priced.items()}
+        return {
+            "relaxation": {
+                "entropy": self.relaxation.entropy(),
+                "skips": self.relaxation.mean_probability(SKIP),
+                "probabilities": self.relaxation.summary(),
+                "expected_costs": expected,
+            }
+        }
