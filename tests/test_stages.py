@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_runs import RECIPE, small_recipe, small_space, table_by_hand, with_table
+from small_runs import RECIPE, small_payload, small_recipe, small_space, table_by_hand, with_table
 
 from autocompress import stages
 from autocompress.atomic import write_json
@@ -536,9 +536,9 @@ def test_a_damaged_selection_is_refused(run: Run, content: str) -> None:
 # Kills -----------------------------------------------------------------------------------------------------
 
 
-def killed_runs(folder: Path, *jobs: tuple[str, str, list[str]]) -> None:
-    """Run `killed_runs.py` on the small recipe; folders are relative."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+def killed_runs(folder: Path, *jobs: tuple[str, str, list[str]], recipe: Mapping[str, Any] = RECIPE) -> None:
+    """Run `killed_runs.py` on a recipe; folders are relative."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     subprocess.run(
         [sys.executable, Path(__file__).with_name("killed_runs.py"), "recipe.yaml", json.dumps(jobs)],
         cwd=folder,
@@ -603,6 +603,21 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) ->
     assert after.startswith(before)
     assert rounds(before) == 1
     assert rounds(after) == RECIPE["profile"]["max_rounds"] == 2
+
+
+def test_a_differentiable_search_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    recipe = small_payload(search={"strategy": "strategies.darts:Darts", "options": {"learning_rate": 0.01}})
+    with_table(tmp_path / "whole")
+    with_table(tmp_path / "killed")
+    moments = ["train the supernet and strategies.darts:Darts:1", "train the supernet and strategies.darts:Darts:3", "search by strategies.darts:Darts:1"]
+    killed_runs(tmp_path, ("whole", "export", []), ("killed", "export", moments), recipe=recipe)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
+    result = load_result(tmp_path / "whole" / "result.json", small_space())
+    (trial,) = result.trials
+    assert trial.outcome is Outcome.MEASURED
+    assert trial.costs["macs"] <= result.limits["macs"]
+    assert result.notes is not None
+    assert set(result.notes["relaxation"]) == {"entropy", "probabilities", "expected_costs", "skips"}
 
 
 def rounds(samples: bytes) -> int:
