@@ -74,13 +74,14 @@ def main() -> None:
     # `module:function` in a recipe means the user's own files, as it would for `python -m`.
     sys.path.insert(0, os.getcwd())
     try:
-        app()
+        app(prog_name="autocompress")  # not the module that it was started again as
     except AutocompressError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            typer.secho("stopped; continue with `autocompress resume RUN`", fg="yellow", err=True)
+            again = "the same command" if "compare" in sys.argv[1:2] else "`autocompress resume RUN`"
+            typer.secho(f"stopped; continue with {again}", fg="yellow", err=True)
         raise
 
 
@@ -244,6 +245,10 @@ def search(
         bool,
         typer.Option("--again", help="Search anew, with other search.* settings; the last one is put aside."),
     ] = False,
+    restore: Annotated[
+        int | None,
+        typer.Option(help="Take back a search that was put aside, by number; the present one is put aside."),
+    ] = None,
 ) -> None:
     """Search the supernet under the budget; runs the stages before it if they are missing."""
     from autocompress import stages
@@ -258,7 +263,20 @@ def search(
         "confidence": confidence,
     }
     changes = [*(set_ or []), *(f"search.{k}={v}" for k, v in options.items() if v is not None)]
+    if restore is not None:
+        if again or recipe is not None or changes:
+            raise RecipeError("--restore takes a search back as it was; no other option goes with it")
+        opened = _open(run, None)
+        with opened.locked():
+            aside = opened.take_search_back(restore)
+        typer.echo(f"search {restore} is back" + ("" if aside is None else f"; the other one is in {aside}"))
+        return
     parsed = read_recipe(recipe, changes, run)
+    if strategy is not None and not any(change.startswith("search.options") for change in changes):
+        written = read_recipe(recipe or run / "recipe.yaml", None)
+        if written is not None and written.search.options and written.search.strategy != strategy:
+            typer.echo(f"options of {written.search.strategy} are left out: {written.search.options}")
+            parsed = read_recipe(recipe, [*changes, "search.options={}"], run)
     if again:
         before = _open(run, None)
         with before.locked():
@@ -269,7 +287,8 @@ def search(
                 stages.proposer(before, on_screen())
             aside = before.put_search_aside()
         if aside is not None:
-            typer.echo(f"the last search was put aside in {aside}")
+            back = f"`autocompress search --run {run} --restore {aside.name}` takes it back"
+            typer.echo(f"the last search was put aside in {aside}; {back}")
     opened = _open(run, parsed)
     with opened.locked():
         result = stages.search(opened, on_screen())

@@ -159,6 +159,36 @@ class Run:
             path.replace(folder / path.name)
         return folder
 
+    def take_search_back(self, number: int) -> Path | None:
+        """Undo `put_search_aside`: put the present search aside, and a former one in its place.
+
+        Args:
+            number: Of the folder in `searches`.
+
+        Returns:
+            Where the present search went; `None` if there was none.
+
+        Raises:
+            RecipeError: There is no such search.
+        """
+        folder = self.path("searches") / str(number)
+        if not (folder / "recipe.yaml").exists():
+            there = sorted(int(p.name) for p in self.path("searches").glob("*") if p.name.isdigit())
+            raise RecipeError(f"{folder} holds no search; there are {there or 'none'} in {folder.parent}")
+        former = load_recipe(folder / "recipe.yaml")
+        aside = self.put_search_aside()
+        settings = {key: getattr(former, key) for key in ("search", "random_networks")}
+        self.recipe = self.recipe.model_copy(update=settings)
+        _write_recipe(self.path("recipe.yaml"), self.recipe)
+        for report in folder.glob("report-*.json"):
+            report.replace(self.path("networks") / report.stem.removeprefix("report-") / "report.json")
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
+            if path.name != "recipe.yaml":
+                path.replace(self.path(path.name))
+        (folder / "recipe.yaml").unlink()
+        folder.rmdir()
+        return aside
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process.
@@ -178,7 +208,10 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StorageError(f"another process is working on {self.folder}") from None
+                raise StorageError(
+                    f"another process is working on {self.folder}: wait until it ends, or stop it and go on "
+                    "with `autocompress resume`"
+                ) from None
             for folder in (self.folder, *self.folder.glob("networks/*")):
                 remove_leftovers(folder)
             yield

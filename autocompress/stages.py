@@ -41,9 +41,10 @@ from autocompress.errors import (
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
 from autocompress.evaluator import Evaluator
-from autocompress.latency.check import measure_network_of
+from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
+from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
@@ -66,6 +67,7 @@ from autocompress.trial import Trial
 LATENCY = "latency_ms"
 PROXY_NETWORKS, PROXY_DRAWS, PROXY_IMAGES = 10, 200, 32
 """How many networks a zero-cost proxy adds to a warm start, of how many it scores, on how many images."""
+WINNER_RUNS = 60
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
@@ -307,9 +309,14 @@ def proposer(run: Run, shown: Shown) -> tuple[Constraints, Strategy]:
 
     Raises:
         InfeasibleBudgetError: Nothing fits.
-        RecipeError: An option of the strategy is wrong.
+        RecipeError: An option of the strategy is wrong, or there are more workers than cores.
     """
-    limits, settings = constraints(run, shown), run.recipe.search
+    settings = run.recipe.search
+    if settings.workers > cores():
+        raise RecipeError(
+            f"search.workers must be at most the cores of this process, {cores()}, got {settings.workers}"
+        )
+    limits = constraints(run, shown)
     strategy = strategy_factory(run.recipe)
     return limits, strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
 
@@ -319,10 +326,6 @@ def search(run: Run, shown: Shown) -> SearchResult:
     # A wrong task, an impossible budget or a wrong option is refused before hours of training.
     check(run)
     settings = run.recipe.search
-    if settings.workers > cores():
-        raise RecipeError(
-            f"search.workers must be at most the cores of this process, {cores()}, got {settings.workers}"
-        )
     limits, strategy = proposer(run, shown)
     together = is_differentiable(run.recipe)
     if together:
@@ -386,10 +389,17 @@ def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:
     if run.recipe.profile.measured == "elsewhere":
         return f"its latency of {predicted:.3f} ms is predicted for another device: nothing was measured"
     net = run.space.operations(run.space.encode([best.architecture]))
-    found = measure_network_of(table, net)
+    checked = measured_before(table, run.space, run.recipe.profile.seed)
+    with pinned(table.target):
+        prepared = {"best": prepare(net, table.target)}
+        measured, factor = measure_beside(checked, prepared, table.target, count=WINNER_RUNS)
+    found = measured["best"]
+    said = f"it was measured: {found.median_ms:.3f} ms ({found.low_ms:.3f}-{found.high_ms:.3f}); "
+    if factor is None:
+        return f"{said}the prediction is {predicted / found.median_ms - 1:+.1%} off"
     return (
-        f"it was measured: {found.median_ms:.3f} ms ({found.low_ms:.3f}-{found.high_ms:.3f}), "
-        f"{predicted / found.median_ms - 1:+.1%} was predicted; the comparison measures it beside others"
+        f"{said}networks of the table's error report take {factor:.2f} times what they took in the profile, "
+        f"and at that speed the prediction is {predicted * factor / found.median_ms - 1:+.1%} off"
     )
 
 

@@ -181,7 +181,7 @@ recipe = parse_recipe(
         "threads": 1,
     }
 )
-run = Run(Path("runs/policy").resolve(), recipe)
+run = Run(Path("runs/policy-smoke" if smoke else "runs/policy").resolve(), recipe)
 stages.train(run, Shown(say=print))  # trains, or goes on, or reads the trained one
 policies = policy_space(run.space)
 budget = Budget.parse("macs=50%").resolve(policies, [operation_cost(policies, "macs")])

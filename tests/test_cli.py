@@ -258,6 +258,27 @@ def test_settings_of_a_search_have_options_of_their_own(
     assert len(json.loads((folder / "result.json").read_text())["trials"]) == 5
     with pytest.raises(RecipeError, match=r"search.workers: .*greater than or equal to 1, got 0"):
         call("search", "--run", folder, "--again", "--workers", "0")
+    # What cannot work leaves the recipe and the search as they are.
+    before = ages(folder)
+    with pytest.raises(RecipeError, match=r"search.workers must be at most the cores of this process"):
+        call("search", "--run", folder, "--again", "--workers", "9999")
+    assert ages(folder) == before
+    said = call("search", "--run", folder, "--restore", "1").stdout
+    assert said == f"search 1 is back; the other one is in {folder / 'searches' / '2'}\n"
+    assert Run(folder).recipe.search.evaluations == Run(finished[0]).recipe.search.evaluations
+    with pytest.raises(RecipeError, match="--restore takes a search back as it was"):
+        call("search", "--run", folder, "--restore", "2", "--strategy", "random")
+
+
+def test_options_of_another_strategy_are_left_out_and_that_is_said(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    assert Run(folder).recipe.search.options == {"population": 4}
+    said = call("search", "--run", folder, "--again", "--strategy", "random", "--evaluations", "4").stdout
+    assert said.startswith("options of evolution are left out: {'population': 4}\n")
+    assert Run(folder).recipe.search.options == {}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ import yaml
 from typer.testing import CliRunner
 
 from autocompress import cli
+from autocompress.budget import Constraints
 from autocompress.recipe import parse_recipe
+from autocompress.strategy import Strategy
+from autocompress.testing.strategy import StrategyContract
 from autocompress.testing.toys import toy_batch, toy_constraints
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +45,32 @@ def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:
     rows = strategy.ask(5)
     assert constraints.feasible(rows).all()
     strategy.tell(toy_batch(constraints, rows))
+
+    class Laws(StrategyContract):
+        def make(self, constraints: Constraints, seed: int) -> Strategy:
+            made: Strategy = names["Mine"](constraints, seed=seed)
+            return made
+
+    laws = Laws()
+    laws.test_no_row_is_asked_twice(3)
+    laws.test_on_a_tiny_space_it_ends()
+    laws.test_what_was_asked_can_be_told_in_any_order()
+
+
+def test_the_python_of_the_page_on_strategies_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, table = blocks("docs/strategies.md", "python")[:2]
+    names: dict[str, Any] = {}
+    exec(compile(whole, "docs/strategies.md", "exec"), names)
+    assert "accuracy" in capsys.readouterr().out
+    assert (tmp_path / "trials.log").exists()
+    assert names["problem"]().constraints is names["constraints"]
+    assert "nas_bench_201_table(FOLDER" in table
+    folder = ROOT.parent / "shared" / "data" / "nas_bench_201"
+    if folder.exists():  # published data, which a checkout does not have
+        exec(compile(table, "docs/strategies.md", "exec"), {"FOLDER": folder})
 
 
 @pytest.mark.parametrize("page", PAGES)

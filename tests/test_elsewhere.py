@@ -10,6 +10,7 @@ from small_runs import small_payload, small_recipe, small_space, table_by_hand
 
 from autocompress import forecast, stages
 from autocompress.errors import MissingRowError, RecipeError, TableError
+from autocompress.latency import check
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target
 from autocompress.recipe import parse_recipe
@@ -39,7 +40,7 @@ def test_a_whole_run_holds_the_budget_of_the_other_device_and_measures_nothing(
     def refuse(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("measured here")
 
-    monkeypatch.setattr(comparison, "measure_networks", refuse)
+    monkeypatch.setattr(check, "measure_networks", refuse)
     monkeypatch.setattr(comparison, "peak_memory_bytes", refuse)
     said: list[str] = []
     run = opened(tmp_path / "run", path)

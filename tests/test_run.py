@@ -155,6 +155,35 @@ def test_a_search_that_is_put_aside_is_kept_whole_and_leaves_the_networks(tmp_pa
         assert not {*files} & {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_search_that_was_put_aside_is_taken_back_whole(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    network = tmp_path / "networks" / "k"
+    network.mkdir(parents=True)
+
+    def finished(text: str) -> dict[str, str]:
+        for name in ("trials.log", "result.json", "selected.json", "report.md", "networks/k/report.json"):
+            (tmp_path / name).write_text(text)
+        return there()
+
+    def there() -> dict[str, str]:
+        files = (path for path in tmp_path.rglob("*") if path.is_file() and "searches" not in path.parts)
+        return {str(path.relative_to(tmp_path)): path.read_text() for path in files}
+
+    first = finished("first")
+    run.put_search_aside()
+    second_run = Run(tmp_path, small_recipe(search={"seed": 5}))
+    second = finished("second")
+    assert second_run.take_search_back(1) == tmp_path / "searches" / "2"
+    assert there() == first
+    assert second_run.recipe == Run(tmp_path).recipe == small_recipe()
+    assert not (tmp_path / "searches" / "1").exists()
+    assert second_run.take_search_back(2) == tmp_path / "searches" / "1"
+    assert there() == second
+    with pytest.raises(RecipeError, match=r"searches/7 holds no search; there are \[1\] in"):
+        second_run.take_search_back(7)
+    assert there() == second
+
+
 def test_arguments_in_tuples_and_in_lists_are_one_recipe(tmp_path: Path) -> None:
     def recipe(depths: Any) -> Any:
         return parse_recipe({"space": {"arguments": {"depths": depths}}})

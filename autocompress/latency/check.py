@@ -23,14 +23,15 @@ from autocompress.latency.measure import (
     Stopping,
     Timer,
     measure,
-    measure_network,
+    measure_networks,
     summarize,
     time_once,
 )
 from autocompress.latency.plan import check_networks, network_keys, network_name
 from autocompress.latency.profile import Prepare, open_samples
-from autocompress.latency.runtime import Blocks, pinned, prepare
+from autocompress.latency.runtime import Blocks, Run, pinned, prepare
 from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target
 from autocompress.latency.widths import ms_of
 from autocompress.space import SearchSpace
 
@@ -227,14 +228,29 @@ def measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[
     return {known[place]: (nets[known[place]], then_ms[known[place]]) for place in places}
 
 
-def measure_network_of(table: LatencyTable, net: Blocks, *, runs: int = 60) -> Measurement:
-    """Measure one network on the table's target, between small blocks, as it would run in use.
+def measure_beside(
+    checked: Mapping[str, tuple[Blocks, float]],
+    prepared: Mapping[str, Run],
+    target: Target,
+    *,
+    count: int = 200,
+) -> tuple[dict[str, Measurement], float | None]:
+    """Measure prepared networks, and networks of the error report beside them; to be called `pinned`.
 
-    Right after a profile such medians were 2 to 5 % above those of its rounds, and as far with 100 rows of
-    the table between them: what is further off is a change of the machine's speed.
+    Args:
+        checked: From `measured_before`.
+        prepared: By name.
+        target: What they were prepared for.
+        count: Runs of each.
+
+    Returns:
+        The measurements, and how much longer the checked networks take now than when the table was measured
+        (the median over them; `None` without any): the speed of a shared machine changes.
     """
-    with pinned(table.target):
-        return measure_network(prepare(net, table.target), target=table.target, count=runs)
+    runs = {**prepared, **{name: prepare(blocks, target) for name, (blocks, _) in checked.items()}}
+    measured = measure_networks(runs, target=target, count=count)
+    factors = [measured.pop(name).median_ms / then_ms for name, (_, then_ms) in checked.items()]
+    return measured, float(np.median(factors)) if factors else None
 
 
 def _sum_ms(table: LatencyTable, net: Blocks) -> float:

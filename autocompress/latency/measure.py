@@ -418,13 +418,6 @@ def _same(run: Run) -> Run:
     return run
 
 
-def measure_network(
-    run: Run, *, target: Target | None = None, count: int = 200, timer: Timer = time_once
-) -> Measurement:
-    """Measure one prepared network; see `measure_networks`."""
-    return measure_networks({"network": run}, target=target, count=count, timer=timer)["network"]
-
-
 def measure_onnx_files(
     paths: Mapping[str, Path], target: Target, *, runs: int = 200, seed: int = 0, timer: Timer = time_once
 ) -> dict[str, Measurement]:

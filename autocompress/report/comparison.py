@@ -22,8 +22,8 @@ from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
-from autocompress.latency.check import measured_before
-from autocompress.latency.measure import Measurement, measure_networks
+from autocompress.latency.check import measure_beside, measured_before
+from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.run import Run, Shown
@@ -212,10 +212,7 @@ def _measure(
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
         if reads_onnx(where) and exported.exists():
             runs["exported"] = prepare_onnx(exported, where)
-        runs.update({name: prepare(blocks, where) for name, (blocks, _) in checked.items()})
-        measured = measure_networks(runs, target=where)
-    factors = [measured.pop(name).median_ms / then_ms for name, (_, then_ms) in checked.items()]
-    drift = float(np.median(factors)) if factors else None
+        measured, drift = measure_beside(checked, runs, where)
     return measured, measured.pop("exported", None), drift
 
 

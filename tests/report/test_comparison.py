@@ -16,6 +16,7 @@ from torch import nn
 from autocompress import stages
 from autocompress.budget import Constraints
 from autocompress.errors import StorageError
+from autocompress.latency import check
 from autocompress.latency.correction import Checks, assess
 from autocompress.latency.measure import Measurement
 from autocompress.latency.plan import check_networks, network_keys, network_name
@@ -39,7 +40,7 @@ def some_candidates(limits: Constraints) -> Codes:
 @pytest.fixture(scope="module", autouse=True)
 def made_up() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "measure_networks", measured_by_hand)
+        patch.setattr(check, "measure_networks", measured_by_hand)
         patch.setattr(comparison, "peak_memory_bytes", lambda path, target: path.stat().st_size)
         patch.setattr(comparison, "uniform_candidates", some_candidates)
         yield
@@ -216,7 +217,7 @@ def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
     def now(runs: Mapping[str, Any], **more: Any) -> dict[str, Measurement]:
         return {n: Measurement(1.5 * checked[n][1] if n in checked else 7.0, 0, 9, 0, 9, 9) for n in runs}
 
-    monkeypatch.setattr(comparison, "measure_networks", now)
+    monkeypatch.setattr(check, "measure_networks", now)
     arch = stages.search(run, SILENT).best().architecture
     measured, exported, drift = comparison._measure(run, [arch], run.folder / "absent.onnx", checked)
     assert (list(measured), exported, drift) == ([arch.key], None, pytest.approx(1.5))
@@ -236,7 +237,7 @@ def test_the_comparison_is_kept_and_not_made_again(
     def refuse(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(comparison, "measure_networks", refuse)
+    monkeypatch.setattr(check, "measure_networks", refuse)
     assert comparison.report(Run(run.folder), SILENT) == json.loads(json.dumps(content))
 
 
