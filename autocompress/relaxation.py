@@ -6,7 +6,9 @@ integer programming: the most probable network that keeps the budget. Taking the
 choice can land anywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -15,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autocompress.budget import Constraints
-from autocompress.cost import Cost
-from autocompress.errors import SpaceError, TrainingError
+from autocompress.cost import AdditiveCost, Cost
+from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
 from autocompress.ops import Ops
 from autocompress.space import Codes, Option, SearchSpace
@@ -115,15 +117,23 @@ class Relaxation(nn.Module):
         found: Tensor = cost.expected(vectors)
         return found
 
-    def derive(self, constraints: Constraints, *, forbidden: Sequence[Mapping[str, Option]] = ()) -> Optimum:
+    def derive(
+        self,
+        constraints: Constraints,
+        *,
+        at_least: float = 0.0,
+        forbidden: Sequence[Mapping[str, Option]] = (),
+    ) -> Optimum:
         """Return the most probable network that keeps every limit, and the proof of it.
 
         Args:
             constraints: Of this space.
+            at_least: Share of some limited sum that the network is to use. Where no network that fits does,
+                it may use less.
             forbidden: Networks or parts of them that are not to be returned, see `exact.solve`.
 
         Raises:
-            InfeasibleBudgetError: No network with the fixed options fits.
+            BudgetError: No network with the fixed options fits.
             TrainingError: A logit is not finite.
         """
         vectors = []
@@ -140,6 +150,12 @@ class Relaxation(nn.Module):
             if option != self.fixed[choice.name]
         ]
         value = separable(self.space, vectors, "log_probability")
+        found = []
+        for filled in _filled(constraints, at_least) if at_least > 0 else ():
+            with suppress(BudgetError):
+                found.append(solve(value, filled, sense="maximize", forbidden=[*others, *forbidden]))
+        if found:
+            return max(found, key=lambda optimum: optimum.value)
         return solve(value, constraints, sense="maximize", forbidden=[*others, *forbidden])
 
     def log_probabilities(self, name: str) -> NDArray[np.float64]:
@@ -185,6 +201,21 @@ class Relaxation(nn.Module):
             }
             for name, vector in self.probabilities().items()
         }
+
+
+def _filled(constraints: Constraints, share: float) -> Iterator[Constraints]:
+    """Yield the constraints once a limited sum, with that sum at least at a share of its limit."""
+    for metric, limit in constraints.limits.items():
+        cost = constraints.costs[metric]
+        if isinstance(cost, AdditiveCost):
+            # What is at least so much is, turned round, at most so much; and costs are positive.
+            top = 2 * max(cost.maximum, limit)
+            turned, name = cost.scaled(-1.0, top), f"unused_{metric}"
+            yield replace(
+                constraints,
+                costs={**constraints.costs, name: replace(turned, metric=name)},
+                limits={**constraints.limits, name: top - share * limit},
+            )
 
 
 def shape_changing(space: SearchSpace) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final, cast
 
 from autocompress.errors import SpaceError
@@ -109,7 +109,7 @@ def _mixed(edge: "nn.Module", x: "Tensor", parts: Sequence[tuple[str, "Tensor | 
         )
         return normed
 
-    total = weighted((run(name), weight) for name, weight in parts if name != "none")
+    total = weighted((partial(run, name), weight) for name, weight in parts if name != "none")
     return torch.zeros_like(x) if total is None else total
 
 

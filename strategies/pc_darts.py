@@ -62,10 +62,7 @@ class PcDarts(RelaxedSearch):
 
     def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
         """Differentiate the held-out loss by the logits of options and edges."""
-        loss = self.penalised(network.loss(held_out, self._gates()))
-        parameters = [*self.relaxation.logits, *self._edges]
-        for vector, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            vector.grad = gradient
+        self.set_gradients(self.penalised(network.loss(held_out, self._gates())))
 
     def _gates(self) -> dict[str, Gate]:
         scales: dict[str, Tensor] = {}

@@ -48,6 +48,7 @@ class RelaxedSearch(ABC):
         penalty_options: Mapping[str, float] | None = None,
         fixed: Mapping[str, Option] | None = None,
         candidates: int = 1,
+        at_least: float = 0.95,
     ) -> None:
         """Make the search, untrained.
 
@@ -63,6 +64,8 @@ class RelaxedSearch(ABC):
             penalty_options: Of the form.
             fixed: Choices that are not relaxed, with their options; see `Relaxation`.
             candidates: Networks that are derived: the most probable one that fits, the next one, and so on.
+            at_least: Share of a limit, 0..1, that a derived network is to use, if any that fits does; 0 takes
+                the most probable one, however far below the budget it is.
 
         Raises:
             RecipeError: An option is out of its range.
@@ -78,6 +81,7 @@ class RelaxedSearch(ABC):
         constraints.check_feasible()
         self._constraints = constraints
         self._candidates = check_count("candidates", candidates)
+        self._at_least = check_share("at_least", at_least)
         self._warmup = check_share("warmup", warmup)
         self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
         self.relaxation.derive(constraints)  # the fixed options leave something that fits
@@ -143,9 +147,11 @@ class RelaxedSearch(ABC):
         return total
 
     def set_gradients(self, loss: Tensor) -> None:
-        """Set the gradients of the logits of a loss, and of nothing else."""
-        logits = list(self.relaxation.logits)
-        for vector, gradient in zip(logits, torch.autograd.grad(loss, logits), strict=True):
+        """Set the gradients of the architecture parameters of a loss, and of nothing else."""
+        parameters = [vector for group in self._optimizer.param_groups for vector in group["params"]]
+        # What was drawn may compute nothing (the operation none), and then teaches nothing.
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        for vector, gradient in zip(parameters, found, strict=True):
             vector.grad = gradient
 
     def soft_gates(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Gate]:
@@ -175,7 +181,9 @@ class RelaxedSearch(ABC):
         rows = [space.smallest()[:0]]
         while len(rows) <= n and len(self._asked) < self._candidates and not self._exhausted:
             try:
-                found = self.relaxation.derive(self._constraints, forbidden=self._asked)
+                found = self.relaxation.derive(
+                    self._constraints, at_least=self._at_least, forbidden=self._asked
+                )
             except BudgetError:  # nothing is left, within the budget or at all
                 self._exhausted = True
                 break

@@ -8,12 +8,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast, final
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from autocompress.elastic.layers import NORM_EPS, ElasticModule, Normalise
+from autocompress.elastic.partial import weighted
 from autocompress.elastic.supernet import Supernet, batch_statistics, resize, run_block
 from autocompress.errors import SpaceError
 from autocompress.ops import CellSpec, EdgeMixture
@@ -144,8 +146,9 @@ def _run_settings(
 ) -> Tensor:
     space = supernet.space
     gated = [name for name in block.choices if name in gates]
-    total: Tensor | None = None
-    for codes, weight in _combinations([gates[name] for name in gated]):
+    shapes: set[tuple[int, ...]] = set()
+
+    def run(codes: tuple[int, ...]) -> Tensor:
         setting = dict(chosen)
         for name, code in zip(gated, codes, strict=True):
             setting[name] = space.choices[space.positions[name]].options[code]
@@ -157,14 +160,16 @@ def _run_settings(
                 "choice that changes shapes (resolution, stage width) cannot be gated"
             )
         output = run_block(x, supernet.bind(block.name, ops), normalise)
-        if total is not None and total.shape != output.shape:
+        shapes.add(tuple(output.shape))
+        if len(shapes) > 1:
             raise SpaceError(
                 f"block {block.name!r} has outputs of different shapes under gates on {gated}; a choice that "
                 "changes shapes (resolution, stage width) cannot be gated"
             )
-        output = output if weight is None else weight.to(output.dtype) * output
-        total = output if total is None else total + output
-    return cast(Tensor, total)
+        return output
+
+    combinations = _combinations([gates[name] for name in gated])
+    return cast(Tensor, weighted((partial(run, codes), weight) for codes, weight in combinations))
 
 
 def _combinations(gates: Sequence[Gate]) -> Iterator[tuple[tuple[int, ...], Tensor | None]]:

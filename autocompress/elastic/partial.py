@@ -9,11 +9,20 @@ from torch import Tensor
 from autocompress.errors import SpaceError
 
 
-def weighted(outputs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """Return the weighted sum, `None` of nothing; a weight of `None` is 1."""
+def weighted(parts: Iterable[tuple[Callable[[], Tensor], Tensor | None]]) -> Tensor | None:
+    """Run the parts and return their weighted sum, `None` of nothing; a weight of `None` is 1.
+
+    Nothing comes back through a part of weight zero; the gradient by its weight needs no more than its
+    output. It is run without a graph, which is what keeps one path in memory (ProxylessNAS, section 3.2).
+    """
     total: Tensor | None = None
-    for output, weight in outputs:
-        output = output if weight is None else weight.to(output.dtype) * output
+    for run, weight in parts:
+        if weight is None:
+            output = run()
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and float(weight.detach()) != 0.0):
+                output = run()
+            output = weight.to(output.dtype) * output
         total = output if total is None else total + output
     return total
 

@@ -236,6 +236,21 @@ def test_gumbel_samples_are_drawn_by_the_probabilities_and_sharpen_as_it_gets_co
     assert gate.weights.tolist() == [1.0]
 
 
+def test_an_edge_whose_drawn_operation_is_none_teaches_nothing() -> None:
+    space = nas_bench_201(channels=4, cells=1, resolution=8, in_channels=WIDTH, classes=CLASSES)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(5, WIDTH, 8, 8, dtype=torch.float64, generator=generator)
+    held_out = images, torch.randn(5, CLASSES, dtype=torch.float64, generator=generator)
+    for make in (GumbelSoftmax, ProxylessNas):
+        strategy = make(unlimited(space), seed=0)
+        with torch.no_grad():  # none or skip, and nothing else
+            for vector in strategy.relaxation.logits:
+                vector.copy_(torch.tensor([40.0, 39.0, 0.0, 0.0, 0.0]))
+        for seed in range(4):
+            strategy.architecture_step(Network(space), held_out, held_out, moment(seed=seed))
+        assert all(bool(torch.isfinite(vector).all()) for vector in strategy.relaxation.logits)
+
+
 # ProxylessNAS ----------------------------------------------------------------------------------------------
 
 
@@ -375,7 +390,7 @@ def test_the_most_probable_network_within_the_budget_is_derived(percent: int) ->
     space = linear_space()
     macs = operation_cost(space, "macs")
     constraints = Budget.parse(f"macs={percent}%").resolve(space, [macs])
-    strategy = Darts(constraints, seed=0, candidates=1000)
+    strategy = Darts(constraints, seed=0, candidates=1000, at_least=0.0)
     at_odds(strategy)
     codes = np.array(list(itertools.product(range(4), repeat=3)))
     logs = [strategy.relaxation.log_probabilities(name) for name in strategy.relaxation.relaxed]
@@ -390,6 +405,31 @@ def test_the_most_probable_network_within_the_budget_is_derived(percent: int) ->
     assert len(strategy.ask(1)) == 0
     two = Darts(constraints, seed=0, candidates=2)
     assert len(two.ask(100)) == 2
+
+
+@pytest.mark.parametrize("percent", [40, 60, 80])
+def test_a_network_that_uses_the_budget_is_preferred_where_there_is_one(percent: int) -> None:
+    space = linear_space()
+    macs, params = (operation_cost(space, metric) for metric in ("macs", "params"))
+    codes = np.array(list(itertools.product(range(4), repeat=3)))
+    for text in (f"macs={percent}%", f"macs={percent}%,params=90%"):
+        constraints = Budget.parse(text).resolve(space, [macs, params])
+        strategy = Darts(constraints, seed=0, candidates=1000, at_least=0.9)
+        with torch.no_grad():  # small kernels are far more probable
+            for vector in strategy.relaxation.logits:
+                vector.copy_(torch.tensor([4.0, 2.0, 1.0, 0.0]))
+        logs = [strategy.relaxation.log_probabilities(name) for name in strategy.relaxation.relaxed]
+        values = sum(log[codes[:, at]] for at, log in enumerate(logs))
+        uses = np.max([c.of(codes) / limit for m, limit in constraints.limits.items()
+                       for c in [constraints.costs[m]]], axis=0)  # fmt: skip
+        fits = constraints.feasible(codes)
+        band = fits & (uses >= 0.9)
+        rows = strategy.ask(1000)
+        assert len(rows) == fits.sum()
+        if band.any():
+            best = float(values[band].max())
+            assert sum(log[rows[0, at]] for at, log in enumerate(logs)) == pytest.approx(best)
+        assert sorted(map(tuple, rows[: band.sum()].tolist())) == sorted(map(tuple, codes[band].tolist()))
 
 
 def test_choices_that_change_shapes_are_fixed_and_others_can_be() -> None:
