@@ -21,7 +21,7 @@ from autocompress.atomic import read_json, write_json
 from autocompress.compare.problem import Contestant, Problem, ProblemSource
 from autocompress.cost import Values
 from autocompress.engine import search
-from autocompress.errors import EvaluationError, StorageError, StrategyError
+from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
 from autocompress.plugins import load_strategy
 from autocompress.progress import Progress, silent
 from autocompress.space import Codes
@@ -100,6 +100,28 @@ class _Clocked:
         return {**found, SECONDS: found[SIMULATED] if self._simulated else taken}
 
 
+def make_strategy(problem: Problem, contestant: Contestant, seed: int) -> Strategy:
+    """Make the strategy of a cell; also a check that can be made before any search.
+
+    Raises:
+        StrategyError: It refuses its options or fails, or what it makes cannot be asked and told.
+    """
+    factory = load_strategy(contestant.strategy)
+    try:
+        made: Any = factory(problem.constraints, seed=seed, objective=problem.objective, **contestant.options)
+    except AutocompressError as error:
+        raise StrategyError(f"strategy {contestant.label!r}: {error}") from error
+    except Exception as error:  # a user's strategy may raise anything
+        raise StrategyError(
+            f"strategy {contestant.label!r} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, Strategy):
+        raise StrategyError(
+            f"strategy {contestant.label!r} must make something with ask and tell, got {type(made).__name__}"
+        )
+    return made
+
+
 def run_cell(
     problem: Problem, contestant: Contestant, seed: int, evaluations: int, storage: Path | None = None
 ) -> Cell:
@@ -112,11 +134,7 @@ def run_cell(
         evaluations: How many distinct networks.
         storage: A journal from which a killed search goes on.
     """
-    strategy = _Timed(
-        load_strategy(contestant.strategy)(
-            problem.constraints, seed=seed, objective=problem.objective, **contestant.options
-        )
-    )
+    strategy = _Timed(make_strategy(problem, contestant, seed))
     result = search(
         strategy,
         problem.constraints,

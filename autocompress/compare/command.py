@@ -25,7 +25,11 @@ def compare(
         list[str] | None, typer.Option("--set", help="An argument of the function: --set channels=16.")
     ] = None,
     strategies: Annotated[
-        str, typer.Option(help="Names, separated by commas; options behind colons: evolution:population=20.")
+        str,
+        typer.Option(
+            help="Names, or module:attribute of your own, separated by commas; options behind colons: "
+            "evolution:population=20 or my_module:MySearch:rate=0.1."
+        ),
     ] = DEFAULT_STRATEGIES,
     seeds: Annotated[int, typer.Option(help="Searches of each strategy.")] = 5,
     evaluations: Annotated[int, typer.Option(help="Networks that each search evaluates.")] = 100,
@@ -39,7 +43,7 @@ def compare(
     Finished searches are kept: the same command goes on where it was stopped, and more strategies or seeds
     can be added to it.
     """
-    from autocompress.compare.cells import run_cells
+    from autocompress.compare.cells import make_strategy, run_cells
     from autocompress.compare.problem import ProblemSource, parse_contestant
     from autocompress.compare.show import claim, write_comparison
     from autocompress.console import with_changes
@@ -69,6 +73,10 @@ def compare(
         raise RecipeError(f"compare needs two different strategies at least, got {strategies!r}")
     folder = output or (run / "compare" if run is not None else Path("runs") / "compare")
     made = source.make()
+    for contestant in contestants:
+        make_strategy(
+            made, contestant, seed=0
+        )  # one that cannot be made is refused before others are paid for
     claim(
         folder,
         {

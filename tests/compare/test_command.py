@@ -42,6 +42,12 @@ def test_strategies_are_compared_and_what_is_finished_is_kept(tmp_path: Path) ->
         assert "</svg>" in (tmp_path / name).read_text()
 
 
+def test_the_help_says_how_to_name_a_strategy_of_ones_own() -> None:
+    said = call("--help").stdout
+    assert "module:attribute" in said
+    assert "my_module:MySearch:rate=0.1" in said
+
+
 def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     given = (*TOY, "--strategies", "random,elitist", "--seeds", 1, "--jobs", 1, "--output", tmp_path)
     call(*given, "--evaluations", 5)
@@ -64,6 +70,7 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
         ((*TOY, "--strategies", "random,random"), "two different strategies at least"),
         ((*TOY, "--strategies", "random,nosuch"), "there is no strategy 'nosuch'"),
         ((*TOY, "--strategies", "random,elitist:population"), "name:option=value"),
+        ((*TOY, "--strategies", "random,elitist:population=0"), "population must be an integer >= 1, got 0"),
         (("--run", "nowhere", "--strategies", "random,elitist"), "nowhere holds no run"),
         (
             ("--run", "nowhere", "--set", "a=1", "--strategies", "random,elitist"),
