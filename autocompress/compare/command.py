@@ -45,7 +45,7 @@ def compare(
     """
     from autocompress.compare.cells import make_strategy, run_cells
     from autocompress.compare.problem import ProblemSource, parse_contestant
-    from autocompress.compare.show import claim, write_comparison
+    from autocompress.compare.show import claim, extent, write_comparison
     from autocompress.console import with_changes
     from autocompress.machine import cores
 
@@ -87,13 +87,14 @@ def compare(
         },
     )
     at_once = min(jobs or cores(), seeds * len(contestants))
+    typer.echo(f"{made.name}: {seeds * len(contestants)} searches, {at_once} at a time")
     with stage(f"compare {len(contestants)} strategies on {made.name}") as progress:
         cells = run_cells(
             source, contestants, range(seeds), evaluations, folder, jobs=at_once,
             threads=max(1, cores() // at_once) if at_once > 1 else 0, progress=progress,
         )  # fmt: skip
     found, said = write_comparison(folder, made, cells, evaluations)
-    typer.echo(f"{made.name}: best {made.objective} of {seeds} seeds, {evaluations} evaluations each")
+    typer.echo(f"{made.name}: best {made.objective} of {extent(cells, evaluations)}")
     for standing in found:
         if standing.finals:
             regret = "" if standing.regret is None else f", regret {standing.regret:.4f}"

@@ -14,6 +14,7 @@ from autocompress.compare.problem import Problem
 from autocompress.compare.statistics import (
     Pair,
     Standing,
+    counted,
     curves,
     curves_over_seconds,
     pairs,
@@ -96,6 +97,12 @@ def _plain(standing: Standing) -> dict[str, Any]:
     return payload
 
 
+def extent(cells: Sequence[Cell], evaluations: int) -> str:
+    """Return how much was searched, in words."""
+    seeds = len({cell.seed for cell in cells})
+    return f"{counted(seeds, 'seed')}, {counted(evaluations, 'evaluation')} each"
+
+
 def markdown(
     problem: Problem,
     cells: Sequence[Cell],
@@ -106,12 +113,11 @@ def markdown(
 ) -> str:
     """Return the comparison as Markdown."""
     limits = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in problem.constraints.limits.items())
-    seeds = sorted({cell.seed for cell in cells})
     at = sorted({max(1, round(share * evaluations)) for share in POINTS})
     lines = [
         f"# Strategies on {problem.name}",
         "",
-        f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), {evaluations} evaluations each; limits: "
+        f"{extent(cells, evaluations)}; limits: "
         f"{limits or 'none'}; best {problem.objective} on the data that is searched, no test score.",
         "" if problem.optimum is None else f"Known optimum within the limits: {problem.optimum:.6g}.",
         "",
@@ -133,10 +139,13 @@ def markdown(
             f"{standing.median:.4f} | {curve} | {regret} | {1e3 * standing.strategy_s:.2f} |"
         )
     lines += ["", *(f"- {line}" for line in said), ""]
-    lines += ["Pairs (two-sided Mann-Whitney U, p after Holm's correction):", ""]
-    lines += ["| pair | difference of medians | p | corrected |", "|---|---|---|---|"]
+    if compared:
+        lines += ["Pairs (two-sided Mann-Whitney U, p after Holm's correction):", ""]
+        lines += ["| pair | difference of medians | p | corrected |", "|---|---|---|---|"]
+    else:
+        lines += ["No test is possible: it needs two seeds at least of two strategies at least."]
     lines += [
-        f"| {pair.first} - {pair.second} | {pair.difference:+.4f} | {pair.p:.3g} | {pair.corrected:.3g} |"
+        f"| {pair.first} - {pair.second} | {pair.difference:+z.4f} | {pair.p:.3g} | {pair.corrected:.3g} |"
         for pair in compared
     ]
     errors = [f"- {cell.label}, seed {cell.seed}: {cell.error}" for cell in cells if cell.error]

@@ -21,9 +21,10 @@ def test_strategies_are_compared_and_what_is_finished_is_kept(tmp_path: Path) ->
     strategies = "random,evolution:population=6:sample_size=3"
     more = ("--evaluations", 15, "--jobs", 1, "--output", tmp_path)
     first = call(*TOY, "--strategies", strategies, "--seeds", 2, *more).stdout
+    assert first.startswith("toy of 4 blocks, macs=50%: 4 searches, 1 at a time\n")
     assert "toy of 4 blocks, macs=50%: best accuracy of 2 seeds, 15 evaluations each" in first
     assert "evolution:population=6:sample_size=3: no better than random search can be shown" in first
-    assert "with 2 seeds and 1 pairs the test cannot show any difference; it can from 4 seeds on" in first
+    assert "with 2 seeds and 1 pair the test cannot show any difference; it can from 4 seeds on" in first
     kept = {path: path.read_bytes() for path in tmp_path.glob("cells/*/*.json")}
     assert len(kept) == 4
     call(*TOY, "--strategies", f"{strategies},elitist", "--seeds", 3, *more)
@@ -40,6 +41,27 @@ def test_strategies_are_compared_and_what_is_finished_is_kept(tmp_path: Path) ->
     assert "Known optimum within the limits" in report
     for name in ("evaluations.svg", "seconds.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
+
+
+def test_one_seed_is_reported_without_a_test(tmp_path: Path) -> None:
+    said = call(
+        *TOY,
+        "--strategies",
+        "tpe,random",
+        "--seeds",
+        1,
+        "--evaluations",
+        4,
+        "--jobs",
+        1,
+        "--output",
+        tmp_path,
+    ).stdout
+    assert "best accuracy of 1 seed, 4 evaluations each" in said
+    assert "tpe: no test against random search is possible with a single score" in said
+    assert "with 1 seed and 1 pair the test cannot show any difference; it can from 4 seeds on" in said
+    assert json.loads((tmp_path / "results.json").read_text())["pairs"] == []
+    assert "No test is possible: it needs two seeds" in (tmp_path / "report.md").read_text()
 
 
 def test_the_help_says_how_to_name_a_strategy_of_ones_own() -> None:
