@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from autocompress.console import stage
-from autocompress.errors import RecipeError
+from autocompress.errors import RecipeError, StrategyError
 
 DEFAULT_STRATEGIES = "random,evolution,elitist,nsga2,reinforce,tpe,predictor"
 
@@ -41,7 +41,7 @@ def compare(
     """Compare search strategies on the same space, budget, evaluator and seeds.
 
     Finished searches are kept: the same command goes on where it was stopped, and more strategies or seeds
-    can be added to it.
+    can be added to it. Failed searches are run again.
     """
     from autocompress.compare.cells import make_strategy, run_cells
     from autocompress.compare.problem import ProblemSource, parse_contestant
@@ -106,3 +106,8 @@ def compare(
     for line in said:
         typer.echo(line)
     typer.echo(f"written to {folder / 'report.md'}, results.json, evaluations.svg, seconds.svg")
+    if all(cell.error for cell in cells):
+        raise StrategyError(
+            f"all {len(cells)} searches failed, the first with: {cells[0].error}; {folder / 'report.md'} has "
+            "all reasons, and the same command runs them again"
+        )

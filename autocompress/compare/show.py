@@ -172,6 +172,7 @@ def _plot(folder: Path, problem: Problem, cells: Sequence[Cell], evaluations: in
         if problem.optimum is not None:
             axes.axhline(problem.optimum, color="0.4", linestyle="--", linewidth=0.8, label="optimum")
         axes.set(xlabel=label, ylabel=f"best {problem.objective} so far", title=problem.name)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:  # none where every search failed
+            axes.legend(fontsize=8)
         with replacing(folder / f"{name}.svg") as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

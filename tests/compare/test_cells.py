@@ -26,14 +26,16 @@ RANDOM, SMALL = Contestant("random", "random"), parse_contestant("evolution:popu
 
 
 class Breaking:
-    """A strategy that asks two networks and fails then."""
+    """A strategy that asks two networks and fails then, until somebody mends it."""
+
+    mended = False
 
     def __init__(self, constraints: Any, *, seed: int, objective: str = "accuracy") -> None:
         self._random, self._left = RandomSearch(constraints, seed=seed), 2
 
     def ask(self, n: int) -> Codes:
         self._left -= 1
-        if self._left < 0:
+        if self._left < 0 and not self.mended:
             raise RuntimeError("no idea")
         return self._random.ask(n)
 
@@ -120,6 +122,58 @@ def test_a_strategy_that_fails_is_a_cell_with_its_error_and_the_others_go_on(tmp
     assert len(cells[1].scores) == 5
 
 
+def test_a_search_that_failed_is_run_again_and_pays_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Contestant("breaking", f"{__name__}:Breaking")
+    run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
+    kept = cell_path(tmp_path, RANDOM, 0).stat().st_mtime_ns
+    monkeypatch.setattr(Breaking, "mended", True)
+    paid: list[Codes] = []
+
+    def counting(self: ToyEvaluator, codes: Codes) -> dict[str, Any]:
+        paid.append(codes)
+        return original(self, codes)
+
+    original = ToyEvaluator.__call__
+    monkeypatch.setattr(ToyEvaluator, "__call__", counting)
+    cells = run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
+    assert (cells[0].error, cells[0].scores) == ("", cells[1].scores)
+    assert len(paid) == 3
+    assert cell_path(tmp_path, RANDOM, 0).stat().st_mtime_ns == kept
+    assert not list(tmp_path.rglob("*.log"))
+
+
+class Silent(Breaking):
+    """A strategy that never proposes anything."""
+
+    def ask(self, n: int) -> Codes:
+        return self._random.ask(n)[:0]
+
+
+def test_a_search_without_a_score_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = Contestant("silent", f"{__name__}:Silent")
+    (cell,) = run_cells(TOY, [silent], [0], 5, tmp_path)
+    assert cell.error == "StrategyError: strategy 'silent' proposed no network that fits the limits"
+    with monkeypatch.context() as broken:
+        broken.setattr(ToyEvaluator, "__call__", lambda self, codes: 1 / 0)
+        (cell,) = run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    assert cell.error == (
+        "EvaluationError: every evaluation failed, the first with: ZeroDivisionError: division by zero"
+    )
+    (cell,) = run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    assert (cell.error, len(cell.scores)) == ("", 5)
+    assert None not in cell.scores
+
+
+def test_a_search_of_another_length_is_refused(tmp_path: Path) -> None:
+    run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    with pytest.raises(
+        StorageError, match=r"0.json is a search of 5 evaluations, not 6; use another --output"
+    ):
+        run_cells(TOY, [RANDOM], [0], 6, tmp_path)
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -152,7 +206,7 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
     # At most the evaluation that the kill hit is paid for twice.
     assert 40 <= len(paid.read_text()) <= 41
-    assert without_times([read_cell(cell_path(tmp_path, SMALL, 0))]) == without_times(
+    assert without_times([read_cell(cell_path(tmp_path, SMALL, 0), 40)]) == without_times(
         [run_cell(toy_problem(blocks=4), SMALL, 0, 40)]
     )
 
@@ -164,7 +218,7 @@ def test_a_damaged_cell_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "0.json"
     path.write_text(content)
     with pytest.raises(StorageError, match="remove it to run it again"):
-        read_cell(path)
+        read_cell(path, 5)
 
 
 @pytest.fixture

@@ -7,6 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autocompress.cli import app
+from autocompress.errors import StrategyError
+from autocompress.trial import Batch
+from strategies.random_search import RandomSearch
 
 TOY = ("--problem", "autocompress.testing.toys:toy_problem", "--set", "blocks=4")
 
@@ -62,6 +65,38 @@ def test_one_seed_is_reported_without_a_test(tmp_path: Path) -> None:
     assert "with 1 seed and 1 pair the test cannot show any difference; it can from 4 seeds on" in said
     assert json.loads((tmp_path / "results.json").read_text())["pairs"] == []
     assert "No test is possible: it needs two seeds" in (tmp_path / "report.md").read_text()
+
+
+class Broken(RandomSearch):  # type: ignore[misc]
+    """A strategy with a fault that shows at the first network."""
+
+    def tell(self, batch: Batch) -> None:
+        raise KeyError("reward")
+
+
+def test_failed_searches_are_shown_with_their_reason_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{__name__}:Broken"
+    given = (*TOY, "--strategies", f"random,{name}", "--seeds", 2, "--evaluations", 4, "--jobs", 1)
+    said = call(*given, "--output", tmp_path).stdout
+    reason = "StrategyError: strategy Broken failed to tell: KeyError: 'reward'"
+    assert f"{name}: 2 of 2 searches failed, the first with: {reason}" in said
+    assert f"- {name}, seed 1: {reason}" in (tmp_path / "report.md").read_text()
+    monkeypatch.delattr(Broken, "tell")
+    assert f"{name}: no better than random search can be shown" in call(*given, "--output", tmp_path).stdout
+
+
+def test_if_every_search_fails_the_report_is_written_and_the_command_fails(tmp_path: Path) -> None:
+    name = f"{__name__}:Broken"
+    result = call(
+        *TOY, "--strategies", f"{name},{name}:at_least=0.5", "--seeds", 1, "--evaluations", 4, "--jobs", 1,
+        "--output", tmp_path, succeeds=False,
+    )  # fmt: skip
+    assert isinstance(result.exception, StrategyError)
+    assert "all 2 searches failed, the first with: StrategyError: strategy Broken" in str(result.exception)
+    assert "| failed |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "seconds.svg").exists()
 
 
 def test_the_help_says_how_to_name_a_strategy_of_ones_own() -> None:
