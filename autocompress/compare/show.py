@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from autocompress.atomic import replacing, write_json, write_text
-from autocompress.compare.cells import Cell
+from autocompress.atomic import read_json, replacing, write_json, write_text
+from autocompress.compare.cells import Cell, read_cell
 from autocompress.compare.problem import Problem
 from autocompress.compare.statistics import (
     Pair,
@@ -17,11 +17,12 @@ from autocompress.compare.statistics import (
     counted,
     curves,
     curves_over_seconds,
+    early_ends,
     pairs,
     standings,
     verdicts,
 )
-from autocompress.errors import RecipeError
+from autocompress.errors import RecipeError, StorageError
 
 SCHEMA: Final = "autocompress.compare"
 VERSION: Final = 1
@@ -35,19 +36,22 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         RecipeError: The folder holds a comparison of another problem or length.
-        StorageError: It cannot be written.
+        StorageError: What it holds is damaged or, without settings, of another length; or it cannot be
+            written.
     """
     path = folder / SETTINGS
     wanted = json.loads(json.dumps(settings))
     if not path.exists():
+        # Where somebody removed the settings, the cells say of how many evaluations they are.
+        for cell in folder.glob("cells/*/*.json"):
+            read_cell(cell, settings["evaluations"])
         write_json(path, wanted)
         return
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); use another --output") from None
+    known = read_json(path, lambda text: StorageError(f"{text}; use another --output"), "comparison")
+    if not isinstance(known, dict) or known.keys() != wanted.keys():
+        raise StorageError(f"{path} is damaged: it must have {', '.join(wanted)}; use another --output")
     if known != wanted:
-        differing = [key for key in wanted if not isinstance(known, dict) or known.get(key) != wanted[key]]
+        differing = [key for key in wanted if known[key] != wanted[key]]
         raise RecipeError(
             f"{folder} holds a comparison with other settings ({', '.join(differing)}): more strategies and "
             "seeds can be added to it, but another problem or length needs another --output"
@@ -67,7 +71,7 @@ def write_comparison(
     """
     found = standings(cells, evaluations, problem.optimum)
     compared = pairs(found)
-    said = verdicts(found, compared)
+    said = [*early_ends(cells, evaluations), *verdicts(found, compared)]
     write_json(
         folder / "results.json",
         {
@@ -100,7 +104,8 @@ def _plain(standing: Standing) -> dict[str, Any]:
 def extent(cells: Sequence[Cell], evaluations: int) -> str:
     """Return how much was searched, in words."""
     seeds = len({cell.seed for cell in cells})
-    return f"{counted(seeds, 'seed')}, {counted(evaluations, 'evaluation')} each"
+    up_to = "up to " if early_ends(cells, evaluations) else ""
+    return f"{counted(seeds, 'seed')}, {up_to}{counted(evaluations, 'evaluation')} each"
 
 
 def markdown(

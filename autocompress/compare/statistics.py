@@ -240,6 +240,20 @@ def _verdict(one: Standing, baseline: Standing, pair: Pair | None) -> str:
     return f"{one.label}: WORSE than random search ({facts})"
 
 
+def early_ends(cells: Sequence[Cell], evaluations: int) -> list[str]:
+    """Say which strategies had nothing new to propose before all evaluations were made, and when."""
+    said = []
+    for label, group in _by_label(cells).items():
+        made = sorted(len(cell.scores) for cell in group if cell.best and len(cell.scores) < evaluations)
+        if made:
+            span = f"{made[0]}" if made[0] == made[-1] else f"{made[0]} to {made[-1]}"
+            said.append(
+                f"{label}: {len(made)} of {len(group)} searches ended after {span} of {evaluations} "
+                "evaluations, with nothing new to propose"
+            )
+    return said
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number of things in words: `1 seed`, `2 seeds`."""
     return f"{count} {noun}" + ("" if count == 1 else "s")

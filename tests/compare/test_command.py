@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autocompress.cli import app
-from autocompress.errors import StrategyError
+from autocompress.errors import StorageError, StrategyError
+from autocompress.testing.toys import every_network, toy_constraints
 from autocompress.trial import Batch
 from strategies.random_search import RandomSearch
 
@@ -99,6 +100,17 @@ def test_if_every_search_fails_the_report_is_written_and_the_command_fails(tmp_p
     assert (tmp_path / "seconds.svg").exists()
 
 
+def test_searches_that_end_before_all_evaluations_are_shown(tmp_path: Path) -> None:
+    constraints = toy_constraints(blocks=2)
+    fitting = int(constraints.feasible(every_network(constraints.space)).sum())
+    strategies = ("--strategies", "random,elitist", "--seeds", 2, "--jobs", 1)
+    said = call(*TOY[:3], "blocks=2", *strategies, "--evaluations", 40, "--output", tmp_path).stdout
+    assert "best accuracy of 2 seeds, up to 40 evaluations each" in said
+    line = f"random: 2 of 2 searches ended after {fitting} of 40 evaluations, with nothing new to propose"
+    assert line in said
+    assert line in (tmp_path / "report.md").read_text()
+
+
 def test_the_help_says_how_to_name_a_strategy_of_ones_own() -> None:
     said = call("--help").stdout
     assert "module:attribute" in said
@@ -112,6 +124,25 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     assert "holds a comparison with other settings (evaluations)" in said
     said = str(call(*given, "--evaluations", 5, "--set", "budget=macs=60%", succeeds=False).exception)
     assert "problem, limits" in said
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '{"evaluations": 5}'])
+def test_damaged_settings_are_called_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "comparison.json").write_text(content)
+    given = (*TOY, "--strategies", "random,elitist", "--seeds", 1, "--evaluations", 5, "--output", tmp_path)
+    error = call(*given, succeeds=False).exception
+    assert isinstance(error, StorageError)
+    assert "comparison.json" in str(error)
+    assert "is damaged" in str(error) or "cannot be read" in str(error)
+
+
+def test_searches_of_another_length_are_not_mixed_in_where_the_settings_are_gone(tmp_path: Path) -> None:
+    given = (*TOY, "--strategies", "random,elitist", "--seeds", 1, "--jobs", 1, "--output", tmp_path)
+    call(*given, "--evaluations", 5)
+    (tmp_path / "comparison.json").unlink()
+    said = str(call(*given, "--evaluations", 6, succeeds=False).exception)
+    assert "0.json is a search of 5 evaluations, not 6; use another --output" in said
+    call(*given, "--evaluations", 5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from autocompress.compare.statistics import (
     Pair,
     curves,
     curves_over_seconds,
+    early_ends,
     holm,
     interval_of_mean,
     pairs,
@@ -79,6 +80,15 @@ def test_a_strategy_with_one_score_left_is_not_tested_but_others_are() -> None:
         "b: better than random search (median +2, p = 0.00794 after correction)",
         "a: no test against random search is possible with a single score (median +1)",
     ]
+
+
+def test_searches_that_ended_early_are_said_to_have() -> None:
+    failed = Cell("a", 3, (), (), 0.0, "", error="no")
+    cells = [cell("a", 0, 1.0), cell("a", 1, 1.0, 2.0), cell("a", 2, 1.0, 2.0, 3.0), failed]
+    assert early_ends(cells, 3) == [
+        "a: 2 of 4 searches ended after 1 to 2 of 3 evaluations, with nothing new to propose"
+    ]
+    assert early_ends(cells[2:], 3) == []
 
 
 def test_a_difference_of_nothing_has_no_sign_of_its_own() -> None:
