@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from autocompress.space import Codes
 from autocompress.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ class Differentiable(Strategy, Protocol):
     @property
     def channels(self) -> int:
         """Cells mix one in so many channels."""
+
+    @property
+    def start(self) -> Codes:
+        """The codes `(1, choices)` that say the options of choices without gates."""
+
+    def mixture(self) -> "Gates":
+        """Return the gates of the mixture that was trained; without gradients."""
 
     def weight_gates(self, moment: Moment) -> "Gates":
         """Return the gates under which the weights make a step; without gradients."""

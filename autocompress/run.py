@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress import __version__
 from autocompress.atomic import read_json, remove_leftovers, write_json, write_text
 from autocompress.errors import RecipeError, StorageError
-from autocompress.plugins import load_space_factory, load_strategy
+from autocompress.plugins import load_space_factory, load_strategy, load_strategy_for
 from autocompress.progress import Progress, silent
 from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
 from autocompress.space import Architecture, SearchSpace
@@ -226,44 +226,14 @@ def is_differentiable(recipe: Recipe) -> bool:
     return hasattr(load_strategy(recipe.search.strategy), "architecture_step")
 
 
-def _parameters(factory: Callable[..., Any]) -> list[str]:
-    """Return the names that a class or function takes; if it takes any, those of its bases too."""
-    names: dict[str, None] = {}
-    for part in (c for c in getattr(factory, "__mro__", (factory,)) if c is not object):
-        try:
-            parameters = inspect.signature(part).parameters.values()
-        except (TypeError, ValueError):
-            break
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
-
-
 def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:
     """Return what makes the strategy of a recipe; also a check that can be made before any work.
 
     Raises:
-        PluginError: There is no such strategy.
-        RecipeError: It is no strategy, or does not take an option of the recipe.
+        PluginError: There is no such strategy, or it is none.
+        RecipeError: It does not take an option of the recipe.
     """
-    settings = recipe.search
-    strategy = load_strategy(settings.strategy)
-    parameters = _parameters(strategy)
-    if not {"constraints", "seed", "objective"} <= set(parameters):
-        raise RecipeError(
-            f"search.strategy: {settings.strategy!r} is no strategy: it must take constraints, seed and "
-            f"objective, but takes {', '.join(parameters) or 'nothing'}"
-        )
-    allowed = [name for name in parameters if name not in ("constraints", "seed", "objective")]
-    for name in settings.options:
-        if name not in allowed:
-            raise RecipeError(
-                f"search.options.{name}: strategy {settings.strategy!r} takes "
-                f"{', '.join(allowed) or 'no options'}"
-            )
-    return strategy
+    return load_strategy_for(recipe.search.strategy, recipe.search.options, key="search.options.")
 
 
 def load_recipe_data(recipe: Recipe) -> "DataSet":

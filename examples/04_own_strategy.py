@@ -64,6 +64,6 @@ if __name__ == "__main__":
 
     smoke = "--smoke" in sys.argv
     problem = ["--problem", "autocompress.testing.toys:toy_problem", "--set", "blocks=7"]
-    ours = ["--strategies", "random,evolution:population=10:sample_size=4,@04_own_strategy.HillClimbing"]
+    ours = ["--strategies", "random,evolution:population=10:sample_size=4,04_own_strategy:HillClimbing"]
     size = ["--seeds", "2" if smoke else "10", "--evaluations", "10" if smoke else "40", "--jobs", "1"]
     app(["compare", *problem, *ours, *size])

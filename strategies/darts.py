@@ -43,9 +43,8 @@ class Darts(RelaxedSearch):
         self._order = order
 
     def weight_gates(self, moment: Moment) -> Gates:
-        """Compute every option, weighted by its probability."""
-        with torch.no_grad():
-            return self.soft_gates()
+        """Return the mixture."""
+        return self.mixture()
 
     def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
         """Differentiate the held-out loss by the logits."""

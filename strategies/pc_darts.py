@@ -55,10 +55,14 @@ class PcDarts(RelaxedSearch):
         )
         self._optimizer.add_param_group({"params": list(self._edges)})
 
-    def weight_gates(self, moment: Moment) -> Gates:
+    def mixture(self) -> Gates:
         """Compute every option, weighted by its probability, and edges by theirs."""
         with torch.no_grad():
             return self._gates()
+
+    def weight_gates(self, moment: Moment) -> Gates:
+        """Return the mixture."""
+        return self.mixture()
 
     def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
         """Differentiate the held-out loss by the logits of options and edges."""

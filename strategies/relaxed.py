@@ -100,6 +100,16 @@ class RelaxedSearch(ABC):
         self._asked: list[Mapping[str, Option]] = []
         self._exhausted = False
 
+    @property
+    def start(self) -> Codes:
+        """The codes `(1, choices)` that say the options of choices without gates."""
+        return self.relaxation.largest()
+
+    def mixture(self) -> Gates:
+        """Return gates that compute every option, weighted by its probability; without gradients."""
+        with torch.no_grad():
+            return self.soft_gates()
+
     # Training ----------------------------------------------------------------------------------------
 
     @abstractmethod

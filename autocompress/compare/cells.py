@@ -1,7 +1,7 @@
 """One strategy with one seed on a problem: what it found after how many evaluations and seconds.
 
-Finished cells are files; a comparison that starts again runs the rest, and a cell that was killed goes on
-from its stored trials.
+Finished cells are files; a comparison that starts again runs the rest and what failed, and a cell that was
+killed goes on from its stored trials.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from autocompress.atomic import read_json, write_json
 from autocompress.compare.problem import Contestant, Problem, ProblemSource
 from autocompress.cost import Values
 from autocompress.engine import search
-from autocompress.errors import EvaluationError, StorageError, StrategyError
+from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
 from autocompress.plugins import load_strategy
 from autocompress.progress import Progress, silent
 from autocompress.space import Codes
@@ -44,8 +44,8 @@ class Cell:
         scores: The objective of every evaluation, in order; `None` where it failed.
         evaluation_s: Seconds of every evaluation: measured, or simulated where the problem simulates them.
         strategy_s: Seconds that the strategy took in all to propose and to learn.
-        best: The architecture of the best score, as its JSON; empty if every evaluation failed.
-        error: Why the search ended early; empty unless it did.
+        best: The architecture of the best score, as its JSON; empty if the search failed.
+        error: Why it failed; empty unless it did.
     """
 
     label: str
@@ -100,6 +100,28 @@ class _Clocked:
         return {**found, SECONDS: found[SIMULATED] if self._simulated else taken}
 
 
+def make_strategy(problem: Problem, contestant: Contestant, seed: int) -> Strategy:
+    """Make the strategy of a cell; also a check that can be made before any search.
+
+    Raises:
+        StrategyError: It refuses its options or fails, or what it makes cannot be asked and told.
+    """
+    factory = load_strategy(contestant.strategy)
+    try:
+        made: Any = factory(problem.constraints, seed=seed, objective=problem.objective, **contestant.options)
+    except AutocompressError as error:
+        raise StrategyError(f"strategy {contestant.label!r}: {error}") from error
+    except Exception as error:  # a user's strategy may raise anything
+        raise StrategyError(
+            f"strategy {contestant.label!r} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, Strategy):
+        raise StrategyError(
+            f"strategy {contestant.label!r} must make something with ask and tell, got {type(made).__name__}"
+        )
+    return made
+
+
 def run_cell(
     problem: Problem, contestant: Contestant, seed: int, evaluations: int, storage: Path | None = None
 ) -> Cell:
@@ -111,12 +133,12 @@ def run_cell(
         seed: Of the strategy.
         evaluations: How many distinct networks.
         storage: A journal from which a killed search goes on.
+
+    Raises:
+        StrategyError: The strategy failed, or proposed nothing that fits.
+        EvaluationError: No evaluation succeeded.
     """
-    strategy = _Timed(
-        load_strategy(contestant.strategy)(
-            problem.constraints, seed=seed, objective=problem.objective, **contestant.options
-        )
-    )
+    strategy = _Timed(make_strategy(problem, contestant, seed))
     result = search(
         strategy,
         problem.constraints,
@@ -126,6 +148,10 @@ def run_cell(
         storage=storage,
         identity={**problem.identity, "contestant": contestant.label, "seed": seed},
     )
+    if not result.trials:
+        raise StrategyError(f"strategy {contestant.label!r} proposed no network that fits the limits")
+    if not result.measured:
+        raise EvaluationError(f"every evaluation failed, the first with: {result.trials[0].error}")
     scores = [
         trial.metrics[problem.objective] if trial.outcome == Outcome.MEASURED else None
         for trial in result.trials
@@ -136,7 +162,7 @@ def run_cell(
         scores=tuple(scores),
         evaluation_s=tuple(trial.metrics.get(SECONDS, 0.0) for trial in result.trials),
         strategy_s=strategy.seconds,
-        best=result.best().architecture.to_json() if result.measured else "",
+        best=result.best().architecture.to_json(),
     )
 
 
@@ -157,13 +183,16 @@ def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path
         # Gaussian processes solve their equations in threads of BLAS.
         threadpool_limits(threads, user_api="blas")
     problem = _problem(source)
-    journal = path.with_suffix(".log")
+    journal, failure = path.with_suffix(".log"), None
     try:
         cell = run_cell(problem, contestant, seed, evaluations, journal)
     except (StrategyError, EvaluationError) as error:
+        failure = error
         cell = Cell(contestant.label, seed, (), (), 0.0, "", error=f"{type(error).__name__}: {error}")
     write_json(path, {"schema": SCHEMA, "version": VERSION, "evaluations": evaluations, **asdict(cell)})
-    journal.unlink(missing_ok=True)
+    # What was evaluated serves a strategy once it is mended; what an evaluator failed on would fail for ever.
+    if not isinstance(failure, StrategyError):
+        journal.unlink(missing_ok=True)
 
 
 def cell_path(folder: Path, contestant: Contestant, seed: int) -> Path:
@@ -173,21 +202,30 @@ def cell_path(folder: Path, contestant: Contestant, seed: int) -> Path:
     return folder / "cells" / f"{name}-{digest}" / f"{seed}.json"
 
 
-def read_cell(path: Path) -> Cell:
-    """Read a cell.
+def read_cell(path: Path, evaluations: int) -> Cell:
+    """Read a cell of a search of so many evaluations.
 
     Raises:
-        StorageError: It is absent or damaged.
+        StorageError: It is absent, damaged, or of another number of evaluations.
     """
     payload = read_json(path, lambda text: StorageError(f"{text}; remove it to run it again"), "cell")
     try:
         if (payload.pop("schema"), payload.pop("version")) != (SCHEMA, VERSION):
             raise StorageError(f"{path} is no cell of version {VERSION}; remove it to run it again")
-        payload.pop("evaluations")
+        if (asked := payload.pop("evaluations")) != evaluations:
+            raise StorageError(
+                f"{path} is a search of {asked} evaluations, not {evaluations}; use another --output, or "
+                "remove it to run it again"
+            )
         scores, seconds = tuple(payload.pop("scores")), tuple(payload.pop("evaluation_s"))
         return Cell(scores=scores, evaluation_s=seconds, **payload)
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path} is damaged ({error!r}); remove it to run it again") from error
+
+
+def _is_finished(path: Path, evaluations: int) -> bool:
+    """Whether a search need not be run; one that failed is, since its cause may be mended."""
+    return path.exists() and bool(read_cell(path, evaluations).best)
 
 
 def run_cells(
@@ -201,7 +239,7 @@ def run_cells(
     threads: int = 0,
     progress: Progress = silent,
 ) -> list[Cell]:
-    """Run what is missing of all cells, several at a time, and return all.
+    """Run all cells that are missing or failed, several at a time, and return all.
 
     Args:
         source: Of the problem; every worker makes it once.
@@ -212,18 +250,21 @@ def run_cells(
         jobs: Worker processes; 1 runs in this process.
         threads: Of PyTorch and BLAS in each; 0 leaves them.
         progress: Told finished cells.
+
+    Raises:
+        StorageError: A cell that is there is damaged or of another number of evaluations.
     """
     text = json.dumps({"factory": source.factory, "arguments": dict(source.arguments)}, sort_keys=True)
     # Seeds first: a comparison that is stopped has a few seeds of every strategy.
     wanted = [(contestant, seed) for seed in seeds for contestant in contestants]
-    missing = [pair for pair in wanted if not cell_path(folder, *pair).exists()]
+    missing = [pair for pair in wanted if not _is_finished(cell_path(folder, *pair), evaluations)]
     done = len(wanted) - len(missing)
     progress(done, len(wanted), "")
     calls = [(text, c, seed, evaluations, cell_path(folder, c, seed), threads) for c, seed in missing]
     for label in _each(calls, jobs):
         done += 1
         progress(done, len(wanted), label)
-    return [read_cell(cell_path(folder, *pair)) for pair in wanted]
+    return [read_cell(cell_path(folder, *pair), evaluations) for pair in wanted]
 
 
 def _each(calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from autocompress.console import stage
-from autocompress.errors import RecipeError
+from autocompress.errors import RecipeError, StrategyError
 
 DEFAULT_STRATEGIES = "random,evolution,elitist,nsga2,reinforce,tpe,predictor"
 
@@ -25,7 +25,11 @@ def compare(
         list[str] | None, typer.Option("--set", help="An argument of the function: --set channels=16.")
     ] = None,
     strategies: Annotated[
-        str, typer.Option(help="Names, separated by commas; options behind colons: evolution:population=20.")
+        str,
+        typer.Option(
+            help="Names, or module:attribute of your own, separated by commas; options behind colons: "
+            "evolution:population=20 or my_module:MySearch:rate=0.1."
+        ),
     ] = DEFAULT_STRATEGIES,
     seeds: Annotated[int, typer.Option(help="Searches of each strategy.")] = 5,
     evaluations: Annotated[int, typer.Option(help="Networks that each search evaluates.")] = 100,
@@ -37,11 +41,11 @@ def compare(
     """Compare search strategies on the same space, budget, evaluator and seeds.
 
     Finished searches are kept: the same command goes on where it was stopped, and more strategies or seeds
-    can be added to it.
+    can be added to it. Failed searches are run again.
     """
-    from autocompress.compare.cells import run_cells
+    from autocompress.compare.cells import make_strategy, run_cells
     from autocompress.compare.problem import ProblemSource, parse_contestant
-    from autocompress.compare.show import claim, write_comparison
+    from autocompress.compare.show import claim, extent, write_comparison
     from autocompress.console import with_changes
     from autocompress.machine import cores
 
@@ -69,6 +73,10 @@ def compare(
         raise RecipeError(f"compare needs two different strategies at least, got {strategies!r}")
     folder = output or (run / "compare" if run is not None else Path("runs") / "compare")
     made = source.make()
+    for contestant in contestants:
+        make_strategy(
+            made, contestant, seed=0
+        )  # one that cannot be made is refused before others are paid for
     claim(
         folder,
         {
@@ -79,13 +87,14 @@ def compare(
         },
     )
     at_once = min(jobs or cores(), seeds * len(contestants))
+    typer.echo(f"{made.name}: {seeds * len(contestants)} searches, {at_once} at a time")
     with stage(f"compare {len(contestants)} strategies on {made.name}") as progress:
         cells = run_cells(
             source, contestants, range(seeds), evaluations, folder, jobs=at_once,
             threads=max(1, cores() // at_once) if at_once > 1 else 0, progress=progress,
         )  # fmt: skip
     found, said = write_comparison(folder, made, cells, evaluations)
-    typer.echo(f"{made.name}: best {made.objective} of {seeds} seeds, {evaluations} evaluations each")
+    typer.echo(f"{made.name}: best {made.objective} of {extent(cells, evaluations)}")
     for standing in found:
         if standing.finals:
             regret = "" if standing.regret is None else f", regret {standing.regret:.4f}"
@@ -97,3 +106,8 @@ def compare(
     for line in said:
         typer.echo(line)
     typer.echo(f"written to {folder / 'report.md'}, results.json, evaluations.svg, seconds.svg")
+    if all(cell.error for cell in cells):
+        raise StrategyError(
+            f"all {len(cells)} searches failed, the first with: {cells[0].error}; {folder / 'report.md'} has "
+            "all reasons, and the same command runs them again"
+        )

@@ -1,6 +1,7 @@
 """What strategies are compared on, in a form that worker processes can make for themselves."""
 
 import importlib
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from typing import Any
 import yaml
 
 from autocompress.budget import Constraints
-from autocompress.errors import PluginError, RecipeError
+from autocompress.errors import AutocompressError, PluginError, RecipeError
 from autocompress.evaluator import Evaluator
-from autocompress.plugins import load_strategy
+from autocompress.plugins import STRATEGIES, available, load_strategy_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class ProblemSource:
         """Make the problem.
 
         Raises:
-            PluginError: It cannot be imported, or is no function that returns a `Problem`.
+            PluginError: It cannot be imported, raises, or is no function that returns a `Problem`.
             RecipeError: The function does not take these arguments.
         """
         path, _, attribute = self.factory.partition(":")
@@ -59,11 +60,23 @@ class ProblemSource:
             factory: Callable[..., Any] = operator.attrgetter(attribute)(importlib.import_module(path))
         except (ImportError, AttributeError) as error:
             raise PluginError(f"problem {self.factory!r} cannot be imported: {error}") from error
+        except Exception as error:  # what the user's module does when it is imported
+            raise PluginError(
+                f"problem {self.factory!r} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         try:
-            problem = factory(**self.arguments)
-        except TypeError as error:
+            inspect.signature(factory).bind(**self.arguments)
+        except (TypeError, ValueError) as error:
             raise RecipeError(
                 f"problem {self.factory!r} does not take {dict(self.arguments)}: {error}"
+            ) from error
+        try:
+            problem = factory(**self.arguments)
+        except AutocompressError:
+            raise
+        except Exception as error:  # the user's function may raise anything
+            raise PluginError(
+                f"problem {self.factory!r} cannot be made: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(problem, Problem):
             raise PluginError(
@@ -79,11 +92,11 @@ class ProblemSource:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A strategy with options, as `evolution` or `evolution:population=20:sample_size=5`.
+    """A strategy with options, as `evolution:population=20:sample_size=5` or `my_module:MySearch:rate=0.1`.
 
     Attributes:
         label: The text itself.
-        strategy: Name of a strategy, or `module.attribute` after a `@`.
+        strategy: Name of a strategy, or `module:attribute`.
         options: Its options.
     """
 
@@ -96,21 +109,24 @@ def parse_contestant(text: str) -> Contestant:
     """Read a strategy with options.
 
     Raises:
-        RecipeError: It reads otherwise.
+        RecipeError: It reads otherwise, or the strategy does not take an option.
         PluginError: There is no such strategy.
     """
     name, *parts = text.strip().split(":")
+    # `elitist:population` lacks a value; it is no module of the name of a strategy.
+    if parts and "=" not in parts[0] and name not in available(STRATEGIES):
+        name = f"{name}:{parts.pop(0)}"
     options = {}
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.isidentifier():
-            raise RecipeError(f"a strategy with options reads name:option=value[:option=value], got {text!r}")
+            raise RecipeError(
+                "a strategy with options reads name:option=value[:option=value], with module:attribute as "
+                f"name of one of your own; got {text!r}"
+            )
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"option {key} of {text!r} is no YAML: {error}") from None
-    if name.startswith("@"):
-        module, _, attribute = name[1:].rpartition(".")
-        name = f"{module}:{attribute}"
-    load_strategy(name)
+    load_strategy_for(name, options, key=f"--strategies {name}:")
     return Contestant(text.strip(), name, options)

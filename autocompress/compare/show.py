@@ -8,19 +8,21 @@ from typing import Any, Final
 
 import numpy as np
 
-from autocompress.atomic import replacing, write_json, write_text
-from autocompress.compare.cells import Cell
+from autocompress.atomic import read_json, replacing, write_json, write_text
+from autocompress.compare.cells import Cell, read_cell
 from autocompress.compare.problem import Problem
 from autocompress.compare.statistics import (
     Pair,
     Standing,
+    counted,
     curves,
     curves_over_seconds,
+    early_ends,
     pairs,
     standings,
     verdicts,
 )
-from autocompress.errors import RecipeError
+from autocompress.errors import RecipeError, StorageError
 
 SCHEMA: Final = "autocompress.compare"
 VERSION: Final = 1
@@ -34,19 +36,22 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         RecipeError: The folder holds a comparison of another problem or length.
-        StorageError: It cannot be written.
+        StorageError: What it holds is damaged or, without settings, of another length; or it cannot be
+            written.
     """
     path = folder / SETTINGS
     wanted = json.loads(json.dumps(settings))
     if not path.exists():
+        # Where somebody removed the settings, the cells say of how many evaluations they are.
+        for cell in folder.glob("cells/*/*.json"):
+            read_cell(cell, settings["evaluations"])
         write_json(path, wanted)
         return
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); use another --output") from None
+    known = read_json(path, lambda text: StorageError(f"{text}; use another --output"), "comparison")
+    if not isinstance(known, dict) or known.keys() != wanted.keys():
+        raise StorageError(f"{path} is damaged: it must have {', '.join(wanted)}; use another --output")
     if known != wanted:
-        differing = [key for key in wanted if not isinstance(known, dict) or known.get(key) != wanted[key]]
+        differing = [key for key in wanted if known[key] != wanted[key]]
         raise RecipeError(
             f"{folder} holds a comparison with other settings ({', '.join(differing)}): more strategies and "
             "seeds can be added to it, but another problem or length needs another --output"
@@ -66,7 +71,7 @@ def write_comparison(
     """
     found = standings(cells, evaluations, problem.optimum)
     compared = pairs(found)
-    said = verdicts(found, compared)
+    said = [*early_ends(cells, evaluations), *verdicts(found, compared)]
     write_json(
         folder / "results.json",
         {
@@ -96,6 +101,13 @@ def _plain(standing: Standing) -> dict[str, Any]:
     return payload
 
 
+def extent(cells: Sequence[Cell], evaluations: int) -> str:
+    """Return how much was searched, in words."""
+    seeds = len({cell.seed for cell in cells})
+    up_to = "up to " if early_ends(cells, evaluations) else ""
+    return f"{counted(seeds, 'seed')}, {up_to}{counted(evaluations, 'evaluation')} each"
+
+
 def markdown(
     problem: Problem,
     cells: Sequence[Cell],
@@ -106,12 +118,11 @@ def markdown(
 ) -> str:
     """Return the comparison as Markdown."""
     limits = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in problem.constraints.limits.items())
-    seeds = sorted({cell.seed for cell in cells})
     at = sorted({max(1, round(share * evaluations)) for share in POINTS})
     lines = [
         f"# Strategies on {problem.name}",
         "",
-        f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), {evaluations} evaluations each; limits: "
+        f"{extent(cells, evaluations)}; limits: "
         f"{limits or 'none'}; best {problem.objective} on the data that is searched, no test score.",
         "" if problem.optimum is None else f"Known optimum within the limits: {problem.optimum:.6g}.",
         "",
@@ -133,10 +144,13 @@ def markdown(
             f"{standing.median:.4f} | {curve} | {regret} | {1e3 * standing.strategy_s:.2f} |"
         )
     lines += ["", *(f"- {line}" for line in said), ""]
-    lines += ["Pairs (two-sided Mann-Whitney U, p after Holm's correction):", ""]
-    lines += ["| pair | difference of medians | p | corrected |", "|---|---|---|---|"]
+    if compared:
+        lines += ["Pairs (two-sided Mann-Whitney U, p after Holm's correction):", ""]
+        lines += ["| pair | difference of medians | p | corrected |", "|---|---|---|---|"]
+    else:
+        lines += ["No test is possible: it needs two seeds at least of two strategies at least."]
     lines += [
-        f"| {pair.first} - {pair.second} | {pair.difference:+.4f} | {pair.p:.3g} | {pair.corrected:.3g} |"
+        f"| {pair.first} - {pair.second} | {pair.difference:+z.4f} | {pair.p:.3g} | {pair.corrected:.3g} |"
         for pair in compared
     ]
     errors = [f"- {cell.label}, seed {cell.seed}: {cell.error}" for cell in cells if cell.error]
@@ -163,6 +177,7 @@ def _plot(folder: Path, problem: Problem, cells: Sequence[Cell], evaluations: in
         if problem.optimum is not None:
             axes.axhline(problem.optimum, color="0.4", linestyle="--", linewidth=0.8, label="optimum")
         axes.set(xlabel=label, ylabel=f"best {problem.objective} so far", title=problem.name)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:  # none where every search failed
+            axes.legend(fontsize=8)
         with replacing(folder / f"{name}.svg") as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -33,6 +33,7 @@ class Standing:
         regret: Mean distance to the known optimum; `None` where it is not known.
         strategy_s: Mean seconds that the strategy took for one evaluation.
         failed: Searches that ended with an error.
+        error: Of the first of them.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Standing:
     regret: float | None
     strategy_s: float
     failed: int
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ def standings(cells: Sequence[Cell], evaluations: int, optimum: float | None = N
     result = []
     for label, group in _by_label(cells).items():
         ended = [cell for cell in group if not cell.error and cell.best]
+        error = next((cell.error for cell in group if cell.error), "")
         finals = np.array([cell.curve(evaluations)[-1] for cell in ended])
         if not len(finals):
-            result.append(
-                Standing(label, (), math.nan, (math.nan,) * 2, 0.0, math.nan, None, 0.0, len(group))
-            )
+            none = math.nan
+            result.append(Standing(label, (), none, (none, none), 0.0, none, None, 0.0, len(group), error))
             continue
         count = sum(len(cell.scores) for cell in ended)
         result.append(
@@ -88,6 +90,7 @@ def standings(cells: Sequence[Cell], evaluations: int, optimum: float | None = N
                 regret=None if optimum is None else float((optimum - finals).mean()),
                 strategy_s=sum(cell.strategy_s for cell in ended) / max(count, 1),
                 failed=len(group) - len(ended),
+                error=error,
             )
         )
     return sorted(result, key=lambda standing: -standing.mean if standing.finals else math.inf)
@@ -145,12 +148,12 @@ def curves_over_seconds(cells: Sequence[Cell], points: int = 200) -> dict[str, N
 
 
 def pairs(found: Sequence[Standing]) -> list[Pair]:
-    """Return all pairs of strategies with at least one final score, p-values corrected together.
+    """Return all pairs of strategies with two final scores at least, p-values corrected together.
 
     Source: Mann & Whitney 1947; Holm 1979. Of few seeds all permutations are counted: the normal
     approximation, which scipy takes where there are ties, finds differences that three seeds cannot show.
     """
-    able = [standing for standing in found if standing.finals]
+    able = [standing for standing in found if len(standing.finals) > 1]  # one has no rank among its own
     compared = []
     for first, second in combinations(able, 2):
         compared.append((first, second, _mann_whitney(first.finals, second.finals)))
@@ -191,33 +194,69 @@ def seeds_needed(comparisons: int) -> int:
 
 
 def verdicts(found: Sequence[Standing], compared: Sequence[Pair], baseline: str = BASELINE) -> list[str]:
-    """Say in plain words which strategies are better than the baseline, and which are not."""
-    known = {standing.label: standing for standing in found if standing.finals}
-    failed = [
-        f"{standing.label}: {standing.failed} of its searches failed" for standing in found if standing.failed
+    """Say in plain words which strategies are better than the baseline, which are not, and which failed."""
+    result = [
+        f"{standing.label}: {standing.failed} of {standing.failed + len(standing.finals)} searches failed, "
+        f"the first with: {standing.error}"
+        for standing in found
+        if standing.failed
     ]
+    known = {standing.label: standing for standing in found if standing.finals}
     if baseline not in known:
-        return [*failed, f"without {baseline!r} among the strategies nobody can say whether any is worth it"]
-    result = []
+        failed = any(standing.label == baseline for standing in found)
+        lack = (
+            f"every search of {baseline!r} failed:"
+            if failed
+            else f"without {baseline!r} among the strategies"
+        )
+        return [*result, f"{lack} nobody can say whether any is worth it"]
     against = {pair.first if pair.second == baseline else pair.second: pair for pair in compared
                if baseline in (pair.first, pair.second)}  # fmt: skip
-    for label, pair in against.items():
-        gain = pair.difference if pair.first == label else -pair.difference
-        facts = f"median {gain:+.4g}, p = {pair.corrected:.3g} after correction"
-        if pair.corrected > SIGNIFICANT:
-            result.append(f"{label}: no better than random search can be shown ({facts})")
-        elif _wins(known[label], known[baseline]):
-            result.append(f"{label}: better than random search ({facts})")
-        else:
-            result.append(f"{label}: WORSE than random search ({facts})")
-    fewest = min(len(standing.finals) for standing in known.values())
-    needed = seeds_needed(len(compared))
-    if fewest < needed and against:
+    result += [
+        _verdict(standing, known[baseline], against.get(label))
+        for label, standing in known.items()
+        if label != baseline
+    ]
+    most = max(len(standing.finals) for standing in known.values())
+    tests = math.comb(len(known), 2)
+    if tests and most < seeds_needed(tests):
         result.append(
-            f"with {fewest} seeds and {len(compared)} pairs the test cannot show any difference; it can from "
-            f"{needed} seeds on"
+            f"with {counted(most, 'seed')} and {counted(tests, 'pair')} the test cannot show any difference; "
+            f"it can from {seeds_needed(tests)} seeds on"
         )
-    return [*failed, *result]
+    return result
+
+
+def _verdict(one: Standing, baseline: Standing, pair: Pair | None) -> str:
+    """Say how a strategy did against the baseline; without a pair no test was possible."""
+    gain = f"median {one.median - baseline.median:+z.4g}"
+    if pair is None:
+        return f"{one.label}: no test against random search is possible with a single score ({gain})"
+    facts = f"{gain}, p = {pair.corrected:.3g} after correction"
+    if pair.corrected > SIGNIFICANT:
+        return f"{one.label}: no better than random search can be shown ({facts})"
+    if _wins(one, baseline):
+        return f"{one.label}: better than random search ({facts})"
+    return f"{one.label}: WORSE than random search ({facts})"
+
+
+def early_ends(cells: Sequence[Cell], evaluations: int) -> list[str]:
+    """Say which strategies had nothing new to propose before all evaluations were made, and when."""
+    said = []
+    for label, group in _by_label(cells).items():
+        made = sorted(len(cell.scores) for cell in group if cell.best and len(cell.scores) < evaluations)
+        if made:
+            span = f"{made[0]}" if made[0] == made[-1] else f"{made[0]} to {made[-1]}"
+            said.append(
+                f"{label}: {len(made)} of {len(group)} searches ended after {span} of {evaluations} "
+                "evaluations, with nothing new to propose"
+            )
+    return said
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words: `1 seed`, `2 seeds`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _wins(one: Standing, other: Standing) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import cast, final
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.elastic.layers import NORM_EPS, ElasticModule, Normalise
 from autocompress.elastic.partial import weighted
@@ -88,6 +88,21 @@ def run_mixture(
         else:
             x = _run_settings(supernet, block, x, chosen, gates, normalise)
     return x
+
+
+@final
+class Mixture(nn.Module):
+    """A mixture as a network of its own: what a differentiable search has trained, and can teach."""
+
+    def __init__(self, supernet: Supernet, arch: Architecture, gates: Gates, *, channels: int = 1) -> None:
+        """Hold the supernet and the gates; see `run_mixture`."""
+        super().__init__()
+        self.supernet = supernet
+        self._arch, self._gates, self._channels = arch, gates, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to outputs, with the batch-norm statistics of the batch."""
+        return run_mixture(self.supernet, x, self._arch, self._gates, affine=False, channels=self._channels)
 
 
 def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

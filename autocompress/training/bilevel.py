@@ -65,7 +65,7 @@ def train_relaxed(
     ours, theirs = halves(data, share)
     per_epoch = steps_per_epoch(ours, settings)
     steps = settings.epochs * per_epoch
-    (arch,) = supernet.space.decode(strategy_start(strategy, supernet))
+    (arch,) = supernet.space.decode(strategy.start)
     network = _Network(supernet, task, arch, strategy.channels, task.training_loss(settings.label_smoothing))
     held_out = _Endless(theirs, settings)
     extra: dict[str, Any] = {"strategy": strategy.state_dict()}
@@ -101,12 +101,6 @@ def train_relaxed(
     )
     strategy.load_state_dict(extra["strategy"])
     return position
-
-
-def strategy_start(strategy: Differentiable, supernet: Supernet) -> Any:
-    """Return the codes `(1, choices)` that say the options of choices without gates."""
-    relaxation = getattr(strategy, "relaxation", None)
-    return supernet.space.largest() if relaxation is None else relaxation.largest()
 
 
 def halves(data: DataSet, share: float) -> tuple[DataSet, DataSet]:

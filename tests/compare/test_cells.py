@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocompress.compare.cells import Cell, cell_path, read_cell, run_cell, run_cells
+from autocompress.compare.cells import Cell, cell_path, make_strategy, read_cell, run_cell, run_cells
 from autocompress.compare.problem import Contestant, Problem, ProblemSource, parse_contestant
 from autocompress.engine import search
-from autocompress.errors import PluginError, RecipeError, StorageError
+from autocompress.errors import PluginError, RecipeError, StorageError, StrategyError
 from autocompress.space import Codes
 from autocompress.testing.toys import ToyEvaluator, toy_constraints, toy_problem
 from autocompress.trial import Batch
+from strategies.evolution import AgingEvolution
 from strategies.random_search import RandomSearch
 
 TOY = ProblemSource("autocompress.testing.toys:toy_problem", {"blocks": 4})
@@ -25,19 +26,50 @@ RANDOM, SMALL = Contestant("random", "random"), parse_contestant("evolution:popu
 
 
 class Breaking:
-    """A strategy that asks two networks and fails then."""
+    """A strategy that asks two networks and fails then, until somebody mends it."""
+
+    mended = False
 
     def __init__(self, constraints: Any, *, seed: int, objective: str = "accuracy") -> None:
         self._random, self._left = RandomSearch(constraints, seed=seed), 2
 
     def ask(self, n: int) -> Codes:
         self._left -= 1
-        if self._left < 0:
+        if self._left < 0 and not self.mended:
             raise RuntimeError("no idea")
         return self._random.ask(n)
 
     def tell(self, batch: Batch) -> None:
         pass
+
+
+class Inheriting(AgingEvolution):  # type: ignore[misc]  # users derive from final classes too
+    """A strategy that hands the options it does not know to its base class."""
+
+    def __init__(self, constraints: Any, strength: int = 1, **options: Any) -> None:
+        super().__init__(constraints, **options)
+        self.strength, self.given = strength, options
+
+
+class TakesNothing:
+    pass
+
+
+class Raising:
+    def __init__(self, constraints: Any, *, seed: int, objective: str) -> None:
+        raise KeyError("weights")
+
+
+def makes_nothing(constraints: Any, *, seed: int, objective: str) -> None:
+    pass
+
+
+def takes_little(constraints: Any) -> RandomSearch:
+    return RandomSearch(constraints, seed=0)
+
+
+def takes_anything(constraints: Any, **options: Any) -> Any:
+    return RandomSearch(constraints, seed=options["seed"])
 
 
 def without_times(cells: Sequence[Cell]) -> list[Any]:
@@ -90,6 +122,58 @@ def test_a_strategy_that_fails_is_a_cell_with_its_error_and_the_others_go_on(tmp
     assert len(cells[1].scores) == 5
 
 
+def test_a_search_that_failed_is_run_again_and_pays_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Contestant("breaking", f"{__name__}:Breaking")
+    run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
+    kept = cell_path(tmp_path, RANDOM, 0).stat().st_mtime_ns
+    monkeypatch.setattr(Breaking, "mended", True)
+    paid: list[Codes] = []
+
+    def counting(self: ToyEvaluator, codes: Codes) -> dict[str, Any]:
+        paid.append(codes)
+        return original(self, codes)
+
+    original = ToyEvaluator.__call__
+    monkeypatch.setattr(ToyEvaluator, "__call__", counting)
+    cells = run_cells(TOY, [broken, RANDOM], [0], 5, tmp_path)
+    assert (cells[0].error, cells[0].scores) == ("", cells[1].scores)
+    assert len(paid) == 3
+    assert cell_path(tmp_path, RANDOM, 0).stat().st_mtime_ns == kept
+    assert not list(tmp_path.rglob("*.log"))
+
+
+class Silent(Breaking):
+    """A strategy that never proposes anything."""
+
+    def ask(self, n: int) -> Codes:
+        return self._random.ask(n)[:0]
+
+
+def test_a_search_without_a_score_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = Contestant("silent", f"{__name__}:Silent")
+    (cell,) = run_cells(TOY, [silent], [0], 5, tmp_path)
+    assert cell.error == "StrategyError: strategy 'silent' proposed no network that fits the limits"
+    with monkeypatch.context() as broken:
+        broken.setattr(ToyEvaluator, "__call__", lambda self, codes: 1 / 0)
+        (cell,) = run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    assert cell.error == (
+        "EvaluationError: every evaluation failed, the first with: ZeroDivisionError: division by zero"
+    )
+    (cell,) = run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    assert (cell.error, len(cell.scores)) == ("", 5)
+    assert None not in cell.scores
+
+
+def test_a_search_of_another_length_is_refused(tmp_path: Path) -> None:
+    run_cells(TOY, [RANDOM], [0], 5, tmp_path)
+    with pytest.raises(
+        StorageError, match=r"0.json is a search of 5 evaluations, not 6; use another --output"
+    ):
+        run_cells(TOY, [RANDOM], [0], 6, tmp_path)
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -122,7 +206,7 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
     # At most the evaluation that the kill hit is paid for twice.
     assert 40 <= len(paid.read_text()) <= 41
-    assert without_times([read_cell(cell_path(tmp_path, SMALL, 0))]) == without_times(
+    assert without_times([read_cell(cell_path(tmp_path, SMALL, 0), 40)]) == without_times(
         [run_cell(toy_problem(blocks=4), SMALL, 0, 40)]
     )
 
@@ -134,16 +218,30 @@ def test_a_damaged_cell_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "0.json"
     path.write_text(content)
     with pytest.raises(StorageError, match="remove it to run it again"):
-        read_cell(path)
+        read_cell(path, 5)
+
+
+@pytest.fixture
+def broken_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text("made = 1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 def test_contestants_read_options_as_yaml() -> None:
     assert parse_contestant("random") == Contestant("random", "random", {})
     found = parse_contestant("evolution:population=20:deduplicate=false")
     assert (found.strategy, dict(found.options)) == ("evolution", {"population": 20, "deduplicate": False})
-    assert parse_contestant("@strategies.random_search.RandomSearch").strategy == (
+
+
+def test_a_strategy_of_ones_own_is_module_and_attribute_with_options_behind_them() -> None:
+    assert parse_contestant("strategies.random_search:RandomSearch").strategy == (
         "strategies.random_search:RandomSearch"
     )
+    found = parse_contestant(f"{__name__}:Inheriting:population=8:strength=2")
+    assert found.strategy == f"{__name__}:Inheriting"
+    made = make_strategy(toy_problem(blocks=2), found, 3)
+    assert isinstance(made, Inheriting)
+    assert (made.strength, made.given) == (2, {"seed": 3, "objective": "accuracy", "population": 8})
 
 
 @pytest.mark.parametrize(
@@ -153,11 +251,57 @@ def test_contestants_read_options_as_yaml() -> None:
         ("evolution:a b=1", RecipeError, "name:option=value"),
         ("evolution:population=[", RecipeError, "no YAML"),
         ("evolutoin", PluginError, "did you mean 'evolution'"),
+        (
+            "evolution:popul=3",
+            RecipeError,
+            "^--strategies evolution:popul: strategy 'evolution' takes popula",
+        ),
+        ("evolution:seed=3", RecipeError, "^--strategies evolution:seed: strategy 'evolution' takes popula"),
+        (f"{__name__}:Inheriting:popul=3", RecipeError, "Inheriting' takes strength, population, sample_si"),
+        (f"{__name__}:takes_anything:seed=3", RecipeError, "takes no options"),
+        (f"{__name__}:Breaking:rate=3", RecipeError, "Breaking:rate: strategy .*Breaking' takes no options"),
+        (f"{__name__}:TakesNothing", PluginError, "is no strategy: it must take .*, but takes nothing"),
+        (f"{__name__}:takes_little", PluginError, "is no strategy: .*, but takes constraints$"),
+        ("mine:", PluginError, "a strategy is a name or 'module:attribute', got 'mine:'"),
+        (
+            "mine:Search:3",
+            RecipeError,
+            "module:attribute as name of one of your own; got 'mine:Search:3'",
+        ),
+        ("no_such:Search:rate=3", PluginError, "'no_such:Search' cannot be imported from module 'no_such'"),
+        ("broken_module:Search", PluginError, "module 'broken_module' raises ZeroDivisionError: division"),
     ],
 )
-def test_contestants_that_read_otherwise_are_refused(text: str, error: type[Exception], said: str) -> None:
+def test_contestants_that_read_otherwise_are_refused(
+    text: str, error: type[Exception], said: str, broken_module: None
+) -> None:
     with pytest.raises(error, match=said):
         parse_contestant(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (f"{__name__}:Raising", "strategy '.*:Raising' cannot be made: KeyError: 'weights'"),
+        (f"{__name__}:makes_nothing", "makes_nothing' must make something with ask and tell, got NoneType"),
+        (
+            "evolution:population=0",
+            "strategy 'evolution:population=0': population must be an integer >= 1, g",
+        ),
+    ],
+)
+def test_a_strategy_that_cannot_be_made_is_an_error_with_its_name(name: str, said: str) -> None:
+    with pytest.raises(StrategyError, match=said):
+        make_strategy(toy_problem(blocks=2), parse_contestant(name), 0)
+
+
+def test_a_strategy_that_takes_anything_is_given_it() -> None:
+    found = parse_contestant(f"{__name__}:takes_anything:rate=3")
+    assert isinstance(make_strategy(toy_problem(blocks=2), found, 0), RandomSearch)
+
+
+def raising_problem(blocks: int = 2) -> Problem:
+    raise TypeError(f"{blocks} blocks")
 
 
 def free_problem() -> Problem:
@@ -183,10 +327,16 @@ def free_problem() -> Problem:
             "must return .*Problem, got SearchSpace",
         ),
         (ProblemSource("tests_compare_cells:free_problem"), PluginError, "must be paid"),
+        (
+            ProblemSource("tests_compare_cells:raising_problem", {"blocks": 3}),
+            PluginError,
+            "'tests_compare_cells:raising_problem' cannot be made: TypeError: 3 blocks",
+        ),
+        (ProblemSource("broken_module:made"), PluginError, "cannot be imported: ZeroDivisionError: division"),
     ],
 )
 def test_a_problem_that_cannot_be_made_is_refused(
-    source: ProblemSource, error: type[Exception], said: str
+    source: ProblemSource, error: type[Exception], said: str, broken_module: None
 ) -> None:
     sys.modules["tests_compare_cells"] = sys.modules[__name__]
     with pytest.raises(error, match=said):

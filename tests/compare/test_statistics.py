@@ -12,6 +12,7 @@ from autocompress.compare.statistics import (
     Pair,
     curves,
     curves_over_seconds,
+    early_ends,
     holm,
     interval_of_mean,
     pairs,
@@ -46,7 +47,54 @@ def test_a_strategy_whose_searches_all_failed_is_last_and_without_a_score() -> N
     found = standings([Cell("bad", 0, (), (), 0.0, "", error="no"), cell("a", 0, 1.0)], 1)
     assert [s.label for s in found] == ["a", "bad"]
     assert (found[1].finals, found[1].failed) == ((), 1)
-    assert "bad: 1 of its searches failed" in verdicts(found, pairs(found))
+    assert "bad: 1 of 1 searches failed, the first with: no" in verdicts(found, pairs(found))
+
+
+def test_random_search_that_failed_is_said_to_have_failed_not_to_be_absent() -> None:
+    failed = [Cell("random", seed, (), (), 0.0, "", error=f"reason {seed}") for seed in range(2)]
+    found = standings([cell("a", 0, 1.0), cell("a", 1, 1.0), *failed], 1)
+    assert verdicts(found, pairs(found)) == [
+        "random: 2 of 2 searches failed, the first with: reason 0",
+        "every search of 'random' failed: nobody can say whether any is worth it",
+    ]
+
+
+def test_of_single_scores_no_test_is_possible() -> None:
+    found = standings([cell("a", 0, 2.0), cell("random", 0, 1.5)], 1)
+    assert pairs(found) == []
+    assert verdicts(found, []) == [
+        "a: no test against random search is possible with a single score (median +0.5)",
+        "with 1 seed and 1 pair the test cannot show any difference; it can from 4 seeds on",
+    ]
+
+
+def test_a_strategy_with_one_score_left_is_not_tested_but_others_are() -> None:
+    failed = [Cell("a", seed, (), (), 0.0, "", error="no") for seed in range(1, 5)]
+    scores = [cell(label, seed, value) for label, value in (("b", 3.0), ("random", 1.0)) for seed in range(5)]
+    found = standings([cell("a", 0, 2.0), *failed, *scores], 1)
+    (pair,) = pairs(found)
+    assert {pair.first, pair.second} == {"b", "random"}
+    assert pair.corrected == pair.p
+    assert verdicts(found, [pair]) == [
+        "a: 4 of 5 searches failed, the first with: no",
+        "b: better than random search (median +2, p = 0.00794 after correction)",
+        "a: no test against random search is possible with a single score (median +1)",
+    ]
+
+
+def test_searches_that_ended_early_are_said_to_have() -> None:
+    failed = Cell("a", 3, (), (), 0.0, "", error="no")
+    cells = [cell("a", 0, 1.0), cell("a", 1, 1.0, 2.0), cell("a", 2, 1.0, 2.0, 3.0), failed]
+    assert early_ends(cells, 3) == [
+        "a: 2 of 4 searches ended after 1 to 2 of 3 evaluations, with nothing new to propose"
+    ]
+    assert early_ends(cells[2:], 3) == []
+
+
+def test_a_difference_of_nothing_has_no_sign_of_its_own() -> None:
+    cells = [cell(label, seed, 1.0) for label in ("random", "a") for seed in range(4)]
+    found = standings(cells, 1)
+    assert "(median +0, p = 1 after correction)" in verdicts(found, pairs(found))[0]
 
 
 def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says() -> None:
@@ -133,7 +181,7 @@ def test_too_few_seeds_are_said_to_be_too_few() -> None:
     found = standings(cells, 1)
     said = verdicts(found, pairs(found))
     assert said[0].startswith("a: no better than random search can be shown")
-    assert said[1] == "with 3 seeds and 1 pairs the test cannot show any difference; it can from 4 seeds on"
+    assert said[1] == "with 3 seeds and 1 pair the test cannot show any difference; it can from 4 seeds on"
 
 
 def test_without_random_search_nothing_can_be_said() -> None:
