@@ -6,6 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+AGAIN_S = 1.0
+"""An exception can be lost, in a destructor or a bare `except`: so long after it the next one is raised."""
+
+
+class _OverError(BaseException):
+    """What interrupts the body; no `Exception`, which code that retries what failed would catch."""
+
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
@@ -22,12 +29,18 @@ def deadline(seconds: float) -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s")
+        raise _OverError
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    except _OverError:
+        raise TimeoutError(f"took more than {seconds:g} s") from None
     finally:
+        # Once more: the first may have been interrupted just before it stopped the timer.
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)

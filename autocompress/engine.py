@@ -4,6 +4,7 @@ Two kinds of evaluators, two memories: what is paid for is remembered, stored an
 is free (a predictor, a table) is asked again, streamed to a file, and only the best of it is kept.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,12 +17,13 @@ from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.deadline import deadline
 from autocompress.errors import AutocompressError, EvaluationError, SpaceError, StrategyError
-from autocompress.evaluator import Evaluator, ParallelEvaluator, evaluated
+from autocompress.evaluator import Evaluator, ParallelEvaluator, check_evaluator, evaluated, metrics_of
 from autocompress.history import History
 from autocompress.progress import Progress, silent
+from autocompress.proposals import check_count
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
-from autocompress.storage import TrialStorage
+from autocompress.storage import TrialStorage, plain_identity
 from autocompress.strategy import Noted, Strategy, name_of
 from autocompress.trial import Batch, Outcome, Trial
 
@@ -63,11 +65,13 @@ def search(
             into `history`.
         evaluations: How many distinct architectures are evaluated, those found in storage included.
         objective: The metric that the result ranks by.
-        storage: Path of a journal file, or URL of an Optuna storage, for paid evaluations.
-        study: Name of the study in the storage.
+        storage: `Path` of a journal file, or URL of an Optuna storage as text, for paid evaluations.
+        study: Name of the study in the storage. A second process that searches with it is refused where
+            the storage is a file (a journal, SQLite); in a database server nothing keeps it away, and both
+            pay.
         history: Path of the stream of candidates that a free evaluator scored; started anew each time.
         identity: What the stored outcomes depend on besides the space and the limits: the evaluator's
-            weights, the data, the seed.
+            weights, the data, the seed. Plain values, as JSON has them.
         batch: Rows asked at once for a free evaluator. For a paid one, as many as it evaluates at once
             (`workers`, 1 unless it says otherwise): every strategy learns from all there is.
         ask_timeout_s: How long the strategy may take for one answer; only kept in the main thread of a
@@ -78,19 +82,25 @@ def search(
         The result; its trials are the paid evaluations.
 
     Raises:
-        StorageError: Outcomes cannot be stored, or belong to another search.
-        StrategyError: The strategy raised, took too long, or proposed what is not in the space.
-        EvaluationError: The first evaluations all failed.
-        AutocompressError: `evaluations` is below 1, or the evaluator does not give the objective.
+        StorageError: Outcomes cannot be stored, or belong to another search, or another process searches.
+        StrategyError: The strategy raised, took too long, proposed what is not in the space, or nothing
+            that fits.
+        EvaluationError: The first evaluations all failed; of a free evaluator, all of them.
+        RecipeError: `evaluations` or `batch` is not an integer of at least 1.
+        AutocompressError: `identity` is not plain, or the evaluator does not say whether it is paid, or
+            does not give the objective with one value a network.
     """
-    if evaluations < 1:
-        raise AutocompressError(f"evaluations must be 1 or more, got {evaluations}")
+    check_count("evaluations", evaluations)
+    check_count("batch", batch)
+    if not 0 < ask_timeout_s < math.inf:
+        raise AutocompressError(f"ask_timeout_s must be positive and finite, got {ask_timeout_s}")
+    check_evaluator(evaluator)
     space = constraints.space
     belongs = {
         "space": space.fingerprint,
         "limits": dict(constraints.limits),
         "objective": objective,
-        **(identity or {}),
+        **plain_identity(identity or {}),
     }
     guarded = _Guarded(strategy, space, ask_timeout_s)
     stored = None
@@ -103,6 +113,12 @@ def search(
             kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
             memory = _Free(constraints, evaluator, objective, kept, batch)
         asked = _run(guarded, memory, evaluations, objective, progress)
+    if asked and not memory.evaluated:
+        limits = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in constraints.limits.items())
+        raise StrategyError(
+            f"strategy {guarded.name} proposes nothing that fits: all {asked} proposals were refused as "
+            f"infeasible ({limits}), none was evaluated; `constraints.sample` draws networks that fit"
+        )
     return SearchResult(
         space=space.describe(),
         objective=objective,
@@ -137,7 +153,7 @@ class _Guarded:
 
     def __init__(self, strategy: Strategy, space: SearchSpace, timeout_s: float) -> None:
         self._strategy, self._space, self._timeout_s = strategy, space, timeout_s
-        self._name = name_of(strategy)
+        self.name = name_of(strategy)
 
     @property
     def notes(self) -> Mapping[str, Any]:
@@ -146,14 +162,19 @@ class _Guarded:
 
     def ask(self, n: int) -> Codes:
         codes = self._call("ask", n)
+        # None at all has any shape: `np.array([])` says that nothing is left.
+        if not isinstance(codes, np.ndarray) or (codes.size and codes.ndim != 2):
+            wanted = f"an integer array of shape (m, {len(self._space.choices)}), m <= {n}"
+            shown = f"shape {codes.shape}" if isinstance(codes, np.ndarray) else type(codes).__name__
+            raise StrategyError(f"strategy {self.name} must propose {wanted}, got {shown}")
         if len(codes) > n:
-            raise StrategyError(f"strategy {self._name} proposed {len(codes)} networks where {n} were asked")
+            raise StrategyError(f"strategy {self.name} proposed {len(codes)} networks where {n} were asked")
         if len(codes):
             try:
                 self._space.validate(codes)
             except SpaceError as error:
                 raise StrategyError(
-                    f"strategy {self._name} proposed what is not in space {self._space.name!r}: {error}"
+                    f"strategy {self.name} proposed what is not in space {self._space.name!r}: {error}"
                 ) from error
         return np.ascontiguousarray(codes, dtype=np.int64)
 
@@ -168,12 +189,12 @@ class _Guarded:
             raise
         except TimeoutError:
             raise StrategyError(
-                f"strategy {self._name} took more than {self._timeout_s:g} s to {what}; every evaluation so "
+                f"strategy {self.name} took more than {self._timeout_s:g} s to {what}; every evaluation so "
                 "far is stored, if the search has a storage"
             ) from None
         except Exception as error:
             raise StrategyError(
-                f"strategy {self._name} failed to {what}: {type(error).__name__}: {error}"
+                f"strategy {self.name} failed to {what}: {type(error).__name__}: {error}"
             ) from error
 
 
@@ -189,7 +210,11 @@ class _Memory(Protocol):
         """Yield the batches to tell."""
 
     def candidates(self) -> Batch | None:
-        """Return the best of what was scored for free."""
+        """Return the best of what was scored for free.
+
+        Raises:
+            EvaluationError: Nothing has a score.
+        """
 
 
 class _Paid:
@@ -308,6 +333,7 @@ class _Free:
         self.evaluated = 0
         self.best: float | None = None
         self._history = history
+        self._failure = ""
         self._kept: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
         self._scores: Values = np.zeros(0)
 
@@ -332,8 +358,9 @@ class _Free:
     def _scored(self, codes: Codes) -> Values:
         """Ask the evaluator; `nan` for all rows if it fails."""
         try:
-            found = self.evaluator(codes)
-        except EvaluationError:
+            found = metrics_of(self.evaluator, codes)
+        except EvaluationError as error:
+            self._failure = f"; the last of them failed with: {error}"
             return np.full(len(codes), np.nan)
         _check_objective(self.objective, found)
         return np.asarray(found[self.objective], dtype=np.float64)
@@ -353,7 +380,16 @@ class _Free:
         self.best = float(self._scores[0])
 
     def candidates(self) -> Batch:
-        """Return the best of what was scored, the best first."""
+        """Return the best of what was scored, the best first.
+
+        Raises:
+            EvaluationError: Nothing has a score.
+        """
+        if self.evaluated and self.best is None:
+            raise EvaluationError(
+                f"not one of {self.evaluated} evaluations gave a finite {self.objective}{self._failure}; the "
+                "evaluator is broken, not a network"
+            )
         outcomes = np.full(len(self._scores), Outcome.MEASURED, dtype=np.int8)
         return Batch(self._kept, self.constraints.price(self._kept), {self.objective: self._scores}, outcomes)
 

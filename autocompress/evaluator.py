@@ -1,7 +1,9 @@
 """What an evaluator is: it turns architectures into metrics."""
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from autocompress.cost import Values
 from autocompress.errors import AutocompressError, EvaluationError
@@ -44,6 +46,39 @@ class ParallelEvaluator(Evaluator, Protocol):
         """Yield the metrics of every row, in the order of the rows, or why there are none."""
 
 
+def check_evaluator(evaluator: object) -> None:
+    """Refuse what does not say whether it is paid, such as a plain function.
+
+    Raises:
+        AutocompressError: Says how to say it.
+    """
+    if not hasattr(evaluator, "paid"):
+        name = _name(evaluator)
+        raise AutocompressError(
+            f"evaluator {name} has no attribute `paid`: True if a score is worth keeping as a trial (it gets "
+            "one network a call), False if it costs nothing (a predictor, a table: it gets many); a function "
+            f"is given one by `{name}.paid = True`"
+        )
+
+
+def metrics_of(evaluator: Evaluator, codes: Codes) -> Mapping[str, Any]:
+    """Return what an evaluator gives for `codes (n, choices)`: each metric with `n` values.
+
+    Raises:
+        AutocompressError: It gives something else. What it raises itself is not caught.
+    """
+    found = evaluator(codes)
+    wanted = f"evaluator {_name(evaluator)} must return each metric by its name, as an array of shape (n,)"
+    if not isinstance(found, Mapping):
+        raise AutocompressError(f"{wanted}, got {type(found).__name__}")
+    for name, values in found.items():
+        if np.shape(values) != (len(codes),):
+            raise AutocompressError(
+                f"{wanted}: for n = {len(codes)} networks it returned {name!r} of shape {np.shape(values)}"
+            )
+    return found
+
+
 def evaluated(evaluator: Evaluator, codes: Codes) -> Mapping[str, float] | Exception:
     """Return the metrics of one row, or why there are none.
 
@@ -52,8 +87,12 @@ def evaluated(evaluator: Evaluator, codes: Codes) -> Mapping[str, float] | Excep
         broken.
     """
     try:
-        return {name: float(values[0]) for name, values in evaluator(codes).items()}
+        return {name: float(values[0]) for name, values in metrics_of(evaluator, codes).items()}
     except AutocompressError as error:
         return error
     except Exception as error:  # noqa: BLE001  (a user's evaluator may raise anything)
         return EvaluationError(f"{type(error).__name__}: {error}")
+
+
+def _name(evaluator: object) -> str:
+    return str(getattr(evaluator, "__name__", type(evaluator).__name__))

@@ -62,9 +62,15 @@ def separable(space: SearchSpace, vectors: Sequence[Any], metric: str) -> Additi
         metric: What the sum is called.
 
     Raises:
-        CostError: A vector is missing, has a wrong length, or is not finite.
+        CostError: A vector is missing, has a wrong length, is not finite, or not of numbers.
     """
-    tables = [np.asarray(vector, dtype=np.float64) for vector in vectors]
+    try:
+        tables = [np.asarray(vector, dtype=np.float64) for vector in vectors]
+    except (TypeError, ValueError) as error:
+        raise CostError(
+            f"{metric} needs a sequence of vectors of numbers, one a choice in the order of "
+            f"{[choice.name for choice in space.choices]}, got {type(vectors).__name__}: {error}"
+        ) from None
     shapes, wanted = [table.shape for table in tables], [(count,) for count in space.counts.tolist()]
     if shapes != wanted:
         raise CostError(f"{metric} needs one score an option, shapes {wanted}, got {shapes}")

@@ -12,6 +12,7 @@ samplers of Optuna as strategies, is a plug-in: `strategies/optuna_sampler.py`.
 """
 
 import contextlib
+import inspect
 import math
 import threading
 import warnings
@@ -27,7 +28,7 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from autocompress.budget import Constraints
-from autocompress.errors import SpaceError, StrategyError
+from autocompress.errors import RecipeError, SpaceError, StrategyError
 from autocompress.proposals import Asked, fresh_sample, random_generator
 from autocompress.space import Architecture, Codes, Option, SearchSpace
 from autocompress.strategy import Strategy
@@ -91,11 +92,13 @@ class StrategySampler(BaseSampler):
             options: Of the strategy.
 
         Raises:
-            RecipeError: The seed is not an integer of at least 0, or an option is out of its range.
+            RecipeError: The seed is not an integer of at least 0, or the strategy does not take an option,
+                or it is out of its range.
             InfeasibleBudgetError: Nothing fits.
         """
         self._constraints, self._objective = constraints, objective
         self._rng = random_generator(seed)
+        _check_options(strategy, options or {})
         self._others = RandomSampler(seed=int(self._rng.integers(2**32)))
         self._make = partial(strategy, constraints, seed=seed, objective=objective, **(options or {}))
         self._strategy: Strategy = self._make()
@@ -265,6 +268,19 @@ class StrategySampler(BaseSampler):
         if row is not None:
             self._waiting.append(row)
         return row is None
+
+
+def _check_options(strategy: Callable[..., Strategy], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(strategy).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    taken = [name for name in parameters if name not in ("constraints", "seed", "objective")]
+    unknown = [name for name in options if name not in taken]
+    if unknown:
+        name = getattr(strategy, "__name__", type(strategy).__name__)
+        raise RecipeError(
+            f"options of strategy {name} are {', '.join(taken) or 'none'}, got {', '.join(unknown)}"
+        )
 
 
 def _row_of(trial: FrozenTrial, space: SearchSpace, *, otherwise: Codes | None = None) -> Codes | None:

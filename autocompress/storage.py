@@ -6,13 +6,15 @@ architectures, and finds their outcomes here instead of evaluating them.
 
 import json
 import os
+import time
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast, final
 
-from autocompress.errors import StorageError
+from autocompress.errors import AutocompressError, StorageError
 from autocompress.space import SearchSpace
 from autocompress.trial import Outcome, Trial
 
@@ -20,34 +22,45 @@ if TYPE_CHECKING:
     import optuna
 
 
+class _DamagedError(StorageError):
+    """What is there cannot be read."""
+
+
 class TrialStorage:
     """Paid evaluations as trials of an Optuna study; `optuna-dashboard` opens it.
 
     Args:
-        storage: Path of a journal file, or URL of any Optuna storage.
+        storage: `Path` of a journal file, or URL of any Optuna storage.
         study: Name of the study.
         identity: What the trials belong to; kept in the study and compared when it is opened again.
 
     Raises:
         StorageError: It cannot be opened, is damaged, or belongs to another search.
+        AutocompressError: The identity is not plain.
     """
 
     def __init__(self, storage: Path | str, *, study: str, identity: Mapping[str, Any]) -> None:
         """Open or create the study."""
         import optuna
 
+        if not isinstance(storage, Path) and "://" not in str(storage):
+            raise StorageError(
+                "storage must be the pathlib.Path of a journal file, or the URL of an Optuna storage such as "
+                f"'sqlite:///trials.db', got {storage!r}; for a file: pathlib.Path({storage!r})"
+            )
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._storage, self._name, self._identity = storage, study, _plain(identity)
+        self._storage, self._name = storage, study
+        self._identity = plain_identity(identity)
         self._where = _shown(storage)
         self._study = self._open()
-        self._frozen = list(self._study.get_trials(deepcopy=False))
+        self._frozen = self._read()
         self._file = self._file_now()
 
     def _open(self) -> "optuna.Study":
         import optuna
 
         storage, identity = self._storage, self._identity
-        try:
+        with self._explained("open"):
             backend: Any = storage
             if isinstance(storage, Path):
                 storage.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +71,6 @@ class TrialStorage:
             known = study.user_attrs.get("identity")
             if known is None:
                 study.set_user_attr("identity", identity)
-        except StorageError:
-            raise
-        except _refusals() as error:
-            raise StorageError(f"cannot open the trials at {self._where}: {_reason(error)}") from error
-        except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            # What replaying a journal line raises depends on what is wrong with it.
-            raise StorageError(
-                f"the trials at {self._where} are damaged: {error!r}; remove them to search anew"
-            ) from error
         if known is not None and known != identity:
             differing = [key for key in {*known, *identity} if known.get(key) != identity.get(key)]
             raise StorageError(
@@ -75,19 +79,41 @@ class TrialStorage:
             )
         return study
 
+    def _read(self) -> "list[optuna.trial.FrozenTrial]":
+        with self._explained("read"):
+            return self._study.get_trials(deepcopy=False)
+
+    @contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Raise what refuses or cannot read the trials as `StorageError`."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except _refusals() as error:
+            raise StorageError(f"cannot {doing} the trials at {self._where}: {_reason(error)}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            # What replaying a journal line raises depends on what is wrong with it.
+            raise _DamagedError(
+                f"the trials at {self._where} are damaged: {error!r}; remove them to search anew"
+            ) from error
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other processes from searching with this study; trials in a database are not claimed.
+        """Keep other processes from searching with this study, where trials are in a file.
 
         Raises:
             StorageError: Another process does, or the folder cannot be written.
         """
-        if not isinstance(self._storage, Path):
+        file_of_trials = _file_of(self._storage)
+        if file_of_trials is None:
             yield
             return
         import fcntl
 
-        path = self._storage.with_name(f".{self._storage.name}.{zlib.crc32(self._name.encode()):08x}.lock")
+        file_of_trials = file_of_trials.resolve()
+        study = f"{zlib.crc32(self._name.encode()):08x}"
+        path = file_of_trials.with_name(f".{file_of_trials.name}.{study}.lock")
         try:
             file = path.open("ab")
         except OSError as error:
@@ -102,25 +128,37 @@ class TrialStorage:
                 ) from None
             yield
 
-    def _file_now(self) -> tuple[int, int] | None:
-        """Return what tells the journal from one that took its place; `None` for a database."""
+    def _file_now(self) -> tuple[int, ...] | None:
+        """Return what tells whether anyone touched the journal since; `None` for a database."""
         if not isinstance(self._storage, Path):
             return None
         try:
             found = self._storage.stat()
         except OSError:
-            return (0, 0)
-        return found.st_dev, found.st_ino
+            return ()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
-    def _restore_if_gone(self) -> None:
-        """Write all trials again where the journal was removed, or another put in its place, meanwhile."""
-        if self._file_now() == self._file:
-            return
-        self._study = self._open()
-        present = len(self._study.get_trials(deepcopy=False))
-        for frozen in self._frozen[present:]:
-            self._study.add_trial(frozen)
-        self._file = self._file_now()
+    def _restore(self) -> None:
+        """Write again what is missing, once the journal was removed, cut, overwritten or replaced.
+
+        One that cannot be read any more is put aside: it may hold trials of other studies.
+        """
+        try:
+            self._study = self._open()
+        except _DamagedError:
+            path = cast(Path, self._storage)
+            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+            path.rename(aside)
+            warnings.warn(
+                f"the trials at {path} were damaged during this search: the file is put aside as "
+                f"{aside.name}, and the trials of study {self._name!r} are written again",
+                stacklevel=3,
+            )
+            self._study = self._open()
+        there = {_network_of(frozen) for frozen in self._read()}
+        for frozen in self._frozen:
+            if _network_of(frozen) not in there:
+                self._study.add_trial(frozen)
 
     def add(self, trial: Trial, space: SearchSpace, objective: str) -> None:
         """Append one finished trial.
@@ -150,12 +188,12 @@ class TrialStorage:
                 "error": trial.error,
             },
         )
-        try:
-            self._restore_if_gone()
+        with self._explained("write"):
+            if self._file_now() != self._file:
+                self._restore()
             self._study.add_trial(frozen)
             self._frozen.append(frozen)
-        except _refusals() as error:
-            raise StorageError(f"cannot write trials to {self._where}: {_reason(error)}") from error
+            self._file = self._file_now()
 
     def load(self, space: SearchSpace) -> list[Trial]:
         """Return every finished trial, in order.
@@ -164,7 +202,7 @@ class TrialStorage:
             StorageError: A trial cannot be read back.
         """
         trials: list[Trial] = []
-        for frozen in self._study.get_trials(deepcopy=False):
+        for frozen in self._read():
             attributes = frozen.user_attrs
             if "architecture" not in attributes:
                 continue
@@ -209,9 +247,35 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mapping as it comes back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+def _file_of(storage: Path | str) -> Path | None:
+    """Return the file that holds the trials; `None` for a database in memory or behind a server."""
+    from sqlalchemy.engine import make_url
+
+    if isinstance(storage, Path):
+        return storage
+    url = make_url(storage)
+    name = (url.database or ":memory:").removeprefix("file:")
+    return Path(name) if url.get_backend_name() == "sqlite" and name != ":memory:" else None
+
+
+def _network_of(frozen: "optuna.trial.FrozenTrial") -> Any:
+    """Return what no two trials of a search share."""
+    return frozen.user_attrs.get("architecture")
+
+
+def plain_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mapping as it comes back from JSON.
+
+    Raises:
+        AutocompressError: JSON cannot hold it.
+    """
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(identity), sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise AutocompressError(
+            "identity must hold plain values (text, numbers, lists and mappings of them), got "
+            f"{dict(identity)!r}: {error}"
+        ) from None
     return plain
 
 

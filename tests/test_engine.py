@@ -1,12 +1,13 @@
 """The search loop on toy spaces, whose networks, costs and scores are known in closed form."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,22 @@ def hang(argument: Any) -> Any:
         time.sleep(0.01)
 
 
+def hang_whatever_is_raised(argument: Any) -> Any:
+    while True:
+        with suppress(Exception):
+            time.sleep(0.01)
+
+
+def lose_the_first_interrupt(argument: Any) -> Any:
+    try:
+        time.sleep(5)
+    except BaseException:  # noqa: BLE001
+        hang(argument)
+
+
+SHAPE = r"must propose an integer array of shape \(m, 4\), m <= 1"
+
+
 @pytest.mark.parametrize(
     ("ask", "tell", "said"),
     [
@@ -310,6 +327,8 @@ def hang(argument: Any) -> Any:
         (None, fail, "strategy Faulty failed to tell: KeyError: 'mine'"),
         (hang, None, "strategy Faulty took more than 0.2 s to ask"),
         (None, hang, "strategy Faulty took more than 0.2 s to tell"),
+        (hang_whatever_is_raised, None, "strategy Faulty took more than 0.2 s to ask"),
+        (lose_the_first_interrupt, None, "strategy Faulty took more than 0.2 s to ask"),
         (lambda n: np.full((n, 4), 9), None, "proposed what is not in space 'toy': row 0, position 0"),
         (
             lambda n: np.zeros((n, 3), dtype=np.int64),
@@ -318,6 +337,11 @@ def hang(argument: Any) -> Any:
         ),
         (lambda n: np.zeros((n, 4)), None, "not in space 'toy': codes must be integers, got float64"),
         (lambda n: np.zeros((n + 1, 4), dtype=np.int64), None, "proposed 2 networks where 1 were asked"),
+        (lambda n: None, None, f"Faulty {SHAPE}, got NoneType"),
+        (lambda n: [[0, 0, 0, 0]], None, f"Faulty {SHAPE}, got list"),
+        (lambda n: [], None, f"Faulty {SHAPE}, got list"),
+        (lambda n: np.zeros(4, dtype=np.int64), None, rf"Faulty {SHAPE}, got shape \(4,\)"),
+        (lambda n: np.array(0), None, rf"Faulty {SHAPE}, got shape \(\)"),
     ],
 )
 def test_a_fault_of_a_strategy_is_an_error_with_its_name_and_no_trial_is_lost(
@@ -344,6 +368,88 @@ def test_a_fault_of_a_strategy_is_an_error_with_its_name_and_no_trial_is_lost(
     assert (len(result.trials), len(again.rows)) == (9, 6)
 
 
+@pytest.mark.parametrize("paid", [True, False])
+def test_a_strategy_that_proposes_nothing_that_fits_is_an_error_that_says_so(paid: bool) -> None:
+    constraints = toy_constraints("macs=50%", blocks=2)
+    strategy = Stuck(every_network(constraints.space)[-1:])
+    wanted = (
+        f"strategy Stuck proposes nothing that fits: all {MAX_IDLE_ASKS} proposals were refused as "
+        rf"infeasible \(macs <= {HALF_OF_TWO_BLOCKS:g}\), none was evaluated"
+    )
+    with pytest.raises(StrategyError, match=wanted):
+        search(strategy, constraints, Evaluated(constraints.space, paid=paid), evaluations=10)
+
+
+# What an evaluator returns ---------------------------------------------------------------------------------
+
+
+class Given:
+    """Returns what a function says."""
+
+    def __init__(self, paid: bool, function: Callable[[Codes], Any]) -> None:
+        self.paid, self.function = paid, function
+
+    def __call__(self, codes: Codes) -> Any:
+        return self.function(codes)
+
+
+RETURNED = r"evaluator Given must return each metric by its name, as an array of shape \(n,\)"
+
+
+@pytest.mark.parametrize("paid", [True, False])
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda codes: {"accuracy": np.ones(len(codes) + 1)}, r"returned 'accuracy' of shape \((2|7),\)"),
+        (lambda codes: {"accuracy": np.ones(0)}, r"returned 'accuracy' of shape \(0,\)"),
+        (lambda codes: {"accuracy": 0.5}, r"returned 'accuracy' of shape \(\)"),
+        (lambda codes: {"accuracy": None}, r"returned 'accuracy' of shape \(\)"),
+        (lambda codes: np.ones(len(codes)), "got ndarray"),
+        (lambda codes: None, "got NoneType"),
+    ],
+)
+def test_an_evaluator_that_returns_no_value_a_network_is_refused(
+    paid: bool, function: Callable[[Codes], Any], said: str
+) -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    with pytest.raises(AutocompressError, match=f"{RETURNED}.*{said}"):
+        search(RandomSearch(constraints, seed=0), constraints, Given(paid, function), evaluations=6)
+
+
+def test_an_evaluator_that_does_not_say_whether_it_is_paid_is_refused() -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+
+    def scored(codes: Codes) -> dict[str, Values]:
+        return {"accuracy": toy_score(constraints.space, codes)}
+
+    wanted = "evaluator scored has no attribute `paid`: .*; a function is given one by `scored.paid = True`"
+    with pytest.raises(AutocompressError, match=wanted):
+        search(RandomSearch(constraints, seed=0), constraints, scored, evaluations=5)  # type: ignore[arg-type]
+    scored.paid = True  # type: ignore[attr-defined]
+    result = search(RandomSearch(constraints, seed=0), constraints, scored, evaluations=5)  # type: ignore[arg-type]
+    assert len(result.measured) == 5
+
+
+def test_a_free_evaluator_that_scores_nothing_is_an_error_that_says_so() -> None:
+    constraints = toy_constraints("macs=100%", blocks=3)
+    wanted = "not one of 30 evaluations gave a finite accuracy; the evaluator is broken"
+    with pytest.raises(EvaluationError, match=wanted):
+        search(
+            RandomSearch(constraints, seed=0),
+            constraints,
+            Evaluated(constraints.space, paid=False, nan=lambda row: True),
+            evaluations=30,
+        )
+    wanted = "not one of 7 evaluations gave a finite accuracy; the last of them failed with: out of luck;"
+    with pytest.raises(EvaluationError, match=wanted):
+        search(
+            RandomSearch(constraints, seed=0),
+            constraints,
+            Evaluated(constraints.space, paid=False, failing=lambda row: True),
+            evaluations=7,
+        )
+
+
 # One search, further ---------------------------------------------------------------------------------------
 
 
@@ -355,16 +461,27 @@ def test_an_evaluator_without_the_objective_is_refused(paid: bool) -> None:
         search(RandomSearch(constraints, seed=0), constraints, evaluator, evaluations=3, objective="top5")
 
 
-@pytest.mark.parametrize("evaluations", [0, -1])
-def test_less_than_one_evaluation_is_refused(evaluations: int) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
+        ({"evaluations": -1}, "evaluations must be an integer >= 1, got -1"),
+        ({"evaluations": 1.5}, "evaluations must be an integer >= 1, got 1.5"),
+        ({"batch": 0}, "batch must be an integer >= 1, got 0"),
+        ({"ask_timeout_s": 0}, "ask_timeout_s must be positive and finite, got 0"),
+        ({"ask_timeout_s": math.inf}, "ask_timeout_s must be positive and finite, got inf"),
+        ({"identity": {"x": object()}}, "identity must hold plain values .*, got {'x': <object object"),
+        ({"storage": "trials.log"}, r"for a file: pathlib.Path\('trials.log'\)"),
+    ],
+)
+def test_an_argument_that_is_no_number_path_or_plain_value_is_refused(
+    arguments: dict[str, Any], said: str
+) -> None:
     constraints = toy_constraints(blocks=2)
-    with pytest.raises(AutocompressError, match=f"evaluations must be 1 or more, got {evaluations}"):
-        search(
-            RandomSearch(constraints, seed=0),
-            constraints,
-            Evaluated(constraints.space),
-            evaluations=evaluations,
-        )
+    evaluator = Evaluated(constraints.space)
+    with pytest.raises(AutocompressError, match=said):
+        search(RandomSearch(constraints, seed=0), constraints, evaluator, **{"evaluations": 5, **arguments})
+    assert evaluator.rows == []
 
 
 @pytest.mark.parametrize("paid", [True, False])
@@ -379,16 +496,12 @@ def test_no_more_is_evaluated_than_was_asked_for(paid: bool) -> None:
 
 
 @pytest.mark.parametrize("paid", [True, False])
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_search_ends_when_its_strategy_repeats_itself(paid: bool, fits: bool) -> None:
+def test_a_search_ends_when_its_strategy_repeats_itself(paid: bool) -> None:
     constraints = toy_constraints("macs=50%", blocks=2)
-    rows = every_network(constraints.space)
-    row = rows[:1] if fits else rows[-1:]
-    strategy = Stuck(row)
+    strategy = Stuck(every_network(constraints.space)[:1])
     result = search(strategy, constraints, Evaluated(constraints.space, paid=paid), evaluations=10)
-    if paid or not fits:
-        assert len(result.trials) + result.scored == int(fits)
-        assert strategy.asks == MAX_IDLE_ASKS + int(fits)
+    if paid:
+        assert (len(result.trials), strategy.asks) == (1, MAX_IDLE_ASKS + 1)
     else:  # what costs nothing may be asked again, and counts
         assert (result.scored, strategy.asks) == (10, 10)
 
@@ -680,6 +793,24 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_evaluation(
     with pytest.raises(StorageError, match=f"cannot open .*{place}: "):
         stored_search(evaluator, constraints, RandomSearch, tmp_path / place)
     assert evaluator.rows == []
+
+
+@pytest.mark.parametrize("strategy", ALL)
+def test_a_journal_overwritten_in_mid_search_loses_no_trial(tmp_path: Path, strategy: Strategies) -> None:
+    constraints = toy_constraints()
+    path = tmp_path / "trials.log"
+    part, last, whole = (Evaluated(constraints.space) for _ in range(3))
+
+    def overwrite(done: int, total: int, note: str = "") -> None:
+        if done == 8:
+            path.write_text("garbage\nand more\n")
+
+    with pytest.warns(UserWarning, match="damaged during this search"):
+        stored_search(part, constraints, strategy, path, evaluations=12, progress=overwrite)
+    result = stored_search(last, constraints, strategy, path)
+    expected = search(strategy(constraints, seed=3), constraints, whole, evaluations=20)
+    assert plain(result.trials) == plain(expected.trials)
+    assert part.rows + last.rows == whole.rows
 
 
 # Candidates that are not paid for --------------------------------------------------------------------------

@@ -191,6 +191,23 @@ def test_labels_and_integer_programming_find_the_optimum_of_all_rows(problem: An
         assert (optimum.method, optimum.proven) == (method, True)
 
 
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        {"c0": [1.0, 2.0], "c1": [1.0, 2.0]},
+        [["low", "high"], [1.0, 2.0]],
+        [{"a": 1.0}, [1.0, 2.0]],
+        [[None, "x"], [1.0, 2.0]],
+        [[[1.0], [1.0, 2.0]], [1.0, 2.0]],
+        None,
+    ],
+)
+def test_scores_that_are_no_vectors_of_numbers_are_refused(vectors: Any) -> None:
+    wanted = rf"one a choice in the order of \['c0', 'c1'\], got {type(vectors).__name__}: "
+    with pytest.raises(CostError, match=wanted):
+        separable(plain_space([2, 2]), vectors, "value")
+
+
 @st.composite
 def several_limits(draw: st.DrawFn) -> tuple[AdditiveCost, Constraints]:
     """One table a choice for a value and up to four limits, in whole numbers or in fractions."""

@@ -94,6 +94,30 @@ def by_engine(strategy: Strategy, constraints: Constraints, n: int) -> list[tupl
     return evaluate.rows
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options", "said"),
+    [
+        (AgingEvolution, {"pop": 3}, "options of strategy AgingEvolution are population, .*, got pop"),
+        (AgingEvolution, {"population": 8, "seed": 3}, "are population, .*, got seed"),
+        (RandomSearch, {"a": 1, "b": 2}, "options of strategy RandomSearch are at_least, got a, b"),
+        (Spy([[0] * 13]), {"pop": 3}, "options of strategy Spy are none, got pop"),
+    ],
+)
+def test_an_option_that_the_strategy_does_not_take_is_refused(
+    strategy: Callable[..., Strategy], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        made(strategy, options)
+
+
+def test_a_strategy_of_any_options_gets_them_all() -> None:
+    def any_options(constraints: Constraints, **options: Any) -> Strategy:
+        assert options == {"seed": 3, "objective": "accuracy", "pop": 3}
+        return RandomSearch(constraints, seed=0)
+
+    made(any_options, {"pop": 3})
+
+
 def made(strategy: Callable[..., Strategy], options: dict[str, Any], seed: int = 3) -> StrategySampler:
     return StrategySampler(toy_constraints(), strategy, seed=seed, options=options)
 

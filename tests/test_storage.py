@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.errors import StorageError
+from autocompress.errors import AutocompressError, StorageError
 from autocompress.space import SearchSpace
 from autocompress.storage import TrialStorage, cut_incomplete_line
 from autocompress.testing.toys import every_network, toy_space
@@ -224,7 +226,6 @@ def test_a_journal_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("trials.log", "Could not parse"),
         ("sqlite:////no/such/folder/trials.db", "unable to open database file"),
         ("nothing://host/name", "Can't load plugin"),
     ],
@@ -232,6 +233,19 @@ def test_a_journal_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_opened_says_why(url: str, reason: str) -> None:
     with pytest.raises(StorageError, match=f"cannot open the trials at {url}: .*{reason}"):
         opened(url)
+
+
+@pytest.mark.parametrize("storage", ["trials.log", "runs/a/trials.log", None, 3])
+def test_a_storage_that_is_neither_path_nor_address_names_the_way_out(storage: Any) -> None:
+    wanted = f"the URL of an Optuna storage .*, got {storage!r}; for a file: pathlib.Path\\({storage!r}\\)"
+    with pytest.raises(StorageError, match=wanted):
+        opened(storage)
+
+
+def test_an_identity_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    wanted = "identity must hold plain values .*, got {'x': <object .*: Object of type object is not JSON"
+    with pytest.raises(AutocompressError, match=wanted):
+        opened(tmp_path / "trials.log", {"x": object()})
 
 
 def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
@@ -253,7 +267,39 @@ def empty(path: Path) -> None:
     path.touch()
 
 
-@pytest.mark.parametrize("harm", [remove, remove_folder, empty])
+def replace_by_a_copy_of_the_first_half(path: Path) -> None:
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.unlink()
+    path.write_bytes(half)
+
+
+def cut_to_nothing(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove_a_trial_from_its_middle(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-2], lines[-1]]))
+
+
+def append_half_a_line(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"study')
+
+
+def overwrite_with_one_word(path: Path) -> None:
+    path.write_bytes(b"garbage")
+
+
+WHOLE = [remove, remove_folder, empty, replace_by_a_copy_of_the_first_half, cut_to_nothing, cut_in_half,
+         remove_a_trial_from_its_middle, append_half_a_line, overwrite_with_one_word]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", WHOLE)
 def test_a_journal_that_disappears_is_written_again_with_every_trial(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
@@ -263,23 +309,94 @@ def test_a_journal_that_disappears_is_written_again_with_every_trial(
     storage.add(measured(3), SPACE, "accuracy")
     harm(path)
     storage.add(failed(4), SPACE, "accuracy")
-    assert opened(path).load(SPACE) == [measured(0), failed(1), measured(2), measured(3), failed(4)]
+    found = {trial.architecture: trial for trial in opened(path).load(SPACE)}
+    wanted = [measured(0), failed(1), measured(2), measured(3), failed(4)]
+    assert [replace(found[trial.architecture], number=trial.number) for trial in wanted] == wanted
     storage.add(measured(5), SPACE, "accuracy")
     assert len(opened(path).load(SPACE)) == 6
+
+
+def overwrite_lines(path: Path) -> None:
+    path.write_bytes(b"garbage\nmore of it\n")
+
+
+def overwrite_the_beginning(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"garbage")
+
+
+def overwrite_all_bytes(path: Path) -> None:
+    path.write_bytes(b"\xff\x00\n" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("harm", [overwrite_lines, overwrite_the_beginning, overwrite_all_bytes])
+def test_a_journal_that_is_damaged_meanwhile_is_put_aside_and_every_trial_written_again(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "trials.log"
+    stored(path, 3)
+    storage = opened(path)
+    harm(path)
+    damaged = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"trials.log were damaged during this search: .* put aside as"):
+        storage.add(measured(3), SPACE, "accuracy")
+    storage.add(failed(4), SPACE, "accuracy")
+    assert opened(path).load(SPACE) == [measured(0), failed(1), measured(2), measured(3), failed(4)]
+    (aside,) = tmp_path.glob("trials.log.damaged-*")
+    assert aside.read_bytes().startswith(damaged)
+
+
+def test_two_studies_write_one_journal_by_turns(tmp_path: Path) -> None:
+    path = tmp_path / "trials.log"
+    mine, other = (TrialStorage(path, study=name, identity={}) for name in ("mine", "other"))
+    for number in range(4):
+        mine.add(measured(number), SPACE, "accuracy")
+        other.add(measured(9 - number), SPACE, "accuracy")
+    for name, wanted in (("mine", [0, 1, 2, 3]), ("other", [9, 8, 7, 6])):
+        trials = TrialStorage(path, study=name, identity={}).load(SPACE)
+        assert [trial.architecture for trial in trials] == [NETWORKS[number] for number in wanted]
+
+
+@pytest.mark.parametrize("harm", [remove, overwrite_all_bytes])
+def test_a_database_that_is_damaged_meanwhile_is_an_error(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "trials.db"
+    storage = opened(f"sqlite:///{path}")
+    storage.add(measured(0), SPACE, "accuracy")
+    harm(path)
+    with pytest.raises(StorageError, match=r"cannot write the trials at .*trials.db: "):
+        storage.add(measured(1), SPACE, "accuracy")
 
 
 CLAIMED = """
 import sys
 from pathlib import Path
 from autocompress.storage import TrialStorage
-with TrialStorage(Path(sys.argv[1]), study=sys.argv[2], identity={}).claimed():
+storage = sys.argv[1] if "://" in sys.argv[1] else Path(sys.argv[1])
+with TrialStorage(storage, study=sys.argv[2], identity={}).claimed():
     print("claimed", flush=True)
     sys.stdin.read()
 """
 
 
-def test_one_process_at_a_time_searches_with_a_study(tmp_path: Path) -> None:
-    path = tmp_path / "trials.log"
+def journal_in(folder: Path) -> Path:
+    return folder / "trials.log"
+
+
+def database_in(folder: Path) -> str:
+    return f"sqlite:///{folder / 'trials.log'}"
+
+
+def database_by_its_driver_in(folder: Path) -> str:
+    return f"sqlite+pysqlite:///file:{folder / 'trials.log'}?uri=true"
+
+
+@pytest.mark.parametrize("storage_in", [journal_in, database_in, database_by_its_driver_in])
+def test_one_process_at_a_time_searches_with_a_study(
+    tmp_path: Path, storage_in: Callable[[Path], Path | str]
+) -> None:
+    path = storage_in(tmp_path)
     command = [sys.executable, "-c", CLAIMED, str(path), "mine"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -292,6 +409,25 @@ def test_one_process_at_a_time_searches_with_a_study(tmp_path: Path) -> None:
         other.kill()
     with mine.claimed():  # the lock ends with its process
         pass
+
+
+def test_the_same_file_by_another_path_is_claimed_too(tmp_path: Path) -> None:
+    stored(tmp_path / "trials.log", 1)
+    (tmp_path / "link.log").symlink_to("trials.log")
+    with (
+        opened(tmp_path / "trials.log").claimed(),
+        pytest.raises(StorageError, match="another process searches with study 'search'"),
+    ):
+        opened(tmp_path / "link.log").claimed().__enter__()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_needs_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with opened(url).claimed(), opened(url).claimed():
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_password_in_the_address_of_a_storage_is_not_shown() -> None:

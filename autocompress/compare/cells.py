@@ -7,11 +7,9 @@ killed goes on from its stored trials.
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +17,7 @@ import numpy as np
 
 from autocompress.atomic import read_json, write_json
 from autocompress.compare.problem import Contestant, Problem, ProblemSource
+from autocompress.compare.workers import each
 from autocompress.cost import Values
 from autocompress.engine import search
 from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
@@ -253,6 +252,7 @@ def run_cells(
 
     Raises:
         StorageError: A cell that is there is damaged or of another number of evaluations.
+        EvaluationError: A worker process was killed.
     """
     text = json.dumps({"factory": source.factory, "arguments": dict(source.arguments)}, sort_keys=True)
     # Seeds first: a comparison that is stopped has a few seeds of every strategy.
@@ -261,27 +261,7 @@ def run_cells(
     done = len(wanted) - len(missing)
     progress(done, len(wanted), "")
     calls = [(text, c, seed, evaluations, cell_path(folder, c, seed), threads) for c, seed in missing]
-    for label in _each(calls, jobs):
+    for ended in each(_work, calls, jobs):
         done += 1
-        progress(done, len(wanted), label)
+        progress(done, len(wanted), missing[ended][0].label)
     return [read_cell(cell_path(folder, *pair), evaluations) for pair in wanted]
-
-
-def _each(calls: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[str]:
-    """Run the calls of `_work`, yielding the label of each as it ends."""
-    calls = list(calls)
-    if jobs == 1 or len(calls) <= 1:
-        for call in calls:
-            _work(*call)
-            yield call[1].label
-        return
-    # Forking a process with threads, as PyTorch has, can hang.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[None], str] = {pool.submit(_work, *call): call[1].label for call in calls}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -1,10 +1,12 @@
 """Cells hold what a search found, are run once, and go on after a kill."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from autocompress.compare.cells import Cell, cell_path, make_strategy, read_cell, run_cell, run_cells
 from autocompress.compare.problem import Contestant, Problem, ProblemSource, parse_contestant
 from autocompress.engine import search
-from autocompress.errors import PluginError, RecipeError, StorageError, StrategyError
+from autocompress.errors import EvaluationError, PluginError, RecipeError, StorageError, StrategyError
 from autocompress.space import Codes
 from autocompress.testing.toys import ToyEvaluator, toy_constraints, toy_problem
 from autocompress.trial import Batch
@@ -209,6 +211,87 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> No
     assert without_times([read_cell(cell_path(tmp_path, SMALL, 0), 40)]) == without_times(
         [run_cell(toy_problem(blocks=4), SMALL, 0, 40)]
     )
+
+
+SLOW_PROBLEM = """
+import time
+from pathlib import Path
+from autocompress.compare.problem import Problem
+from autocompress.testing.toys import ToyEvaluator, toy_constraints
+
+class Slow(ToyEvaluator):
+    def __call__(self, codes):
+        time.sleep(0.2)
+        with open("paid", "a") as file:
+            file.write("x")
+        return super().__call__(codes)
+
+def made():
+    constraints = toy_constraints(blocks=4)
+    return Problem("slow", constraints, Slow(constraints.space), simulated=True)
+"""
+STOPPED = """
+import signal
+from pathlib import Path
+from autocompress.compare.cells import run_cells
+from autocompress.compare.problem import Contestant, ProblemSource
+
+# A shell starts what it runs in the background with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cells = [Contestant("random", "random"), Contestant("elitist", "elitist")]
+run_cells(ProblemSource("slow_problem:made"), cells, range(4), 60, Path("cells"), jobs=2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_in_several_processes_stops_at_once_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C goes to all processes of a terminal, a kill to the first only; a cell takes 12 seconds."""
+    (tmp_path / "slow_problem.py").write_text(SLOW_PROBLEM)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    paid = tmp_path / "paid"
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while (not paid.exists() or len(paid.read_text()) < 4) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            # Returns when no process has stderr open any more; at once, but this machine may be busy.
+            said = process.communicate(timeout=6)[1]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -number
+    assert said.count("Traceback") <= 1, said  # workers print none
+    assert len(list(tmp_path.rglob("[0-9].log"))) == 2
+
+
+def deadly_problem() -> Problem:
+    constraints = toy_constraints(blocks=2)
+    return Problem("deadly", constraints, Deadly(constraints.space))
+
+
+class Deadly(ToyEvaluator):
+    def __call__(self, codes: Codes) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(codes)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    source = ProblemSource(f"{Path(__file__).stem}:deadly_problem")
+    with pytest.raises(EvaluationError, match=r"killed, as it is where memory .* smaller --jobs than 2"):
+        run_cells(source, [RANDOM, SMALL], [0], 5, tmp_path, jobs=2)
 
 
 @pytest.mark.parametrize(
