@@ -40,12 +40,12 @@ from search_spaces.nas_bench_201 import CHOICES, arch_str, nas_bench_201
 NAME = "differentiable"
 SEEDS = (0, 1, 2)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DARTS, first order": ("strategies.darts:Darts", {}),
-    "DARTS, second order": ("strategies.darts:Darts", {"order": 2}),
-    "PC-DARTS": ("strategies.pc_darts:PcDarts", {}),
-    "GDAS (hard Gumbel)": ("strategies.gumbel:GumbelSoftmax", {}),
-    "SNAS (soft Gumbel)": ("strategies.gumbel:GumbelSoftmax", {"hard": False}),
-    "ProxylessNAS": ("strategies.proxyless:ProxylessNas", {}),
+    "DARTS, first order": ("darts", {}),
+    "DARTS, second order": ("darts", {"order": 2}),
+    "PC-DARTS": ("pc_darts", {}),
+    "GDAS (hard Gumbel)": ("gumbel", {}),
+    "SNAS (soft Gumbel)": ("gumbel", {"hard": False}),
+    "ProxylessNAS": ("proxyless", {}),
 }
 REPORTED = "c10_test_200ep"
 

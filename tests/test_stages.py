@@ -606,14 +606,14 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) ->
 
 
 def test_a_differentiable_search_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    recipe = small_payload(search={"strategy": "strategies.darts:Darts", "options": {"learning_rate": 0.01}})
+    recipe = small_payload(search={"strategy": "darts", "options": {"learning_rate": 0.01}})
     recipe["train"]["batch_size"] = 20  # half of the images, two epochs: eight steps
     with_table(tmp_path / "whole")
     with_table(tmp_path / "killed")
     moments = [
-        "train the supernet and strategies.darts:Darts:1",
-        "train the supernet and strategies.darts:Darts:3",
-        "search by strategies.darts:Darts:1",
+        "train the supernet and darts:1",
+        "train the supernet and darts:3",
+        "search by darts:1",
     ]
     killed_runs(tmp_path, ("whole", "export", []), ("killed", "export", moments), recipe=recipe)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
