@@ -20,6 +20,8 @@ from autocompress.errors import SpaceError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from autocompress.elastic.layers import SharedParts
+
 Shape = tuple[int, int, int]
 """Channels, height, width."""
 
@@ -175,12 +177,12 @@ class CellSpec(OpSpec):
 
     @abstractmethod
     def mixture(
-        self, module: "nn.Module", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
+        self, shared: "SharedParts", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
     ) -> "Tensor":
         """Run every edge as the weighted sum of operations.
 
         Args:
-            module: What `shared_module` made.
+            shared: What `shared_module` made.
             x: `(batch, *in_shape)`.
             edges: One a choice of the block.
             channels: Operations see one in so many channels; the others are passed on, and channels are

@@ -19,6 +19,8 @@ from autocompress.ops import CellSpec, EdgeMixture, OpSpec, Shape
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from autocompress.elastic.layers import SharedParts
+
 EDGES: Final = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """Source and target of each edge, in the order in which the published tables number them."""
 
@@ -91,25 +93,24 @@ def _edge(operation: str, channels: int) -> "nn.Module":
     return _relu_conv_norm(channels, channels, KERNELS[operation], 1)
 
 
-def _mixed(edge: "nn.Module", x: "Tensor", parts: Sequence[tuple[str, "Tensor | None"]]) -> "Tensor":
+def _mixed(
+    shared: "SharedParts", edge: str, x: "Tensor", parts: Sequence[tuple[str, "Tensor | None"]]
+) -> "Tensor":
     """Run the weighted sum of operations on an edge; convolutions use leading channels of their weights."""
     import torch
     import torch.nn.functional as F
 
     from autocompress.elastic.partial import weighted
 
-    def run(name: str) -> "Tensor":
+    def run(name: str, x: "Tensor") -> "Tensor":
         if name == "skip_connect":
             return x
         if name == "avg_pool_3x3":
             return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        weight = edge.get_parameter(f"{name}.conv.weight")[: x.shape[1], : x.shape[1]]
-        normed: Tensor = edge.get_submodule(f"{name}.bn")(
-            F.conv2d(x.relu(), weight, padding=KERNELS[name] // 2)
-        )
-        return normed
+        weight = shared.parameter(f"{edge}.{name}.conv.weight")[: x.shape[1], : x.shape[1]]
+        return shared.norm(f"{edge}.{name}.bn", F.conv2d(x.relu(), weight, padding=KERNELS[name] // 2))
 
-    total = weighted((partial(run, name), weight) for name, weight in parts if name != "none")
+    total = weighted(x, ((partial(run, name), weight) for name, weight in parts if name != "none"))
     return torch.zeros_like(x) if total is None else total
 
 
@@ -234,7 +235,7 @@ class Cell(CellSpec):
         return tuple(target for _, target in EDGES)
 
     def mixture(
-        self, module: "nn.Module", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
+        self, shared: "SharedParts", x: "Tensor", edges: Sequence[EdgeMixture], channels: int
     ) -> "Tensor":
         """Run the cell with every edge a weighted sum of operations, see `CellSpec.mixture`."""
         import torch
@@ -253,7 +254,7 @@ class Cell(CellSpec):
                     parts: Sequence[tuple[str, "Tensor | None"]] = parts,
                     place: str = f"edge_{source}_{target}",
                 ) -> "Tensor":
-                    return _mixed(module.get_submodule(place), some, parts)
+                    return _mixed(shared, place, some, parts)
 
                 added = through_part(mixed, nodes[source], channels)
                 total = total + (added if scale is None else scale.to(added.dtype) * added)

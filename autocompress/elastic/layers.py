@@ -6,8 +6,7 @@ smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 202
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -341,21 +340,9 @@ class ElasticModule(ElasticLayer):
                 norm.normalise = None
         return cast(Tensor, result)
 
-    @contextmanager
-    def shared(self, normalise: Normalise) -> Iterator[nn.Module]:
-        """Give the module that holds the parameters of all operations, its batch norms run as given."""
-
-        def leading(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return normalise(name, x, weight[: x.shape[1]], bias[: x.shape[1]])
-
-        norms = [part for part in self.module.modules() if isinstance(part, _SharedNorm)]
-        for norm in norms:
-            norm.normalise = leading
-        try:
-            yield self.module
-        finally:
-            for norm in norms:
-                norm.normalise = None
+    def parts(self, normalise: Normalise) -> "SharedParts":
+        """Return the parameters of all operations, with batch norms that run as given."""
+        return SharedParts(self.module, normalise)
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the leading entries of each parameter."""
@@ -367,6 +354,24 @@ class ElasticModule(ElasticLayer):
         """Return the batch norms inside the module."""
         norms = self._static(op)[1]
         return {f"{path}." if path else "": (norm.key, len(norm.weight)) for path, norm in norms.items()}
+
+
+class SharedParts:
+    """What all operations of one kind at one place share, by its path; cells run their mixtures on it."""
+
+    def __init__(self, module: nn.Module, normalise: Normalise) -> None:
+        """Hold what `OpSpec.shared_module` made."""
+        self._module, self._normalise = module, normalise
+
+    def parameter(self, path: str) -> Tensor:
+        """Return a whole parameter."""
+        return self._module.get_parameter(path)
+
+    def norm(self, path: str, x: Tensor) -> Tensor:
+        """Run a batch norm on its leading channels, `(batch, channels, height, width)`."""
+        norm = cast(_SharedNorm, self._module.get_submodule(path))
+        width = x.shape[1]
+        return self._normalise(norm.key, x, norm.weight[:width], norm.bias[:width])
 
 
 def slot(position: int, op: OpSpec) -> str:

@@ -147,8 +147,7 @@ def _run_cell(
         else:
             parts = [(str(options[code]), gate.weights[at]) for at, code in enumerate(gate.codes)]
             edges.append((parts, gate.scale))
-    with cast(ElasticModule, layer).shared(normalise) as module:
-        return op.mixture(module, x, edges, channels)
+    return op.mixture(cast(ElasticModule, layer).parts(normalise), x, edges, channels)
 
 
 def _run_settings(
@@ -163,7 +162,7 @@ def _run_settings(
     gated = [name for name in block.choices if name in gates]
     shapes: set[tuple[int, ...]] = set()
 
-    def run(codes: tuple[int, ...]) -> Tensor:
+    def run(codes: tuple[int, ...], x: Tensor) -> Tensor:
         setting = dict(chosen)
         for name, code in zip(gated, codes, strict=True):
             setting[name] = space.choices[space.positions[name]].options[code]
@@ -184,7 +183,7 @@ def _run_settings(
         return output
 
     combinations = _combinations([gates[name] for name in gated])
-    return cast(Tensor, weighted((partial(run, codes), weight) for codes, weight in combinations))
+    return cast(Tensor, weighted(x, ((partial(run, codes), weight) for codes, weight in combinations)))
 
 
 def _combinations(gates: Sequence[Gate]) -> Iterator[tuple[tuple[int, ...], Tensor | None]]:

@@ -172,3 +172,40 @@ def test_cells_on_a_part_of_the_channels_use_the_leading_weights() -> None:
         norm = supernet.layers["stage1_cell1"]["0_cell"].module.get_parameter("edge_0_1.nor_conv_3x3.bn.bias")
         assert (norm.grad is not None) == affine
         supernet.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_binary_gates_keep_one_path_and_have_the_gradients_of_others(chain: bool) -> None:
+    space = toy_classifier_space(blocks=2) if chain else nas_bench_201(channels=4, cells=1, resolution=8)
+    supernet = shaken(space).double()
+    (arch,) = space.decode(space.largest())
+    names = [name for name in (c.name for c in space.choices) if name not in ("resolution", "depth")]
+    side = 12 if chain else 8
+    x = torch.randn(3, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(3, 10 if not chain else 3, dtype=torch.float64)
+
+    def gradients(first: float) -> tuple[float, list[Tensor], int]:
+        weights = {n: torch.tensor([first, 1 - first], dtype=torch.float64).requires_grad_() for n in names}
+        counts = {c.name: len(c.options) for c in space.choices}
+        gates = {n: Gate((0, counts[n] - 1), weights[n].flip(0)) for n in names}
+        kept: set[int] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        supernet.zero_grad(set_to_none=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = run_mixture(supernet, x, arch, gates)
+            loss = ((outputs - target[:, : outputs.shape[1]]) ** 2).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        of_weights = [p.grad for p in supernet.parameters() if p.grad is not None]
+        found = [weights[n].grad for n in names]
+        return float(loss.detach()), [g for g in [*found, *of_weights] if g is not None], len(kept)
+
+    loss, binary, kept = gradients(1.0)
+    other, nearly, all_kept = gradients(1.0 - 1e-9)
+    assert loss == pytest.approx(other, rel=1e-6)
+    assert kept < all_kept
+    for one, two in zip(binary[: len(names)], nearly[: len(names)], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
