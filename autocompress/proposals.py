@@ -8,7 +8,7 @@ from typing import final
 import numpy as np
 
 from autocompress.budget import Constraints
-from autocompress.errors import RecipeError
+from autocompress.errors import CostError, RecipeError
 from autocompress.space import Codes, SearchSpace
 
 FIRST_DRAWS = 256
@@ -114,3 +114,32 @@ def fresh_sample(
         missing -= len(rows)
         found.append(rows)
     return np.vstack(found)
+
+
+def every_feasible(constraints: Constraints, *, at_most: int) -> Codes | None:
+    """Return all networks that fit, in lexicographic order, `(n, choices)`; `None` if there are more.
+
+    Rows grow choice by choice; what no completion of fits is dropped at once.
+
+    Args:
+        constraints: What fits.
+        at_most: Most rows, also of unfinished ones.
+    """
+    space = constraints.space
+    rows = np.zeros((1, 0), dtype=np.int64)
+    for position, count in enumerate(space.counts.tolist()):
+        options = np.tile(np.arange(count, dtype=np.int64), len(rows))[:, None]
+        rows = np.hstack([np.repeat(rows, count, axis=0), options])
+        padded = np.zeros((len(rows), len(space.choices)), dtype=np.int64)
+        padded[:, : position + 1] = rows
+        # Whether a choice has an effect depends on earlier ones only.
+        keep = (options[:, 0] == 0) | space.active(padded)[:, position]
+        try:
+            for metric, limit in constraints.limits.items():
+                keep &= constraints.costs[metric].lower_bound(rows) <= limit
+        except CostError:
+            return None  # the bounds would need tables that are too large
+        rows = rows[keep]
+        if len(rows) > at_most:
+            return None
+    return rows[constraints.feasible(rows)]

@@ -6,6 +6,7 @@ integer programming: the most probable network that keeps the budget. Taking the
 choice can land anywhere.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,8 +22,11 @@ from autocompress.cost import AdditiveCost, Cost
 from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
 from autocompress.ops import Ops
+from autocompress.proposals import every_feasible
 from autocompress.space import Codes, Option, SearchSpace
 
+# A space of so many networks is looked at whole.
+ENUMERATED = 50_000
 # Logits start near zero: all options are nearly equally probable.
 INITIAL_SPREAD = 1e-3
 
@@ -150,6 +154,10 @@ class Relaxation(nn.Module):
             if option != self.fixed[choice.name]
         ]
         value = separable(self.space, vectors, "log_probability")
+        everything = every_feasible(constraints, at_most=ENUMERATED)
+        if everything is not None:
+            excluded = [*others, *forbidden]
+            return self._best_of(everything, value, constraints, at_least=at_least, forbidden=excluded)
         found = []
         for filled in _filled(constraints, at_least) if at_least > 0 else ():
             with suppress(BudgetError):
@@ -157,6 +165,45 @@ class Relaxation(nn.Module):
         if found:
             return max(found, key=lambda optimum: optimum.value)
         return solve(value, constraints, sense="maximize", forbidden=[*others, *forbidden])
+
+    def _best_of(
+        self,
+        codes: Codes,
+        value: AdditiveCost,
+        constraints: Constraints,
+        *,
+        at_least: float,
+        forbidden: Sequence[Mapping[str, Option]],
+    ) -> Optimum:
+        """Return the best of all networks that fit; `solve` for tables over many choices takes minutes."""
+        start = time.perf_counter()
+        allowed = np.ones(len(codes), dtype=np.bool_)
+        for assignment in forbidden:
+            allowed &= ~self._has(codes, assignment)
+        if not allowed.any():
+            raise BudgetError("no network that fits is left by the fixed options and what is forbidden")
+        uses = [
+            constraints.costs[metric].of(codes) >= at_least * limit
+            for metric, limit in constraints.limits.items()
+            if isinstance(constraints.costs[metric], AdditiveCost)
+        ]
+        filling = allowed & np.any(uses, axis=0) if uses else allowed
+        chosen = filling if at_least > 0 and filling.any() else allowed
+        values = np.where(chosen, value.of(codes), -np.inf)
+        best = int(values.argmax())
+        top = float(values[best])
+        seconds = time.perf_counter() - start
+        return Optimum(codes[[best]], top, top, 0.0, True, "enumeration", seconds)
+
+    def _has(self, codes: Codes, assignment: Mapping[str, Option]) -> NDArray[np.bool_]:
+        """Return which rows have all these options; a choice without effect has none."""
+        active = self.space.active(codes)
+        holds = np.ones(len(codes), dtype=np.bool_)
+        for name, option in assignment.items():
+            position = self.space.positions[name]
+            code = self.space.choices[position].code(option)
+            holds &= active[:, position] & (codes[:, position] == code)
+        return holds
 
     def log_probabilities(self, name: str) -> NDArray[np.float64]:
         """Return the logarithms of the probabilities of a relaxed choice, `(options,)`.

@@ -17,8 +17,14 @@ from threadpoolctl import threadpool_limits
 
 from autocompress.budget import Constraints
 from autocompress.cost import Values
-from autocompress.errors import CostError
-from autocompress.proposals import Asked, check_count, check_share, fresh_sample, random_generator
+from autocompress.proposals import (
+    Asked,
+    check_count,
+    check_share,
+    every_feasible,
+    fresh_sample,
+    random_generator,
+)
 from autocompress.space import Codes
 from autocompress.trial import Batch, Outcome
 from strategies.breeding import Generation, objective_values
@@ -280,35 +286,6 @@ def choose(
         column = covariances[:, pick]
         covariances -= np.outer(column, column) / (variances[pick] + noise)
     return np.array(picks, dtype=np.int64)
-
-
-def every_feasible(constraints: Constraints, *, at_most: int) -> Codes | None:
-    """Return all networks that fit, in lexicographic order, `(n, choices)`; `None` if there are more.
-
-    Rows grow choice by choice; what no completion of fits is dropped at once.
-
-    Args:
-        constraints: What fits.
-        at_most: Most rows, also of unfinished ones.
-    """
-    space = constraints.space
-    rows = np.zeros((1, 0), dtype=np.int64)
-    for position, count in enumerate(space.counts.tolist()):
-        options = np.tile(np.arange(count, dtype=np.int64), len(rows))[:, None]
-        rows = np.hstack([np.repeat(rows, count, axis=0), options])
-        padded = np.zeros((len(rows), len(space.choices)), dtype=np.int64)
-        padded[:, : position + 1] = rows
-        # Whether a choice has an effect depends on earlier ones only.
-        keep = (options[:, 0] == 0) | space.active(padded)[:, position]
-        try:
-            for metric, limit in constraints.limits.items():
-                keep &= constraints.costs[metric].lower_bound(rows) <= limit
-        except CostError:
-            return None  # the bounds would need tables that are too large
-        rows = rows[keep]
-        if len(rows) > at_most:
-            return None
-    return rows[constraints.feasible(rows)]
 
 
 def _batch(codes: Codes, scores: Values) -> Batch:

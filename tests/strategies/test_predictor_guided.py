@@ -8,12 +8,13 @@ from scipy.stats import norm
 import strategies.predictor_guided
 from autocompress.budget import Constraints
 from autocompress.errors import EvaluationError, InfeasibleBudgetError, RecipeError
+from autocompress.proposals import every_feasible
 from autocompress.space import Choice, Codes, SearchSpace
 from autocompress.strategy import Strategy
 from autocompress.testing.strategy import StrategyContract
 from autocompress.testing.toys import every_network, toy_batch, toy_constraints
 from autocompress.trial import Batch, Outcome
-from strategies.predictor_guided import PredictorGuided, choose, every_feasible
+from strategies.predictor_guided import PredictorGuided, choose
 from strategies.random_search import RandomSearch
 
 
