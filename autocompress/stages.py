@@ -327,11 +327,12 @@ def search(run: Run, shown: Shown) -> SearchResult:
     # A wrong task, an impossible budget or a wrong option is refused before hours of training.
     check(run)
     settings = run.recipe.search
-    limits, strategy = proposer(run, shown)
     together = is_differentiable(run.recipe)
+    strategy: Strategy
     if together:
         supernet, limits, strategy = train_together(run, shown)
     else:
+        limits, strategy = proposer(run, shown)
         supernet = train(run, shown)
     path = run.path(RESULT)
     if path.exists():

@@ -66,7 +66,7 @@ def train_relaxed(
     per_epoch = steps_per_epoch(ours, settings)
     steps = settings.epochs * per_epoch
     (arch,) = supernet.space.decode(strategy.start)
-    network = _Network(supernet, task, arch, strategy.channels, task.training_loss(settings.label_smoothing))
+    network = _Network(supernet, arch, strategy.channels, task.training_loss(settings.label_smoothing))
     held_out = _Endless(theirs, settings)
     extra: dict[str, Any] = {"strategy": strategy.state_dict()}
     last: list[Any] = [extra["strategy"]]
@@ -152,8 +152,8 @@ class _Endless:
 class _Network:
     """A supernet with its task, run as mixtures."""
 
-    def __init__(self, supernet: Supernet, task: Task, arch: Any, channels: int, loss: Any) -> None:
-        self._supernet, self._task, self._arch = supernet, task, arch
+    def __init__(self, supernet: Supernet, arch: Any, channels: int, loss: Any) -> None:
+        self._supernet, self._arch = supernet, arch
         self._channels, self._loss = channels, loss
         self.optimizer: torch.optim.Optimizer | None = None
 
