@@ -66,7 +66,7 @@ class Size:
     architecture_rate: float
 
 
-CPU = Size(4000, 8, 1, 16, 30, 3, 64, 0.05, 3e-3)
+CPU = Size(4000, 8, 1, 16, 30, 3, 64, 0.05, 1e-2)
 QUICK = Size(400, 4, 1, 8, 1, 1, 64, 0.05, 3e-3)
 FULL = Size(None, 16, 5, 32, 50, 12, 64, 0.025, 3e-4)
 
