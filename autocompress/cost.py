@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from autocompress.errors import CostError
 from autocompress.ops import Ops
-from autocompress.space import Codes, SearchSpace
+from autocompress.space import Block, Codes, SearchSpace
 
 Values = NDArray[np.float64]
 Price = Callable[[Ops], float]
@@ -318,7 +318,7 @@ def eliminated(
 
 
 def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
-    """Enumerate the settings of every block once and price them; a network costs the sum.
+    """Enumerate the settings of every priced block once and price them; a network costs the sum.
 
     Args:
         space: Where the blocks come from.
@@ -329,7 +329,7 @@ def compile_cost(space: SearchSpace, price: Price, metric: str) -> AdditiveCost:
         CostError: A block depends on so many options that its table would have over 10^6 entries, or a
             price is not a finite number.
     """
-    factors = _priced(space, price, metric)
+    factors = _priced(space, space.priced_blocks, price, metric)
     constant = sum((float(factor.values) for factor in factors if not factor.positions), 0.0)
     scoped = merged([factor for factor in factors if factor.positions], np.add)
     return AdditiveCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
@@ -347,7 +347,7 @@ def compile_maximum(space: SearchSpace, price: Price, metric: str) -> MaximumCos
         CostError: A block depends on so many options that its table would have over 10^6 entries, or a
             price is negative or not a finite number.
     """
-    factors = _priced(space, price, metric)
+    factors = _priced(space, space.blocks, price, metric)
     least = min((float(factor.values.min()) for factor in factors), default=0.0)
     if least < 0:
         raise CostError(
@@ -358,12 +358,12 @@ def compile_maximum(space: SearchSpace, price: Price, metric: str) -> MaximumCos
     return MaximumCost(metric, tuple(space.counts.tolist()), constant, tuple(scoped))
 
 
-def _priced(space: SearchSpace, price: Price, metric: str) -> list[Factor]:
+def _priced(space: SearchSpace, blocks: Sequence[Block], price: Price, metric: str) -> list[Factor]:
     """Return one factor a block, in order; without axes if the block depends on no choice."""
     factors = []
     # Blocks of a stage share their operations, and so their price, under most settings.
     known: dict[Ops, float] = {(): 0.0}
-    for block in space.blocks:
+    for block in blocks:
         positions = tuple(space.positions[name] for name in block.choices)
         shape = tuple(int(space.counts[position]) for position in positions)
         entries = math.prod(shape)

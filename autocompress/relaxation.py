@@ -275,7 +275,7 @@ def shape_changing(space: SearchSpace) -> tuple[str, ...]:
         if set(block.choices) <= changing:
             continue
         by_setting: dict[tuple[Option, ...], Any] = {
-            setting: _shapes(block.operations(*setting)) for setting in space.block_settings(block)
+            setting: _shapes(block.operations(*setting)) for setting in space.covering_settings(block)
         }
         for position, name in enumerate(block.choices):
             rest: dict[tuple[Option, ...], set[Any]] = {}

@@ -92,11 +92,14 @@ class Block:
         choices: Names of the choices it depends on, depth and resolution included.
         operations: Called with one option a choice, in the order of `choices`; returns the operations, and
             none where the block is not active. Must be a pure function that can be pickled.
+        parts: Blocks of fewer of these choices each, whose costs add up to that of the block: the edges of a
+            cell. They price it, and are never run in sequence.
     """
 
     name: str
     choices: tuple[str, ...]
     operations: Callable[..., Ops]
+    parts: tuple["Block", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,12 @@ class SearchSpace:
                 if name not in positions:
                     raise SpaceError(
                         f"block {block.name!r} depends on {name!r}, which is no choice of space {self.name!r}"
+                    )
+            for part in block.parts:
+                if not set(part.choices) <= set(block.choices):
+                    raise SpaceError(
+                        f"part {part.name!r} depends on {list(part.choices)}, its block {block.name!r} on "
+                        f"{list(block.choices)} only"
                     )
 
     @cached_property
@@ -460,15 +469,44 @@ class SearchSpace:
         """Yield every joint setting of the choices of a block, last choice fastest."""
         yield from itertools.product(*(self.choices[self.positions[name]].options for name in block.choices))
 
+    def covering_settings(self, block: Block) -> Iterator[Setting]:
+        """Yield settings in which all that can occur in a block does.
+
+        These are all, unless the block has parts: then those of each part, the other choices at their first
+        option. A cell has a few dozen of them where it has millions of settings.
+        """
+        if not block.parts:
+            yield from self.block_settings(block)
+            return
+        first = {name: self.choices[self.positions[name]].options[0] for name in block.choices}
+        settings: dict[Setting, None] = {}
+        for part in block.parts:
+            for setting in self.block_settings(part):
+                varied = first | dict(zip(part.choices, setting, strict=True))
+                settings[tuple(varied[name] for name in block.choices)] = None
+        yield from settings
+
+    @cached_property
+    def priced_blocks(self) -> tuple[Block, ...]:
+        """What the cost of a network is the sum of: blocks, or the parts of those that have some."""
+        return tuple(part for block in self.blocks for part in block.parts or (block,))
+
     def operations(self, codes: Codes) -> list[tuple[str, Ops]]:
         """Return name and operations of every active block of one architecture, in order.
 
         Args:
             codes: One row, shape `(1, choices)` or `(choices,)`.
         """
+        return self._operations(self.blocks, codes)
+
+    def priced_operations(self, codes: Codes) -> list[tuple[str, Ops]]:
+        """Return name and operations of every active priced block of one architecture, see `operations`."""
+        return self._operations(self.priced_blocks, codes)
+
+    def _operations(self, blocks: Sequence[Block], codes: Codes) -> list[tuple[str, Ops]]:
         row = codes.reshape(-1)
         result = []
-        for block in self.blocks:
+        for block in blocks:
             positions = [self.positions[name] for name in block.choices]
             ops = block.operations(*(self.choices[p].options[int(row[p])] for p in positions))
             if ops:
@@ -481,7 +519,7 @@ class SearchSpace:
         digest = hashlib.sha256(repr((self.name, self.choices)).encode())
         for block in self.blocks:
             digest.update(repr((block.name, block.choices)).encode())
-            for setting in self.block_settings(block):
+            for setting in self.covering_settings(block):
                 digest.update(block_key(block.operations(*setting)).encode())
         return digest.hexdigest()[:16]
 

@@ -34,8 +34,7 @@ from autocompress.latency.plan import (
     Plan,
     check_networks,
     make_plan,
-    network_keys,
-    network_name,
+    networks_of,
 )
 from autocompress.latency.profile import open_samples, provenance_of, take_samples
 from autocompress.latency.roofline import fit, fit_macs_only
@@ -113,27 +112,32 @@ def measure(space: SearchSpace, target: Target, folder: Path, *, quick: bool) ->
     fitted, held_out = (8, 4) if quick else (FITTED, HELD_OUT)
     start = time.perf_counter()
     rows = make_plan(space, "auto", 0, 0)
-    to_fit = [space.operations(row) for row in check_networks(space, fitted, seed=0)]
-    names = {network_name(network_keys(net)) for net in to_fit}
-    others = [space.operations(row) for row in check_networks(space, fitted + held_out, seed=1)]
-    fresh = [net for net in others if network_name(network_keys(net)) not in names]
+    to_fit = check_networks(space, fitted, seed=0)
+    known = {row.tobytes() for row in to_fit}
+    others = check_networks(space, fitted + held_out, seed=1)
+    fresh = [row for row in others if row.tobytes() not in known]
     places = np.linspace(0, len(fresh) - 1, held_out).round().astype(int)
-    nets = [*to_fit, *(fresh[place] for place in places)]
-    plan = Plan(rows.rows, tuple(nets), np.zeros((len(nets), len(space.choices)), dtype=np.int64))
+    codes = np.vstack([to_fit, *(fresh[place][None] for place in places)])
+    plan = Plan(rows.rows, *networks_of(space, codes))
     file = open_samples(folder, target)
     # OpenVINO takes 0.2 s to compile a model, and everything is built anew every 8 rounds.
     most = 24 if target.runtime == "openvino" else 40
     stopping = Stopping(0.02, 6, 6) if quick else Stopping(0.02, 24, most)
     samples = take_samples(plan, target, file, rows=tuple(plan.rows), stopping=stopping)
-    keys = [network_keys(net) for net in to_fit]
     table = assemble(
-        target, samples, keys, tuple(plan.rows), {}, 0.02, provenance_of(space, target, file.started)
+        target,
+        samples,
+        plan.keys[:fitted],
+        tuple(plan.rows),
+        {},
+        0.02,
+        provenance_of(space, target, file.started),
     )
-    checked = nets[fitted:]
-    sampled = [samples[network_name(network_keys(net))].steady_ms for net in checked]
+    checked = plan.networks[fitted:]
+    sampled = [samples[keys.name].steady_ms for keys in plan.keys[fitted:]]
     fit_ms = np.array([network.measured_ms for network in table.error_report.networks])
-    assert [network.name for network in table.error_report.networks] == list(map(network_name, keys))
-    predictions = predict(table, to_fit, fit_ms, checked, target.batch)
+    assert [net.name for net in table.error_report.networks] == [keys.name for keys in plan.keys[:fitted]]
+    predictions = predict(table, plan.networks[:fitted], fit_ms, checked, target.batch)
     return Measured(
         plan,
         table,

@@ -28,7 +28,7 @@ from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.assemble import assemble, width_report
 from autocompress.latency.correction import Figures, figures
 from autocompress.latency.measure import Stopping, summarize
-from autocompress.latency.plan import network_name, plan_widths, row_name
+from autocompress.latency.plan import plan_widths, row_name
 from autocompress.latency.profile import open_samples, provenance_of, take_samples
 from autocompress.latency.runtime import Run, prepare_onnx
 from autocompress.latency.steps import learn_steps, probe_steps, steps_of
@@ -116,7 +116,7 @@ def run(
     off_grid = {key: summarize(samples[row_name(key)].steady_ms) for key in plan.held_out}
     assert plan.grid is not None
     table = replace(table, width_report=width_report(table, plan.grid, plan, off_grid, profile_s))
-    names = [network_name(keys) for keys in both.keys[fitted:]]
+    names = [keys.name for keys in both.keys[fitted:]]
     measured = np.array([summarize(samples[name].steady_ms).median_ms for name in names])
     predicted = table.cost(space).of(rows)
     report = table.width_report

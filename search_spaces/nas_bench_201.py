@@ -4,8 +4,8 @@ Source: Dong & Yang, NAS-Bench-201, ICLR 2020. With 16 channels, 5 cells a stage
 networks have exactly the published parameters and multiply-accumulates. Counted are convolutions and the
 classifier; the published FLOPs add the bias of the classifier, 10 for CIFAR-10.
 
-A block is a cell, and every cell depends on all six choices. Its latency table would have 15,625 rows a
-stage: use the published latencies (`autocompress.evaluation.nas_bench_201_table`) rather than a profile.
+A block is a cell, which depends on all six choices; its edges price it. What a profile measures is a row an
+operation and stage; what the sums of a cell cost is left to the correction by whole networks.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,10 @@ from autocompress.ops import Conv2d, GlobalAvgPool, Linear, Ops
 from autocompress.space import Architecture, Block, Choice, Option, SearchSpace
 from search_spaces.nas_bench_201_ops import (
     EDGES,
+    FREE,
     OPERATIONS,
     Cell,
+    Edge,
     NormReLU,
     Reduction,
     cell_operations,
@@ -70,10 +72,7 @@ def nas_bench_201(
             reduction = Reduction(width, 2 * width, size)
             blocks.append(Block(f"reduction{stage - 1}", (), partial(_fixed, (reduction,))))
             width, size = 2 * width, size // 2
-        blocks += [
-            Block(f"stage{stage}.cell{cell}", CHOICES, partial(_cell, width, size))
-            for cell in range(1, cells + 1)
-        ]
+        blocks += [_cell_block(f"stage{stage}.cell{cell}", width, size) for cell in range(1, cells + 1)]
     head = (NormReLU(width, size), GlobalAvgPool(width, size, size), Linear(width, classes))
     blocks.append(Block("head", (), partial(_fixed, head)))
     settings = {**counts, "operations": list(options), "resolution": resolution}
@@ -85,8 +84,18 @@ def _fixed(ops: Ops) -> Ops:
     return ops
 
 
+def _cell_block(name: str, channels: int, size: int) -> Block:
+    parts = tuple(Block(f"{name}.{edge}", (edge,), partial(_edge, channels, size)) for edge in CHOICES)
+    return Block(name, CHOICES, partial(_cell, channels, size), parts)
+
+
 def _cell(channels: int, size: int, *operations: Option) -> Ops:
     return (Cell(channels, size, cell_text([str(name) for name in operations])),)
+
+
+def _edge(channels: int, size: int, operation: Option) -> Ops:
+    """Return what an edge runs; `none` and the identity run nothing."""
+    return () if operation in FREE else (Edge(channels, size, str(operation)),)
 
 
 def arch_str(architecture: Architecture) -> str:

@@ -32,6 +32,9 @@ OPERATIONS: Final = ("none", "skip_connect", "avg_pool_3x3", "nor_conv_1x1", "no
 KERNELS: Final[Mapping[str, int]] = {"nor_conv_1x1": 1, "nor_conv_3x3": 3}
 """The operations that have weights."""
 
+FREE: Final = ("none", "skip_connect")
+"""The operations that run nothing."""
+
 _EDGE = r"(\w+)~{}"
 _CELL = re.compile(
     r"\|\+\|".join(
@@ -112,6 +115,62 @@ def _mixed(
 
     total = weighted(x, ((partial(run, name), weight) for name, weight in parts if name != "none"))
     return torch.zeros_like(x) if total is None else total
+
+
+@dataclass(frozen=True)
+class Edge(OpSpec):
+    """What one edge of a cell runs; it prices the cell, which is built and run as a whole.
+
+    Attributes:
+        channels: Of both nodes.
+        size: Pixels of a side.
+        operation: One of `OPERATIONS` that runs something.
+    """
+
+    channels: int
+    size: int
+    operation: str
+
+    def __post_init__(self) -> None:
+        """Check geometry and operation once, here."""
+        _check_counts(self, "channels", "size")
+        if self.operation not in OPERATIONS or self.operation in FREE:
+            raise SpaceError(f"Edge.operation must be one that runs something, got {self.operation!r}")
+
+    @property
+    def in_shape(self) -> Shape:
+        """Channels, height and width of the input."""
+        return self.channels, self.size, self.size
+
+    @property
+    def out_shape(self) -> Shape:
+        """The shape of the input."""
+        return self.in_shape
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """The kernel of a convolution."""
+        kernel = KERNELS.get(self.operation)
+        return () if kernel is None else (kernel**2 * self.channels**2,)
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """Scale and shift of a convolution's batch norm."""
+        return (self.channels,) * (2 * len(self.weight_tensors))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of a convolution; pooling counts zero."""
+        return sum(self.weight_tensors) * self.size**2
+
+    @property
+    def params(self) -> int:
+        """Weights, scale and shift of a convolution."""
+        return sum(self.weight_tensors) + sum(self.other_tensors)
+
+    def module(self) -> "nn.Module":
+        """Build the operation."""
+        return _edge(self.operation, self.channels)
 
 
 @dataclass(frozen=True)

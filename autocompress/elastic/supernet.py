@@ -53,7 +53,7 @@ class Supernet(nn.Module):
     def _make_block(self, block: Block) -> nn.ModuleDict:
         places: dict[str, dict[OpSpec, None]] = {}
         last: dict[str, None] = {}
-        for setting in self.space.block_settings(block):
+        for setting in self.space.covering_settings(block):
             ops = block.operations(*setting)
             for position, op in enumerate(ops):
                 if not isinstance(op, Add):

@@ -18,7 +18,7 @@ from autocompress.latency.correction import (
 from autocompress.latency.drift import drift_percent
 from autocompress.latency.keys import parse_block
 from autocompress.latency.measure import REFERENCE, Measurement, Sampled, half_width, summarize
-from autocompress.latency.plan import NetworkKeys, Plan, network_name, row_name
+from autocompress.latency.plan import NetworkKeys, Plan, row_name
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target
 from autocompress.latency.widths import WidthGrid, WidthReport, ms_of
@@ -40,7 +40,7 @@ def assemble(
 
     Args:
         target: What was measured.
-        samples: By item: `row_name(key)`, `network_name(keys)` and `REFERENCE`.
+        samples: By item: `row_name(key)`, `NetworkKeys.name` and `REFERENCE`.
         networks: The measured networks.
         measured: Keys of the rows among the samples.
         known: Rows of an older table, kept.
@@ -51,7 +51,7 @@ def assemble(
     Raises:
         TableError: A row or network was never measured, or a network took no time.
     """
-    for name in (*map(row_name, measured), *map(network_name, networks)):
+    for name in (*map(row_name, measured), *(keys.name for keys in networks)):
         if name not in samples or not samples[name].steady_ms:
             raise TableError(f"there are no samples of {name!r}: the measurement is not complete, run it on")
     rows = {**known, **{key: summarize(samples[row_name(key)].steady_ms) for key in measured}}
@@ -61,7 +61,7 @@ def assemble(
         blocks = grid is None and any(SEPARATOR in key for key in rows)
         granularity: Granularity = "block" if blocks else "op"
         return LatencyTable(target, rows, Correction(), None, provenance, granularity, grid)
-    network_samples = [samples[network_name(keys)].steady_ms for keys in networks]
+    network_samples = [samples[keys.name].steady_ms for keys in networks]
     medians = np.array([summarize(taken).median_ms for taken in network_samples])
     assessed: dict[Granularity, Assessed] = {}
     for name in allowed:
@@ -78,7 +78,7 @@ def assemble(
                 *(ms for network_ms in priced for ms in network_ms),
                 *(ms for key, ms in row_ms.items() if (SEPARATOR in key) == (name == "block")),
             ),
-            names=tuple(network_name(keys) for keys in networks),
+            names=tuple(keys.name for keys in networks),
             **_borders([_rows_of(keys, name) for keys in networks], row_ms, name),
         )
         assessed[name] = assess(
@@ -139,8 +139,8 @@ def _borders(
 
 def _rows_of(network: NetworkKeys, granularity: Granularity) -> list[str]:
     if granularity == "op":
-        return [op for block in network for op in block]
-    return [SEPARATOR.join(block) for block in network]
+        return [op for block in network.blocks for op in block]
+    return [SEPARATOR.join(block) for block in network.blocks]
 
 
 def _disturbed_percent(samples: Mapping[str, Sampled]) -> float:

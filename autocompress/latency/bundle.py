@@ -27,7 +27,6 @@ from autocompress.latency.plan import (
     Asked,
     NetworkKeys,
     make_plan,
-    network_name,
     row_name,
 )
 from autocompress.latency.reading import MAX_BYTES, parse_json
@@ -193,7 +192,7 @@ def write_bundle(
             "models_sha256": digest.hexdigest(),
             "rows": row_files,
             "networks": [
-                {"name": network_name(keys), "file": file, "blocks": keys}
+                {"name": keys.name, "file": file, "blocks": keys.blocks}
                 for keys, file in zip(plan.keys, network_files, strict=True)
             ],
         }
@@ -249,7 +248,7 @@ def import_samples(samples: Path, bundle: Path, *, unfinished: bool = False) -> 
             another bundle, are not complete, or name items that the bundle does not have.
     """
     manifest = _read_manifest(bundle)
-    items = [*map(row_name, manifest.rows), *map(network_name, manifest.networks)]
+    items = [*map(row_name, manifest.rows), *(keys.name for keys in manifest.networks)]
     try:
         taken = read_rounds(samples, [*items, REFERENCE])
         header = _read_header(taken.header, manifest)
@@ -349,7 +348,7 @@ def _parse_manifest(text: bytes) -> _Manifest:
     if len(entries) == 1 or len(entries) > MAX_NETWORKS:
         raise TableError(f"networks must be 0 or 2 to {MAX_NETWORKS}, got {len(entries)}")
     networks = tuple(_read_network(entry) for entry in entries)
-    if len(set(networks)) < len(networks):
+    if len({keys.name for keys in networks}) < len(networks):
         raise top["networks"].wrong("a list of different networks")
     if top["reference"].text() not in rows:
         raise top["reference"].wrong("the key of a row")
@@ -369,9 +368,8 @@ def _read_network(node: Node) -> NetworkKeys:
     keys = tuple(tuple(key.text() for key in block.list()) for block in members["blocks"].list())
     if not keys or not all(keys):
         raise members["blocks"].wrong("a list of lists of operations, none of them empty")
-    members["name"].equal(network_name(keys))
     members["file"].text()
-    return keys
+    return NetworkKeys(members["name"].text(), keys)
 
 
 def _read_header(node: Node, manifest: _Manifest) -> dict[str, Any]:

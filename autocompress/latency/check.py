@@ -27,7 +27,7 @@ from autocompress.latency.measure import (
     summarize,
     time_once,
 )
-from autocompress.latency.plan import check_networks, network_keys, network_name
+from autocompress.latency.plan import check_networks, network_name
 from autocompress.latency.profile import Prepare, open_samples
 from autocompress.latency.runtime import Blocks, Run, pinned, prepare
 from autocompress.latency.table import LatencyTable
@@ -159,12 +159,12 @@ def check_table(
     fitted = {net.name for net in table.error_report.networks} if table.error_report else set()
     drawn = check_networks(space, networks + len(fitted), seed=seed, cost=cost)
     nets = [space.operations(row) for row in drawn]
-    fresh = [i for i, net in enumerate(nets) if network_name(network_keys(net)) not in fitted]
+    fresh = [i for i, net in enumerate(nets) if network_name(net) not in fitted]
     chosen = [fresh[i] for i in np.unique(np.linspace(0, len(fresh) - 1, networks).round().astype(int))]
     if len(chosen) < 2:
         raise TableError(f"a check needs at least 2 networks the table was not fitted to, got {len(chosen)}")
     again = measured_before(table, space, profile_seed)
-    names = {i: network_name(network_keys(nets[i])) for i in chosen}
+    names = {i: network_name(nets[i]) for i in chosen}
     target = table.target
     items = [Item(names[i], partial(prepare, nets[i], target)) for i in chosen]
     items += [Item(name, partial(prepare, net, target)) for name, (net, _) in again.items()]
@@ -186,7 +186,7 @@ def check_table(
         CheckedPrediction(
             space.decode(drawn[[i]])[0].key,
             float(predicted[place]),
-            _sum_ms(table, nets[i]),
+            _sum_ms(table, space.priced_operations(drawn[i])),
             measured[place].median_ms,
             measured[place].low_ms,
             measured[place].high_ms,
@@ -204,7 +204,7 @@ def check_table(
         raw=figures(np.array([network.sum_ms for network in checked]), measured_ms),
         repeat_noise_percent=repeat_noise_percent([samples[names[i]].steady_ms for i in chosen]),
         worst=tuple(
-            _with_blocks(checked[place], table, nets[chosen[place]])
+            _with_blocks(checked[place], table, space.priced_operations(drawn[chosen[place]]))
             for place in np.argsort(-errors, kind="stable")[:WORST]
         ),
     )
@@ -222,7 +222,7 @@ def measured_before(table: LatencyTable, space: SearchSpace, seed: int) -> dict[
         return {}
     then_ms = {net.name: net.measured_ms for net in table.error_report.networks}
     codes = check_networks(space, len(then_ms), seed=seed)
-    nets = {network_name(network_keys(net)): net for net in (space.operations(row) for row in codes)}
+    nets = {network_name(net): net for net in (space.operations(row) for row in codes)}
     known = [name for name in nets if name in then_ms]
     places = np.unique(np.linspace(0, len(known) - 1, min(AGAIN, len(known))).round().astype(int))
     return {known[place]: (nets[known[place]], then_ms[known[place]]) for place in places}

@@ -121,7 +121,7 @@ class CheckedNetwork:
     """One measured network; its prediction comes from a correction that was fitted without it.
 
     Attributes:
-        name: What it runs, as `autocompress.latency.profile.network_name`.
+        name: What it runs, as `autocompress.latency.plan.network_name`.
         rows: How many rows its sum has.
         sum_ms: Sum of the medians of its rows.
         measured_ms: Median of the whole network.

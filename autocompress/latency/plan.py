@@ -11,7 +11,7 @@ from autocompress.cost import AdditiveCost, operation_cost
 from autocompress.errors import TableError
 from autocompress.latency.runtime import Blocks
 from autocompress.latency.widths import Steps, WidthGrid, family_of, make_grid
-from autocompress.ops import SEPARATOR, Ops, block_key
+from autocompress.ops import Ops, block_key
 from autocompress.space import Codes, SearchSpace
 
 CANDIDATES: Final = 2000
@@ -21,15 +21,25 @@ HELD_OUT_ROWS: Final = 100
 Asked = Literal["auto", "block", "op"]
 """Which granularity to measure; `auto` measures both."""
 
-NetworkKeys = tuple[tuple[str, ...], ...]
-"""A network as the keys of the operations of each of its blocks."""
+
+@dataclass(frozen=True)
+class NetworkKeys:
+    """A network as rows of a table.
+
+    Attributes:
+        name: Among samples; `network_name`.
+        blocks: Keys of the operations of each of its priced blocks.
+    """
+
+    name: str
+    blocks: tuple[tuple[str, ...], ...]
 
 
 def distinct_blocks(space: SearchSpace) -> dict[str, Ops]:
     """Return each different active block of a space once, by its key."""
     result: dict[str, Ops] = {}
     known: set[Ops] = {()}
-    for block in space.blocks:
+    for block in space.priced_blocks:
         for setting in space.block_settings(block):
             ops = block.operations(*setting)
             if ops not in known:
@@ -91,6 +101,7 @@ class Plan:
         rows: Blocks, operations alone, or both, by key.
         networks: Whole networks that correct and check the sums of rows.
         codes: The same networks as rows of codes.
+        keys: And as rows of a table.
         grid: If widths are interpolated, where they are measured.
         held_out: Keys of rows that check the interpolation and never take part in it.
         priced: How many different operations the grid prices.
@@ -99,14 +110,10 @@ class Plan:
     rows: Mapping[str, Ops]
     networks: tuple[Blocks, ...]
     codes: Codes
+    keys: tuple[NetworkKeys, ...]
     grid: WidthGrid | None = None
     held_out: tuple[str, ...] = ()
     priced: int = 0
-
-    @property
-    def keys(self) -> tuple[NetworkKeys, ...]:
-        """The networks as keys."""
-        return tuple(network_keys(network) for network in self.networks)
 
 
 def make_plan(space: SearchSpace, granularity: Asked, networks: int, seed: int) -> Plan:
@@ -135,7 +142,7 @@ def make_plan(space: SearchSpace, granularity: Asked, networks: int, seed: int) 
             "measured one by one: measure a grid of widths instead (profile.widths: grid)"
         )
     codes = check_networks(space, networks, seed=seed)
-    return Plan(rows, tuple(space.operations(row) for row in codes), codes)
+    return Plan(rows, *networks_of(space, codes))
 
 
 def plan_widths(space: SearchSpace, networks: int, seed: int, *, knots: int, steps: Steps) -> Plan:
@@ -169,8 +176,7 @@ def plan_widths(space: SearchSpace, networks: int, seed: int, *, knots: int, ste
     codes = check_networks(space, networks, seed=seed)
     return Plan(
         {key: (op,) for key, op in rows.items()} | {key: (ops[key],) for key in held_out},
-        tuple(space.operations(row) for row in codes),
-        codes,
+        *networks_of(space, codes),
         grid,
         held_out,
         len(ops),
@@ -182,12 +188,22 @@ def row_name(key: str) -> str:
     return f"block {key}"
 
 
-def network_name(network: NetworkKeys) -> str:
+def network_name(network: Blocks) -> str:
     """Name a network by what it runs, so that another space of the same name cannot take its samples."""
-    text = "\n".join(SEPARATOR.join(block) for block in network)
+    text = "\n".join(block_key(ops) for _, ops in network)
     return f"network {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def network_keys(network: Blocks) -> NetworkKeys:
-    """Return the keys of the operations of each block of a network."""
-    return tuple(tuple(op.key for op in ops) for _, ops in network)
+def networks_of(
+    space: SearchSpace, codes: Codes
+) -> tuple[tuple[Blocks, ...], Codes, tuple[NetworkKeys, ...]]:
+    """Return what a plan says of networks: their operations, the codes that were given, and their keys."""
+    networks = tuple(space.operations(row) for row in codes)
+    keys = tuple(
+        NetworkKeys(
+            network_name(network),
+            tuple(tuple(op.key for op in ops) for _, ops in space.priced_operations(row)),
+        )
+        for network, row in zip(networks, codes, strict=True)
+    )
+    return networks, codes, keys

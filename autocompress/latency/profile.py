@@ -31,7 +31,6 @@ from autocompress.latency.plan import (
     Plan,
     distinct_blocks,
     make_plan,
-    network_name,
     plan_widths,
     row_name,
 )
@@ -182,12 +181,12 @@ def take_samples(
     """Measure some rows and all networks of a plan, interleaved.
 
     Returns:
-        Samples by `row_name`, `network_name` and `REFERENCE`.
+        Samples by `row_name`, `NetworkKeys.name` and `REFERENCE`.
     """
     items = [Item(row_name(key), partial(prepare, [("block", plan.rows[key])], target)) for key in rows]
     items += [
         Item(
-            network_name(keys),
+            keys.name,
             partial(prepare, network, target) if prepare_network is None else partial(prepare_network, codes),
         )
         for keys, network, codes in zip(plan.keys, plan.networks, plan.codes, strict=True)

@@ -304,7 +304,7 @@ class ElasticContract(ABC):
         """Law: the supernet serves every setting of every block, not only those that were drawn here."""
         space = self.space()
         for block in space.blocks:
-            for setting in space.block_settings(block):
+            for setting in space.covering_settings(block):
                 ops = block.operations(*setting)
                 for position, op in enumerate(ops):
                     if isinstance(op, Add):
@@ -315,3 +315,12 @@ class ElasticContract(ABC):
                     with torch.device("meta"):
                         expected = {key: tensor.shape for key, tensor in op.module().named_parameters()}
                     assert shapes == expected, op.key
+
+    def test_the_parts_of_a_block_cost_what_it_does(self) -> None:
+        """Law: MACs and parameters of the priced blocks add up to those of the network."""
+        space = self.space()
+        for codes in space.sample(50, np.random.default_rng(11)):
+            for metric in ("macs", "params"):
+                built = [getattr(op, metric) for _, ops in space.operations(codes) for op in ops]
+                priced = [getattr(op, metric) for _, ops in space.priced_operations(codes) for op in ops]
+                assert sum(priced) == sum(built)

@@ -10,7 +10,7 @@ import pytest
 
 from autocompress.errors import TableError
 from autocompress.latency.check import check_table, save_check
-from autocompress.latency.plan import network_keys, network_name
+from autocompress.latency.plan import network_name
 from autocompress.latency.profile import profile
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
@@ -61,7 +61,7 @@ def test_no_network_of_the_error_report_is_among_the_checked(
     assert table.error_report is not None
     fitted = {network.name for network in table.error_report.networks}
     by_key = {
-        space.decode(row[None])[0].key: network_name(network_keys(space.operations(row)))
+        space.decode(row[None])[0].key: network_name(space.operations(row))
         for row in np.unique(space.sample(500, np.random.default_rng(0)), axis=0)
     }
     assert not {by_key[network.architecture] for network in found.networks} & fitted

@@ -19,7 +19,7 @@ from autocompress.errors import StorageError
 from autocompress.latency import check
 from autocompress.latency.correction import Checks, assess
 from autocompress.latency.measure import Measurement
-from autocompress.latency.plan import check_networks, network_keys, network_name
+from autocompress.latency.plan import check_networks, network_name
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
 from autocompress.run import Run, Shown
@@ -206,7 +206,7 @@ def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
     codes = check_networks(run.space, run.recipe.profile.networks, seed=run.recipe.profile.seed)
     nets = [run.space.operations(row) for row in codes]
     then_ms = np.array([2.0 * len(net) for net in nets])
-    names = tuple(network_name(network_keys(net)) for net in nets)
+    names = tuple(network_name(net) for net in nets)
     checks = Checks(then_ms, np.array([float(len(net)) for net in nets]), then_ms, 0.05, names)
     _, report = assess(checks, [[ms] * 8 for ms in then_ms])
     monkeypatch.setattr(comparison, "profile", lambda run, shown: replace(table, error_report=report))

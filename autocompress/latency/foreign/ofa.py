@@ -79,7 +79,7 @@ def block_table(space: SearchSpace, table: OfaTable) -> dict[str, ForeignRow]:
         TableError: No key says what a block runs.
     """
     rows: dict[str, ForeignRow] = {}
-    for block in space.blocks:
+    for block in space.priced_blocks:
         for setting in space.block_settings(block):
             ops = block.operations(*setting)
             if ops and (key := block_key(ops)) not in rows:
