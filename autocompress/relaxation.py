@@ -23,23 +23,30 @@ from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
 from autocompress.ops import Ops
 from autocompress.proposals import every_feasible
-from autocompress.space import Codes, Option, SearchSpace
+from autocompress.space import Choice, Codes, Option, SearchSpace
 
 # A space of so many networks is looked at whole.
 ENUMERATED = 50_000
+# Probabilities below are taken for this one: logarithms stay finite.
+LEAST = 1e-300
 # Logits start near zero: all options are nearly equally probable.
 INITIAL_SPREAD = 1e-3
 
 
 @final
 class Relaxation(nn.Module):
-    """Logits, one vector a relaxed choice; other choices are fixed.
+    """Logits, one vector a variable: a choice, or an edge of which options of choices are made.
+
+    Choices are drawn on their own. The probability of an option is that of its variable, or, made of edges,
+    proportional to the product of theirs: the most probable option of a node then has the two edges that
+    DARTS keeps.
 
     Attributes:
         space: The space.
-        relaxed: Names of the choices with logits, in the order of the space.
-        fixed: Name to option of the others.
-        logits: `(options,)` a relaxed choice, in the order of `relaxed`, in 64-bit floats.
+        relaxed: Names of the variables with logits, in the order of the space.
+        fixed: Name to option of the choices that are not relaxed.
+        logits: `(options,)` a variable, in the order of `relaxed`, in 64-bit floats.
+        kept: `(options,)` a variable: which options are left; those that were dropped have probability 0.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int, fixed: Mapping[str, Option] | None = None) -> None:
@@ -69,27 +76,55 @@ class Relaxation(nn.Module):
         for choice in space.choices:
             if choice.name in given or choice.name in rigid or len(choice.options) == 1:
                 self.fixed[choice.name] = given.get(choice.name, choice.options[-1])
-        self.relaxed = tuple(choice.name for choice in space.choices if choice.name not in self.fixed)
+        free = [choice for choice in space.choices if choice.name not in self.fixed]
+        mixed = {edge for choice in free for terms in choice.terms for edge, _ in terms}
+        mixed |= {choice.name for choice in free if not choice.terms}
+        self.relaxed = tuple(name for name in space.variables if name in mixed)
         if not self.relaxed:
             raise SpaceError(
                 f"every choice of space {space.name!r} is fixed or changes the shapes of blocks "
                 f"({', '.join(rigid)}): there is nothing to relax; search it by another strategy"
             )
         generator = torch.Generator().manual_seed(seed)
+        counts = [len(space.variables[name].options) for name in self.relaxed]
         self.logits = nn.ParameterList(
-            nn.Parameter(
-                INITIAL_SPREAD * torch.randn(self.options(name), generator=generator, dtype=torch.float64)
-            )
-            for name in self.relaxed
+            nn.Parameter(INITIAL_SPREAD * torch.randn(count, generator=generator, dtype=torch.float64))
+            for count in counts
         )
-
-    def options(self, name: str) -> int:
-        """Return how many options a choice has."""
-        return len(self.space.choices[self.space.positions[name]].options)
+        self.kept = [torch.ones(count, dtype=torch.bool) for count in counts]
+        self._places = {choice.name: self._places_of(choice) for choice in free if choice.terms}
 
     def probabilities(self) -> dict[str, Tensor]:
-        """Return the softmax of the logits, name of a relaxed choice to `(options,)`."""
-        return {name: vector.softmax(0) for name, vector in zip(self.relaxed, self.logits, strict=True)}
+        """Return the softmax over the options that are left, name of a variable to `(options,)`."""
+        return {
+            name: vector.masked_fill(~kept, -torch.inf).softmax(0)
+            for name, vector, kept in zip(self.relaxed, self.logits, self.kept, strict=True)
+        }
+
+    def of_choice(self, choice: Choice, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the probabilities of the options of a choice that is not fixed, `(options,)`.
+
+        Args:
+            choice: Of the space.
+            weights: Of the options of each variable, `(options,)`, 0 or more; not all of a choice 0.
+        """
+        if choice.terms:
+            flat = torch.cat([*(weights[name] for name in self.relaxed), torch.ones(1, dtype=torch.float64)])
+            products = flat[self._places[choice.name]].prod(1)
+        else:
+            products = weights[choice.name]
+        return products / products.sum()
+
+    def _places_of(self, choice: Choice) -> Tensor:
+        """Return where the terms of each option stand among all variables, `(options, most terms)`."""
+        counts = [len(self.space.variables[name].options) for name in self.relaxed]
+        first = dict(zip(self.relaxed, np.cumsum([0, *counts]).tolist(), strict=False))
+        most = max(len(terms) for terms in choice.terms)
+        places = torch.full((len(choice.options), most), sum(counts))  # there stands a 1
+        for row, terms in enumerate(choice.terms):
+            for column, (edge, option) in enumerate(terms):
+                places[row, column] = first[edge] + self.space.variables[edge].code(option)
+        return places
 
     def largest(self) -> Codes:
         """Return the largest network with the fixed options, `(1, choices)`: what a mixture starts from."""
@@ -99,21 +134,21 @@ class Relaxation(nn.Module):
             codes[0, position] = self.space.choices[position].code(option)
         return self.space.canonical(codes)
 
-    def expected(self, cost: Cost, probabilities: Mapping[str, Tensor] | None = None) -> Tensor:
+    def expected(self, cost: Cost, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the expected cost of a network whose choices are drawn on their own, exactly.
 
         Args:
             cost: A cost that adds up, of the space.
-            probabilities: Of the relaxed choices, `(options,)`; by default those of the logits.
+            weights: Of the variables, `(options,)`, see `of_choice`; by default their probabilities.
 
         Raises:
             CostError: The cost is a maximum, which has no such expectation.
         """
-        given = self.probabilities() if probabilities is None else probabilities
+        given = self.probabilities() if weights is None else weights
         vectors = []
         for choice in self.space.choices:
-            if choice.name in given:
-                vectors.append(given[choice.name])
+            if choice.name not in self.fixed:
+                vectors.append(self.of_choice(choice, given))
             else:
                 vector = torch.zeros(len(choice.options), dtype=torch.float64)
                 vector[choice.code(self.fixed[choice.name])] = 1.0
@@ -125,6 +160,7 @@ class Relaxation(nn.Module):
         self,
         constraints: Constraints,
         *,
+        weights: Mapping[str, Tensor] | None = None,
         at_least: float = 0.0,
         forbidden: Sequence[Mapping[str, Option]] = (),
     ) -> Optimum:
@@ -132,6 +168,7 @@ class Relaxation(nn.Module):
 
         Args:
             constraints: Of this space.
+            weights: Of the variables, as in `expected`.
             at_least: Share of some limited sum that the network is to use. Where no network that fits does,
                 it may use less.
             forbidden: Networks or parts of them that are not to be returned, see `exact.solve`.
@@ -140,12 +177,21 @@ class Relaxation(nn.Module):
             BudgetError: No network with the fixed options fits.
             TrainingError: A logit is not finite.
         """
+        for name, logits in zip(self.relaxed, self.logits, strict=True):
+            if not bool(torch.isfinite(logits).all()):
+                raise TrainingError(
+                    f"the architecture parameters of {name!r} are {logits.tolist()}: lower the learning rate "
+                    "of the architecture, or look at the losses"
+                )
         vectors = []
-        for choice in self.space.choices:
-            if choice.name in self.fixed:
-                vectors.append(np.zeros(len(choice.options)))
-            else:
-                vectors.append(self.log_probabilities(choice.name))
+        with torch.no_grad():
+            given = self.probabilities() if weights is None else weights
+            for choice in self.space.choices:
+                if choice.name in self.fixed:
+                    vectors.append(np.zeros(len(choice.options)))
+                else:
+                    # Options that were dropped are taken where nothing else fits, and nowhere else.
+                    vectors.append(self.of_choice(choice, given).clamp(min=LEAST).log().numpy())
         others = [
             {choice.name: option}
             for choice in self.space.choices
@@ -205,46 +251,29 @@ class Relaxation(nn.Module):
             holds &= active[:, position] & (codes[:, position] == code)
         return holds
 
-    def log_probabilities(self, name: str) -> NDArray[np.float64]:
-        """Return the logarithms of the probabilities of a relaxed choice, `(options,)`.
-
-        Raises:
-            TrainingError: A logit is not finite.
-        """
-        logits = self.logits[self.relaxed.index(name)].detach()
-        if not bool(torch.isfinite(logits).all()):
-            raise TrainingError(
-                f"the architecture parameters of {name!r} are {logits.tolist()}: lower the learning rate of "
-                "the architecture, or look at the losses"
-            )
-        found: NDArray[np.float64] = logits.log_softmax(0).numpy()
-        return found
-
     def entropy(self) -> float:
-        """Return the mean entropy of the relaxed choices, as a share of that of even probabilities."""
+        """Return the mean entropy of the variables, as a share of that of even probabilities."""
         shares = []
         for vector in self.probabilities().values():
-            p = vector.detach().clamp(min=1e-300)
+            p = vector.detach().clamp(min=LEAST)
             shares.append(float(-(p * p.log()).sum() / np.log(len(p))))
         return float(np.mean(shares))
 
     def mean_probability(self, option: Option) -> float | None:
-        """Return the mean probability of an option over the relaxed choices that have it, `None` for none."""
+        """Return the mean probability of an option over the variables that have it, `None` for none."""
         found = []
         for name, vector in self.probabilities().items():
-            options = self.space.choices[self.space.positions[name]].options
+            options = self.space.variables[name].options
             if option in options:
                 found.append(float(vector.detach()[options.index(option)]))
         return float(np.mean(found)) if found else None
 
     def summary(self) -> dict[str, Any]:
-        """Return the probabilities by choice and option, as plain values."""
+        """Return the probabilities by variable and option, as plain values."""
         return {
             name: {
                 str(option): float(p)
-                for option, p in zip(
-                    self.space.choices[self.space.positions[name]].options, vector.tolist(), strict=True
-                )
+                for option, p in zip(self.space.variables[name].options, vector.tolist(), strict=True)
             }
             for name, vector in self.probabilities().items()
         }

@@ -45,12 +45,16 @@ class Choice:
         ordinal: Whether the order of the options means something.
         active_when: Conditions that must all hold for the choice to have an effect, each a choice that
             stands earlier in the space and the options of it that keep this one active.
+        terms: For each option the edges of the space it is made of, with what each of them is. A cell whose
+            nodes keep two of many edges has options of two terms: what is searched are nodes, what is mixed
+            are edges. Without terms, the choice itself is mixed.
     """
 
     name: str
     options: tuple[Option, ...]
     ordinal: bool = True
     active_when: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+    terms: tuple[tuple[tuple[str, Option], ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Check names and options."""
@@ -68,6 +72,11 @@ class Choice:
                 )
         if len(set(self.options)) != len(self.options):
             raise SpaceError(f"choice {self.name!r} has an option twice: {self.options}")
+        if self.terms and len(self.terms) != len(self.options):
+            raise SpaceError(
+                f"choice {self.name!r} needs terms for each of its {len(self.options)} options, got "
+                f"{len(self.terms)}"
+            )
 
     def code(self, option: Option) -> int:
         """Return the position of an option.
@@ -94,12 +103,14 @@ class Block:
             none where the block is not active. Must be a pure function that can be pickled.
         parts: Blocks of fewer of these choices each, whose costs add up to that of the block: the edges of a
             cell. They price it, and are never run in sequence.
+        edges: Of a cell, the edges that its mixture has, in its order; without, its choices are its edges.
     """
 
     name: str
     choices: tuple[str, ...]
     operations: Callable[..., Ops]
     parts: tuple["Block", ...] = ()
+    edges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class SearchSpace:
         blocks: In the order of execution.
         settings: What the constructor was called with, for files that must say which space they are of.
         supernet_factory: Makes the space's supernet; `None` is the generic one built from the blocks.
+        edges: What the terms of choices speak of, and mixtures decide: each with its options.
     """
 
     name: str
@@ -157,6 +169,7 @@ class SearchSpace:
     blocks: tuple[Block, ...]
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     supernet_factory: Callable[["SearchSpace"], "Supernet"] | None = field(default=None, compare=False)
+    edges: tuple[Choice, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that names are unique and that every reference resolves."""
@@ -175,6 +188,15 @@ class SearchSpace:
             positions[choice.name] = position
         if not self.choices:
             raise SpaceError(f"space {self.name!r} has no choices")
+        edges = {edge.name: edge for edge in self.edges}
+        if len(edges) < len(self.edges) or edges.keys() & positions.keys():
+            raise SpaceError(f"edges of space {self.name!r} need names of their own, got {list(edges)}")
+        for name in (*(name for block in self.blocks for name in block.edges), *self._edges_of_terms()):
+            if name not in edges:
+                raise SpaceError(f"{name!r} is no edge of space {self.name!r}; it has {list(edges)}")
+        for choice in self.choices:
+            for edge, option in {term for terms in choice.terms for term in terms}:
+                edges[edge].code(option)
         names = [block.name for block in self.blocks]
         if len(set(names)) != len(names):
             raise SpaceError(f"space {self.name!r} has two blocks of one name: {names}")
@@ -192,6 +214,15 @@ class SearchSpace:
                         f"part {part.name!r} depends on {list(part.choices)}, its block {block.name!r} on "
                         f"{list(block.choices)} only"
                     )
+
+    def _edges_of_terms(self) -> Iterator[str]:
+        return (edge for choice in self.choices for terms in choice.terms for edge, _ in terms)
+
+    @cached_property
+    def variables(self) -> dict[str, Choice]:
+        """What mixtures weigh, by name: choices, and the edges of which others are made."""
+        own = {choice.name: choice for choice in self.choices if not choice.terms}
+        return own | {edge.name: edge for edge in self.edges}
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -517,6 +548,8 @@ class SearchSpace:
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits over choices and operations: equal exactly for equal spaces."""
         digest = hashlib.sha256(repr((self.name, self.choices)).encode())
+        for choice in self.choices if self.edges else ():
+            digest.update(repr((choice.terms, self.edges)).encode())
         for block in self.blocks:
             digest.update(repr((block.name, block.choices)).encode())
             for setting in self.covering_settings(block):

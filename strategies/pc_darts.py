@@ -68,13 +68,24 @@ class PcDarts(RelaxedSearch):
         """Differentiate the held-out loss by the logits of options and edges."""
         self.set_gradients(self.penalised(network.loss(held_out, self._gates())))
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return probabilities times the share of their edge, by which nodes keep their edges."""
+        scales = self._scales()
+        return {
+            name: vector * scales.get(name, 1.0) for name, vector in self.relaxation.probabilities().items()
+        }
+
     def _gates(self) -> dict[str, Gate]:
+        scales = self._scales()
+        given = self.relaxation.probabilities()
+        return {name: Gate.all(vector, scales.get(name)) for name, vector in given.items()}
+
+    def _scales(self) -> dict[str, Tensor]:
         scales: dict[str, Tensor] = {}
         for group, vector in zip(self._groups, self._edges, strict=True):
             shares = vector.softmax(0)
             scales |= {name: shares[at] for at, name in enumerate(group)}
-        given = self.relaxation.probabilities()
-        return {name: Gate.all(vector, scales.get(name)) for name, vector in given.items()}
+        return scales
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the relaxation has, and the logits of the edges."""
@@ -87,7 +98,7 @@ class PcDarts(RelaxedSearch):
 
 
 def edge_groups(space: SearchSpace) -> tuple[tuple[str, ...], ...]:
-    """Return the choices whose edges end in one node, node by node, for every kind of cell.
+    """Return the names of the edges that end in one node, node by node, for every kind of cell.
 
     Raises:
         SpaceError: The space has no cells.
@@ -98,7 +109,8 @@ def edge_groups(space: SearchSpace) -> tuple[tuple[str, ...], ...]:
         if len(ops) == 1 and isinstance(ops[0], CellSpec):
             targets = ops[0].targets
             for node in sorted(set(targets)):
-                names = tuple(n for n, end in zip(block.choices, targets, strict=True) if end == node)
+                edges = block.edges or block.choices
+                names = tuple(n for n, end in zip(edges, targets, strict=True) if end == node)
                 groups[names] = None
     if not groups:
         raise SpaceError(

@@ -144,16 +144,21 @@ class RelaxedSearch(ABC):
                 )
         self._optimizer.step()
 
-    def ratios(self, probabilities: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
+        """Return what derivation and expected costs go by, variable to `(options,)`: probabilities."""
+        return self.relaxation.probabilities()
+
+    def ratios(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the expected cost of every limited sum, divided by its limit."""
+        given = self.weights() if weights is None else weights
         return {
-            metric: self.relaxation.expected(cost, probabilities) / limit
+            metric: self.relaxation.expected(cost, given) / limit
             for metric, (cost, limit) in self._priced.items()
         }
 
-    def penalised(self, loss: Tensor, probabilities: Mapping[str, Tensor] | None = None) -> Tensor:
+    def penalised(self, loss: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss with the budget in it."""
-        total: Tensor = self._penalty(loss, self.ratios(probabilities))
+        total: Tensor = self._penalty(loss, self.ratios(weights) if self._priced else {})
         return total
 
     def set_gradients(self, loss: Tensor) -> None:
@@ -192,7 +197,7 @@ class RelaxedSearch(ABC):
         while len(rows) <= n and len(self._asked) < self._candidates and not self._exhausted:
             try:
                 found = self.relaxation.derive(
-                    self._constraints, at_least=self._at_least, forbidden=self._asked
+                    self._constraints, weights=self.weights(), at_least=self._at_least, forbidden=self._asked
                 )
             except BudgetError:  # nothing is left, within the budget or at all
                 self._exhausted = True
@@ -210,7 +215,11 @@ class RelaxedSearch(ABC):
     def notes(self) -> Mapping[str, Any]:
         """Probabilities of the options, their entropy, and the expected costs with their limits."""
         with torch.no_grad():
-            expected = {m: float(self.relaxation.expected(cost)) for m, (cost, _) in self._priced.items()}
+            weights = self.weights()
+            expected = {
+                metric: float(self.relaxation.expected(cost, weights))
+                for metric, (cost, _) in self._priced.items()
+            }
         return {
             "relaxation": {
                 "entropy": self.relaxation.entropy(),

@@ -44,7 +44,7 @@ class Gate:
 
 
 Gates = Mapping[str, Gate]
-"""Gates by the name of their choice."""
+"""Gates by the name of their variable: a choice, or an edge of which options of choices are made."""
 
 
 def run_mixture(
@@ -83,7 +83,8 @@ def run_mixture(
             for name in block.choices
         }
         ops = block.operations(*chosen.values())
-        if len(ops) == 1 and isinstance(ops[0], CellSpec) and any(name in gates for name in block.choices):
+        edges = block.edges or block.choices
+        if len(ops) == 1 and isinstance(ops[0], CellSpec) and any(name in gates for name in edges):
             x = _run_cell(supernet, block, ops[0], x, chosen, gates, normalise, channels)
         else:
             x = _run_settings(supernet, block, x, chosen, gates, normalise)
@@ -112,9 +113,9 @@ def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _check(supernet: Supernet, gates: Gates) -> None:
     space = supernet.space
     for name, gate in gates.items():
-        if name not in space.positions:
-            raise SpaceError(f"gates name {name!r}, which is no choice of space {space.name!r}")
-        count = len(space.choices[space.positions[name]].options)
+        if name not in space.variables:
+            raise SpaceError(f"gates name {name!r}, which is no choice or edge of space {space.name!r}")
+        count = len(space.variables[name].options)
         if not gate.codes or list(gate.codes) != sorted(set(gate.codes) & set(range(count))):
             raise SpaceError(
                 f"the gate of {name!r} names options {gate.codes}, which are not of 0..{count - 1}"
@@ -139,11 +140,15 @@ def _run_cell(
     space = supernet.space
     ((layer, _),) = supernet.bind(block.name, (op,))
     edges: list[EdgeMixture] = []
+    settled = dict(chosen)
     for name in block.choices:
-        options = space.choices[space.positions[name]].options
+        if terms := space.choices[space.positions[name]].terms:
+            settled |= terms[space.choices[space.positions[name]].options.index(chosen[name])]
+    for name in block.edges or block.choices:
+        options = space.variables[name].options
         gate = gates.get(name)
         if gate is None:
-            edges.append(([(str(chosen[name]), None)], None))
+            edges.append(([(str(settled[name]), None)] if name in settled else [], None))
         else:
             parts = [(str(options[code]), gate.weights[at]) for at, code in enumerate(gate.codes)]
             edges.append((parts, gate.scale))
@@ -168,13 +173,14 @@ def _run_settings(
             setting[name] = space.choices[space.positions[name]].options[code]
         ops = block.operations(*setting.values())
         # Layers run on images of any size, so only the shapes tell that a setting does not fit.
-        if ops and math.prod(ops[0].in_shape) != x[0].numel():
+        if ops and math.prod(ops[0].in_shape) != math.prod(_last(x).shape[1:]):
             raise SpaceError(
-                f"block {block.name!r} takes {ops[0].in_shape} with {setting}, got {tuple(x.shape[1:])}; a "
-                "choice that changes shapes (resolution, stage width) cannot be gated"
+                f"block {block.name!r} takes {ops[0].in_shape} with {setting}, got "
+                f"{tuple(_last(x).shape[1:])}; a choice that changes shapes (resolution, stage width) cannot "
+                "be gated"
             )
         output = run_block(x, supernet.bind(block.name, ops), normalise)
-        shapes.add(tuple(output.shape))
+        shapes.add(tuple(_last(output).shape))
         if len(shapes) > 1:
             raise SpaceError(
                 f"block {block.name!r} has outputs of different shapes under gates on {gated}; a choice that "
@@ -184,6 +190,11 @@ def _run_settings(
 
     combinations = _combinations([gates[name] for name in gated])
     return cast(Tensor, weighted(x, ((partial(run, codes), weight) for codes, weight in combinations)))
+
+
+def _last(x: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return what a block passes on; of several tensors, the shapes of operations are those of the last."""
+    return x if isinstance(x, Tensor) else x[-1]
 
 
 def _combinations(gates: Sequence[Gate]) -> Iterator[tuple[tuple[int, ...], Tensor | None]]:

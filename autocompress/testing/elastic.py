@@ -236,9 +236,16 @@ class ElasticContract(ABC):
     def test_a_one_hot_gate_is_the_plain_choice(self, supernet: Supernet) -> None:
         """Law: differentiable strategies train the network that they will derive."""
         images = self.images(2)
+        variables = self.space().variables
+        if not variables.keys() & self.space().positions.keys():
+            pytest.skip(
+                "mixtures of this space are of edges that no choice has: a law of the space's own tests"
+            )
         tried = 0
         for arch in self.architectures():
             for name, option in arch.settings:
+                if name not in variables:
+                    continue
                 choice = self.space().choices[self.space().positions[name]]
                 gate = torch.zeros(len(choice.options))
                 gate[choice.code(option)] = 1

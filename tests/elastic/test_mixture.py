@@ -72,7 +72,7 @@ def test_the_gradient_of_gates_is_that_of_finite_differences() -> None:
 
 def test_a_gate_that_names_no_choice_is_refused() -> None:
     space = toy_classifier_space()
-    with pytest.raises(SpaceError, match=r"gates name 'block9\.kernel', which is no choice of space"):
+    with pytest.raises(SpaceError, match=r"gates name 'block9\.kernel', which is no choice or edge of space"):
         mixed(space.supernet(), arch_of(space, depth=1), {"block9.kernel": torch.ones(3)})
 
 

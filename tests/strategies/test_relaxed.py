@@ -58,7 +58,7 @@ class Network:
     """A supernet in double precision, its loss, and an optimizer's settings and momenta."""
 
     def __init__(self, space: SearchSpace, *, linear: bool = False, channels: int = 1) -> None:
-        self.supernet = space.supernet(seed=3).double() if False else space.supernet().double()
+        self.supernet = space.supernet().double()
         for parameter in self.supernet.parameters():
             parameter.data += 0.3 * torch.randn(
                 parameter.shape,
@@ -393,7 +393,7 @@ def test_the_most_probable_network_within_the_budget_is_derived(percent: int) ->
     strategy = Darts(constraints, seed=0, candidates=1000, at_least=0.0)
     at_odds(strategy)
     codes = np.array(list(itertools.product(range(4), repeat=3)))
-    logs = [strategy.relaxation.log_probabilities(name) for name in strategy.relaxation.relaxed]
+    logs = [p.detach().log().numpy() for p in strategy.relaxation.probabilities().values()]
     values = sum(log[codes[:, at]] for at, log in enumerate(logs))
     fits = constraints.feasible(codes)
     order = np.argsort(-np.where(fits, values, -np.inf), kind="stable")
@@ -418,7 +418,7 @@ def test_a_network_that_uses_the_budget_is_preferred_where_there_is_one(percent:
         with torch.no_grad():  # small kernels are far more probable
             for vector in strategy.relaxation.logits:
                 vector.copy_(torch.tensor([4.0, 2.0, 1.0, 0.0]))
-        logs = [strategy.relaxation.log_probabilities(name) for name in strategy.relaxation.relaxed]
+        logs = [p.detach().log().numpy() for p in strategy.relaxation.probabilities().values()]
         values = sum(log[codes[:, at]] for at, log in enumerate(logs))
         uses = np.max([c.of(codes) / limit for m, limit in constraints.limits.items()
                        for c in [constraints.costs[m]]], axis=0)  # fmt: skip
