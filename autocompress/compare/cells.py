@@ -19,8 +19,16 @@ from autocompress.atomic import read_json, write_json
 from autocompress.compare.problem import Contestant, Problem, ProblemSource
 from autocompress.compare.workers import each
 from autocompress.cost import Values
+from autocompress.differentiable import Differentiable
 from autocompress.engine import search
-from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
+from autocompress.errors import (
+    AutocompressError,
+    CheckpointError,
+    EvaluationError,
+    PluginError,
+    StorageError,
+    StrategyError,
+)
 from autocompress.plugins import load_strategy
 from autocompress.progress import Progress, silent
 from autocompress.space import Codes
@@ -42,9 +50,10 @@ class Cell:
         seed: Of its strategy.
         scores: The objective of every evaluation, in order; `None` where it failed.
         evaluation_s: Seconds of every evaluation: measured, or simulated where the problem simulates them.
-        strategy_s: Seconds that the strategy took in all to propose and to learn.
+        strategy_s: Seconds that the strategy took in all to be trained, to propose and to learn.
         best: The architecture of the best score, as its JSON; empty if the search failed.
         error: Why it failed; empty unless it did.
+        training_s: Of them, those in which it was trained together with a supernet, before any evaluation.
     """
 
     label: str
@@ -54,6 +63,7 @@ class Cell:
     strategy_s: float
     best: str
     error: str = ""
+    training_s: float = 0.0
 
     def curve(self, evaluations: int) -> Values:
         """Return the best score after 1, 2, ... evaluations, `(evaluations,)`; `nan` before the first.
@@ -103,7 +113,8 @@ def make_strategy(problem: Problem, contestant: Contestant, seed: int) -> Strate
     """Make the strategy of a cell; also a check that can be made before any search.
 
     Raises:
-        StrategyError: It refuses its options or fails, or what it makes cannot be asked and told.
+        StrategyError: It refuses its options or fails, what it makes cannot be asked and told, or it has to
+            be trained together with a supernet and the problem has none.
     """
     factory = load_strategy(contestant.strategy)
     try:
@@ -118,7 +129,45 @@ def make_strategy(problem: Problem, contestant: Contestant, seed: int) -> Strate
         raise StrategyError(
             f"strategy {contestant.label!r} must make something with ask and tell, got {type(made).__name__}"
         )
+    if isinstance(made, Differentiable) and problem.train_together is None:
+        raise StrategyError(
+            f"strategy {contestant.label!r} is trained together with a supernet, and problem "
+            f"{problem.name!r} has no train_together to do it; leave the strategy out, or compare on a "
+            "trained run (--run)"
+        )
     return made
+
+
+def _train(
+    problem: Problem, strategy: Strategy, contestant: Contestant, seed: int, checkpoint: Path | None
+) -> float:
+    """Train a strategy that is differentiable; return the seconds that took, 0 for any other.
+
+    Raises:
+        StrategyError: It cannot be trained.
+        PluginError: The problem does not say how long it took.
+    """
+    if problem.train_together is None or not isinstance(strategy, Differentiable):
+        return 0.0
+    try:
+        seconds: Any = problem.train_together(strategy, seed=seed, checkpoint=checkpoint)
+    except (CheckpointError, StorageError):  # no fault of the strategy's
+        raise
+    except Exception as error:
+        raise StrategyError(
+            f"strategy {contestant.label!r} cannot be trained: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+        raise PluginError(
+            f"train_together of problem {problem.name!r} must return its seconds, a number >= 0, got "
+            f"{seconds!r}"
+        )
+    return float(seconds)
+
+
+def _checkpoint(journal: Path) -> Path:
+    """Return where the training of a cell is kept until the cell is finished."""
+    return journal.with_suffix(".pt")
 
 
 def run_cell(
@@ -131,13 +180,19 @@ def run_cell(
         contestant: By which strategy.
         seed: Of the strategy.
         evaluations: How many distinct networks.
-        storage: A journal from which a killed search goes on.
+        storage: A journal from which a killed search goes on; a training that it needs has a checkpoint
+            beside it.
 
     Raises:
-        StrategyError: The strategy failed, or proposed nothing that fits.
+        StrategyError: The strategy failed, could not be trained, or proposed nothing that fits.
         EvaluationError: No evaluation succeeded.
+        CheckpointError: The checkpoint of its training is damaged.
     """
-    strategy = _Timed(make_strategy(problem, contestant, seed))
+    made = make_strategy(problem, contestant, seed)
+    training_s = _train(
+        problem, made, contestant, seed, checkpoint=None if storage is None else _checkpoint(storage)
+    )
+    strategy = _Timed(made)
     result = search(
         strategy,
         problem.constraints,
@@ -160,8 +215,9 @@ def run_cell(
         seed=seed,
         scores=tuple(scores),
         evaluation_s=tuple(trial.metrics.get(SECONDS, 0.0) for trial in result.trials),
-        strategy_s=strategy.seconds,
+        strategy_s=training_s + strategy.seconds,
         best=result.best().architecture.to_json(),
+        training_s=training_s,
     )
 
 
@@ -174,6 +230,8 @@ def _problem(source: str) -> Problem:
 
 def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path: Path, threads: int) -> None:
     """Run one cell in a worker and write it."""
+    problem = _problem(source)
+    # After the problem is made: that of a run takes as many threads as the run.
     if threads:
         import torch
         from threadpoolctl import threadpool_limits
@@ -181,7 +239,6 @@ def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path
         torch.set_num_threads(threads)
         # Gaussian processes solve their equations in threads of BLAS.
         threadpool_limits(threads, user_api="blas")
-    problem = _problem(source)
     journal, failure = path.with_suffix(".log"), None
     try:
         cell = run_cell(problem, contestant, seed, evaluations, journal)
@@ -189,6 +246,8 @@ def _work(source: str, contestant: Contestant, seed: int, evaluations: int, path
         failure = error
         cell = Cell(contestant.label, seed, (), (), 0.0, "", error=f"{type(error).__name__}: {error}")
     write_json(path, {"schema": SCHEMA, "version": VERSION, "evaluations": evaluations, **asdict(cell)})
+    # What a training came to is its strategy's; mended, it is trained anew.
+    _checkpoint(journal).unlink(missing_ok=True)
     # What was evaluated serves a strategy once it is mended; what an evaluator failed on would fail for ever.
     if not isinstance(failure, StrategyError):
         journal.unlink(missing_ok=True)

@@ -40,6 +40,9 @@ def compare(
 ) -> None:
     """Compare search strategies on the same space, budget, evaluator and seeds.
 
+    Differentiable strategies train a supernet of their own; what they derive is scored like all other
+    networks.
+
     Finished searches are kept: the same command goes on where it was stopped, and more strategies or seeds
     can be added to it. Failed searches are run again.
     """

@@ -5,14 +5,37 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 
 from autocompress.budget import Constraints
+from autocompress.differentiable import Differentiable
 from autocompress.errors import AutocompressError, PluginError, RecipeError
 from autocompress.evaluator import Evaluator
 from autocompress.plugins import STRATEGIES, available, load_strategy_for
+
+
+class TrainTogether(Protocol):
+    """How a problem trains a differentiable strategy together with a supernet of the strategy's own."""
+
+    def __call__(self, strategy: Differentiable, *, seed: int, checkpoint: Path | None) -> float:
+        """Train the strategy in place; it is asked afterwards.
+
+        Args:
+            strategy: Untrained.
+            seed: Of what is random in the training.
+            checkpoint: A file from which a killed training goes on; the comparison removes it at the end of
+                the search. `None` keeps nothing.
+
+        Returns:
+            Seconds of the training, measured or simulated as those of evaluations are; with those before a
+            kill.
+
+        Raises:
+            TrainingError: It cannot be trained.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +51,9 @@ class Problem:
         identity: What outcomes depend on besides space and limits.
         simulated: Whether the evaluator gives a metric `simulated_s`, the seconds that an evaluation is
             assumed to take; otherwise they are measured.
+        train_together: Trains differentiable strategies, which are refused without it.
+        prepared: What was done before any search and is in nobody's seconds, in words; shown beside
+            the seconds of strategies that were trained.
     """
 
     name: str
@@ -37,6 +63,8 @@ class Problem:
     optimum: float | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     simulated: bool = False
+    train_together: TrainTogether | None = None
+    prepared: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from autocompress.compare.statistics import (
     early_ends,
     pairs,
     standings,
+    trainings,
     verdicts,
 )
 from autocompress.errors import RecipeError, StorageError
@@ -71,7 +72,11 @@ def write_comparison(
     """
     found = standings(cells, evaluations, problem.optimum)
     compared = pairs(found)
-    said = [*early_ends(cells, evaluations), *verdicts(found, compared)]
+    said = [
+        *early_ends(cells, evaluations),
+        *trainings(found, problem.prepared),
+        *verdicts(found, compared),
+    ]
     write_json(
         folder / "results.json",
         {
@@ -173,7 +178,8 @@ def _plot(folder: Path, problem: Problem, cells: Sequence[Cell], evaluations: in
                 axes.fill_between(axis, low, high, alpha=0.15)
         else:
             for strategy, (axis, mean) in curves_over_seconds(cells).items():
-                axes.plot(axis, mean, label=strategy, linewidth=1.2)
+                # A curve of one network is a point.
+                axes.plot(axis, mean, label=strategy, linewidth=1.2, marker="o", markersize=3, markevery=[-1])
         if problem.optimum is not None:
             axes.axhline(problem.optimum, color="0.4", linestyle="--", linewidth=0.8, label="optimum")
         axes.set(xlabel=label, ylabel=f"best {problem.objective} so far", title=problem.name)

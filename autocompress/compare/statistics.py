@@ -31,9 +31,11 @@ class Standing:
         spread: Their standard deviation; 0 for one seed.
         median: Of them.
         regret: Mean distance to the known optimum; `None` where it is not known.
-        strategy_s: Mean seconds that the strategy took for one evaluation.
+        strategy_s: Mean seconds that the strategy took for one evaluation, its training included.
         failed: Searches that ended with an error.
         error: Of the first of them.
+        training_s: Mean seconds of a search in which it was trained together with a supernet; 0 for one that
+            is not.
     """
 
     label: str
@@ -46,6 +48,7 @@ class Standing:
     strategy_s: float
     failed: int
     error: str = ""
+    training_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def standings(cells: Sequence[Cell], evaluations: int, optimum: float | None = N
                 strategy_s=sum(cell.strategy_s for cell in ended) / max(count, 1),
                 failed=len(group) - len(ended),
                 error=error,
+                training_s=sum(cell.training_s for cell in ended) / len(ended),
             )
         )
     return sorted(result, key=lambda standing: -standing.mean if standing.finals else math.inf)
@@ -122,8 +126,9 @@ def curves(cells: Sequence[Cell], evaluations: int) -> dict[str, NDArray[np.floa
 def curves_over_seconds(cells: Sequence[Cell], points: int = 200) -> dict[str, NDArray[np.float64]]:
     """Return, for every strategy, seconds and the mean best score by then, `(2, points)`.
 
-    Seconds are those of evaluations and of the strategy itself, the latter spread evenly. The axis begins
-    when every seed has a score, and ends when the first seed has ended.
+    Seconds are those of evaluations and of the strategy itself; its training comes before all evaluations,
+    the rest is spread evenly. The axis begins when every seed has a score, and ends when the first seed has
+    ended.
     """
     result = {}
     for label, group in _by_label(cells).items():
@@ -131,8 +136,9 @@ def curves_over_seconds(cells: Sequence[Cell], points: int = 200) -> dict[str, N
         if not ended:
             continue
         elapsed = [
-            np.cumsum(cell.evaluation_s)
-            + np.arange(1, len(cell.scores) + 1) * cell.strategy_s / len(cell.scores)
+            cell.training_s
+            + np.cumsum(cell.evaluation_s)
+            + np.arange(1, len(cell.scores) + 1) * (cell.strategy_s - cell.training_s) / len(cell.scores)
             for cell in ended
         ]
         runs = [cell.curve(len(cell.scores)) for cell in ended]
@@ -252,6 +258,22 @@ def early_ends(cells: Sequence[Cell], evaluations: int) -> list[str]:
                 "evaluations, with nothing new to propose"
             )
     return said
+
+
+def trainings(found: Sequence[Standing], prepared: str) -> list[str]:
+    """Say which strategies were trained together with a supernet, in how many seconds, and who else paid.
+
+    Args:
+        found: How every strategy did.
+        prepared: See `Problem`.
+    """
+    said = [
+        f"{standing.label}: trained together with a supernet of its own, {standing.training_s:.1f} s a "
+        "search, which are in its own seconds; what it derived is scored as every other network is"
+        for standing in found
+        if standing.training_s
+    ]
+    return [*said, prepared] if said and prepared else said
 
 
 def counted(count: int, noun: str) -> str:

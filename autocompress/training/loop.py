@@ -50,6 +50,8 @@ class Position:
         loss_sum: Sum of the losses of the epoch that is running.
         scores: `[epoch, name, value]` of each validation.
         choices: What was decided once for the run, such as the precision.
+        seconds: Wall-clock time of the training, with that before a kill as far as its last checkpoint; not
+            compared, since it differs from run to run.
     """
 
     step: int = 0
@@ -59,6 +61,7 @@ class Position:
     loss_sum: float = 0.0
     scores: list[list[Any]] = field(default_factory=list)
     choices: dict[str, Any] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -146,8 +149,10 @@ def run_epochs(
     per_epoch = steps_per_epoch(data, settings)
     position = Position()
     extra_state = {} if extra_state is None else extra_state
+    started, before = time.monotonic(), 0.0
 
     def content() -> dict[str, Any]:
+        position.seconds = before + time.monotonic() - started
         return {
             "position": dict(vars(position)),
             "model": model.state_dict(),
@@ -176,6 +181,7 @@ def run_epochs(
             # Its identity is right, its content is not: a damaged or forged file, or another network.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"checkpoint {checkpoint} does not fit this network: {reason}") from None
+        before = position.seconds
     if prepare is not None:
         prepare(position, optimizer)
     if checkpoint is not None and not checkpoint.exists():

@@ -7,19 +7,30 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from autocompress.compare.cells import Cell, cell_path, make_strategy, read_cell, run_cell, run_cells
 from autocompress.compare.problem import Contestant, Problem, ProblemSource, parse_contestant
+from autocompress.differentiable import Differentiable
 from autocompress.engine import search
-from autocompress.errors import EvaluationError, PluginError, RecipeError, StorageError, StrategyError
+from autocompress.errors import (
+    EvaluationError,
+    PluginError,
+    RecipeError,
+    StorageError,
+    StrategyError,
+    TrainingError,
+)
 from autocompress.space import Codes
 from autocompress.testing.toys import ToyEvaluator, toy_constraints, toy_problem
 from autocompress.trial import Batch
+from strategies.darts import Darts
 from strategies.evolution import AgingEvolution
 from strategies.random_search import RandomSearch
 
@@ -174,6 +185,91 @@ def test_a_search_of_another_length_is_refused(tmp_path: Path) -> None:
         StorageError, match=r"0.json is a search of 5 evaluations, not 6; use another --output"
     ):
         run_cells(TOY, [RANDOM], [0], 6, tmp_path)
+
+
+TRAINED: dict[str, Any] = {}
+
+
+def trained_problem(returns: Any = 7.5) -> Problem:
+    """The toy with a training that says how long it took, or fails if it is to."""
+
+    def train_together(strategy: Differentiable, *, seed: int, checkpoint: Path | None) -> Any:
+        TRAINED.update(strategy=strategy, seed=seed, checkpoint=checkpoint)
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text("half way")
+        if returns == "fails":
+            raise TrainingError("the loss is nan")
+        return returns
+
+    toy = toy_problem(blocks=4)
+    return replace(toy, train_together=train_together)
+
+
+DARTS = Contestant("darts", "darts", {"candidates": 3})
+
+
+def test_a_differentiable_strategy_is_trained_before_it_is_asked() -> None:
+    cell = run_cell(trained_problem(), DARTS, 3, 5)
+    assert isinstance(TRAINED["strategy"], Darts)
+    assert (TRAINED["seed"], TRAINED["checkpoint"]) == (3, None)
+    assert len(cell.scores) == 3
+    assert cell.training_s == 7.5
+    assert 7.5 < cell.strategy_s < 12.5
+    assert run_cell(trained_problem(), RANDOM, 3, 5).training_s == 0
+
+
+def test_a_training_is_kept_beside_the_journal_until_its_search_has_ended(tmp_path: Path) -> None:
+    source = ProblemSource(f"{__name__}:trained_problem")
+    (cell,) = run_cells(source, [DARTS], [1], 5, tmp_path)
+    assert cell.training_s == 7.5
+    assert TRAINED["checkpoint"] == cell_path(tmp_path, DARTS, 1).with_suffix(".pt")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_strategy_that_cannot_be_trained_is_a_cell_with_its_error_and_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    source = ProblemSource(f"{__name__}:trained_problem", {"returns": "fails"})
+    cells = run_cells(source, [DARTS, RANDOM], [0], 5, tmp_path)
+    assert cells[0].error == (
+        "StrategyError: strategy 'darts' cannot be trained: TrainingError: the loss is nan"
+    )
+    assert len(cells[1].scores) == 5
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("returns", [None, "7.5", -1, float("nan")])
+def test_a_problem_that_does_not_say_how_long_it_trained_is_refused(returns: Any) -> None:
+    with pytest.raises(PluginError, match=r"train_together of problem 'toy .*' must return its seconds"):
+        run_cell(trained_problem(returns), DARTS, 0, 5)
+
+
+def test_a_problem_without_training_refuses_differentiable_strategies() -> None:
+    with pytest.raises(StrategyError, match=r"'darts' is trained .* 'toy .*' has no train_together .*--run"):
+        make_strategy(toy_problem(blocks=4), DARTS, 0)
+
+
+class Threads(ToyEvaluator):
+    """Scores nothing, but notes the threads it has."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __call__(self, codes: Codes) -> dict[str, Any]:
+        self.seen.append(torch.get_num_threads())
+        return super().__call__(codes)
+
+
+def greedy_problem() -> Problem:
+    torch.set_num_threads(3)
+    constraints = toy_constraints(blocks=2)
+    return Problem("greedy", constraints, Threads(constraints.space))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_search_has_as_many_threads_whatever_its_problem_takes(tmp_path: Path) -> None:
+    run_cells(ProblemSource(f"{__name__}:greedy_problem"), [RANDOM], range(2), 2, tmp_path, threads=1)
+    assert Threads.seen == [1] * 4
 
 
 KILLED = """

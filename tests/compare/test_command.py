@@ -159,6 +159,10 @@ def test_searches_of_another_length_are_not_mixed_in_where_the_settings_are_gone
         ((*TOY, "--strategies", "random,nosuch"), "there is no strategy 'nosuch'"),
         ((*TOY, "--strategies", "random,elitist:population"), "name:option=value"),
         ((*TOY, "--strategies", "random,elitist:population=0"), "population must be an integer >= 1, got 0"),
+        (
+            (*TOY, "--strategies", "random,darts"),
+            "and problem 'toy of 4 blocks, macs=50%' has no train_together to do it; leave the strategy out",
+        ),
         (("--run", "nowhere", "--strategies", "random,elitist"), "nowhere holds no run"),
         (
             ("--run", "nowhere", "--set", "a=1", "--strategies", "random,elitist"),

@@ -18,6 +18,7 @@ from autocompress.compare.statistics import (
     pairs,
     seeds_needed,
     standings,
+    trainings,
     verdicts,
 )
 
@@ -120,6 +121,25 @@ def test_curves_over_seconds_count_evaluations_and_the_strategy() -> None:
     axis, mean = curves_over_seconds([cell("a", 0, 1.0, 2.0, 3.0, seconds=1.0, strategy_s=3.0)], 5)["a"]
     np.testing.assert_allclose(axis, [2, 3, 4, 5, 6])
     np.testing.assert_array_equal(mean, [1.0, 1.0, 2.0, 2.0, 3.0])
+
+
+def test_a_training_comes_before_all_evaluations_and_is_among_the_seconds_of_the_strategy() -> None:
+    """Ten seconds of training, then a score every two."""
+    trained = [Cell("a", seed, (1.0, 2.0), (1.0, 1.0), 12.0, "{}", training_s=10.0) for seed in range(2)]
+    axis, mean = curves_over_seconds([*trained], 3)["a"]
+    np.testing.assert_allclose(axis, [12, 13, 14])
+    np.testing.assert_array_equal(mean, [1.0, 1.0, 2.0])
+    found = standings([*trained, cell("b", 0, 1.0)], 2)
+    assert [(standing.label, standing.strategy_s, standing.training_s) for standing in found] == [
+        ("a", 6.0, 10.0),
+        ("b", 0.0, 0.0),
+    ]
+    (said,) = trainings(found, "")
+    assert said.startswith(
+        "a: trained together with a supernet of its own, 10.0 s a search, which are in its "
+    )
+    assert trainings(found, "before") == [said, "before"]
+    assert trainings(found[1:], "before") == []
 
 
 def test_holm_corrects_as_worked_by_hand() -> None:

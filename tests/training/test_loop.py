@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, kill_at: int
             parameter.add_(1)
     found = train(model, checkpoint, optimizer=optimizer)
     assert_equal(weights(model), weights(whole))
-    assert vars(found) == vars(expected)
+    assert found == expected
 
 
 def test_inside_an_epoch_it_goes_on_at_the_very_step(tmp_path: Path) -> None:
@@ -282,8 +283,34 @@ def test_a_finished_run_trains_no_further(tmp_path: Path) -> None:
     expected = train(model, tmp_path / "checkpoint.pt")
     trained = weights(model)
     again = Noisy()
-    assert vars(train(again, tmp_path / "checkpoint.pt", kill_at=0)) == vars(expected)
+    assert train(again, tmp_path / "checkpoint.pt", kill_at=0) == expected
     assert_equal(weights(again), trained)
+
+
+def test_seconds_of_a_training_are_those_before_a_kill_too(tmp_path: Path) -> None:
+    spent: list[float] = []
+
+    def run(kill_at: int) -> Position:
+        model = small_network()
+
+        def compute(images: Tensor, targets: Tensor, step: int) -> float:
+            if step == kill_at:
+                raise Killed
+            time.sleep(0.05)
+            return supervised(model)(images, targets, step)
+
+        start = time.monotonic()
+        try:
+            return run_epochs(
+                model, DATA, settings(), compute, epochs=2, identity=IDENTITY,
+                checkpoint=tmp_path / "checkpoint.pt", clock=every_minute(),
+            )  # fmt: skip
+        finally:
+            spent.append(time.monotonic() - start)
+
+    with pytest.raises(Killed):
+        run(4)
+    assert 8 * 0.05 <= run(-1).seconds <= sum(spent)
 
 
 def test_between_checkpoints_there_is_at_least_the_interval(
@@ -508,7 +535,7 @@ def test_a_run_with_a_roll_back_in_an_earlier_epoch_is_resumed_exactly(tmp_path:
         run(tmp_path / "c", 10)
     model, found = run(tmp_path / "c", -1)
     assert_equal(weights(model), weights(whole))
-    assert vars(found) == vars(expected)
+    assert found == expected
     assert found.rollbacks == 1
 
 

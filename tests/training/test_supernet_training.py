@@ -480,7 +480,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     found = train(supernet, chosen, tmp_path / "c")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(supernet.state_dict()[name], tensor), name
-    assert vars(found) == vars(expected)
+    assert found == expected
 
 
 _CHILD = """
@@ -519,7 +519,7 @@ def test_a_run_killed_by_the_system_goes_on_as_if_it_had_not_been(tmp_path: Path
     assert steps == [6, 7, 8]  # the sixth had not been written yet
     for name, tensor in whole.state_dict().items():
         assert torch.equal(supernet.state_dict()[name], tensor), name
-    assert vars(found) == vars(expected)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
