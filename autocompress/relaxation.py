@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autocompress.budget import Constraints
 from autocompress.cost import AdditiveCost, Cost
+from autocompress.elastic.marginal import width_choices
 from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
 from autocompress.ops import Ops
@@ -55,9 +56,9 @@ class Relaxation(nn.Module):
         Args:
             space: The space.
             seed: Of the logits.
-            fixed: Choices that are not relaxed, with their options. Choices that change the shapes of
-                whole blocks (resolution, the width of a stage) cannot be mixed: they are always fixed, by
-                default at their largest option. So are choices of one option.
+            fixed: Choices that are not relaxed, with their options. Choices that change more of the shapes
+                of whole blocks than channels (resolution) cannot be mixed: they are always fixed, by default
+                at their largest option. So are choices of one option.
 
         Raises:
             SpaceError: A fixed choice or option is not of the space, or nothing is left to relax.
@@ -82,8 +83,8 @@ class Relaxation(nn.Module):
         self.relaxed = tuple(name for name in space.variables if name in mixed)
         if not self.relaxed:
             raise SpaceError(
-                f"every choice of space {space.name!r} is fixed or changes the shapes of blocks "
-                f"({', '.join(rigid)}): there is nothing to relax; search it by another strategy"
+                f"every choice of space {space.name!r} is fixed or changes more of the shapes of blocks than "
+                f"channels ({', '.join(rigid)}): there is nothing to relax; search it by another strategy"
             )
         generator = torch.Generator().manual_seed(seed)
         counts = [len(space.variables[name].options) for name in self.relaxed]
@@ -297,8 +298,10 @@ def _filled(constraints: Constraints, share: float) -> Iterator[Constraints]:
 def shape_changing(space: SearchSpace) -> tuple[str, ...]:
     """Return the choices that change the input or output shape of a block, or leave out one that has both.
 
-    A block that is left out is the identity, which needs an input and output of one shape.
+    A block that is left out is the identity, which needs an input and output of one shape. Choices of widths
+    alone are not among them: their channels are gated (`elastic.marginal`).
     """
+    widths = width_choices(space)
     changing: set[str] = set()
     for block in space.blocks:
         if set(block.choices) <= changing:
@@ -307,6 +310,8 @@ def shape_changing(space: SearchSpace) -> tuple[str, ...]:
             setting: _shapes(block.operations(*setting)) for setting in space.covering_settings(block)
         }
         for position, name in enumerate(block.choices):
+            if name in widths:
+                continue
             rest: dict[tuple[Option, ...], set[Any]] = {}
             for setting, shapes in by_setting.items():
                 seen = rest.setdefault((*setting[:position], *setting[position + 1 :]), set())

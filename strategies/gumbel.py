@@ -9,9 +9,11 @@ Gumbel-Softmax, ICLR 2017.
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autocompress.differentiable import Images, Mixed, Moment
+from autocompress.elastic.marginal import width_choices
 from autocompress.elastic.mixture import Gate, Gates
 from autocompress.errors import RecipeError
 from strategies.relaxed import RelaxedSearch
@@ -33,7 +35,8 @@ class GumbelSoftmax(RelaxedSearch):
 
         Args:
             args: See `RelaxedSearch`.
-            hard: Whether only the drawn option of a choice is computed (GDAS), or all of them (SNAS).
+            hard: Whether only the drawn option of a choice is computed (GDAS), or all of them (SNAS). Of
+                widths all channels are computed for the gradients, at the cost of one path in either case.
             first_temperature: At the start; 10 in GDAS.
             last_temperature: At the end; 0.1 in GDAS.
             options: See `RelaxedSearch`.
@@ -49,6 +52,7 @@ class GumbelSoftmax(RelaxedSearch):
                 raise RecipeError(f"{name} must be a positive number, got {value!r}")
         super().__init__(*args, **options)
         self._hard, self._first, self._last = hard, float(first_temperature), float(last_temperature)
+        self._widths = frozenset(width_choices(self.relaxation.space))
 
     def weight_gates(self, moment: Moment) -> Gates:
         """Draw gates."""
@@ -65,7 +69,8 @@ class GumbelSoftmax(RelaxedSearch):
         gates = {}
         for name, vector in zip(self.relaxation.relaxed, self.relaxation.logits, strict=True):
             soft = sample(vector, temperature, moment.generator)
-            gates[name] = straight_through(soft) if self._hard else Gate.all(soft)
+            every = name in self._widths and torch.is_grad_enabled()
+            gates[name] = straight_through(soft, every=every) if self._hard else Gate.all(soft)
         return gates
 
 
@@ -77,8 +82,16 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Te
     return ((logits.log_softmax(0) + gumbel) / temperature).softmax(0)
 
 
-def straight_through(soft: Tensor) -> Gate:
-    """Return a gate of the largest option alone: its value is 1, its gradient that of the soft sample."""
+def straight_through(soft: Tensor, *, every: bool = False) -> Gate:
+    """Return a gate whose value is 1 for the largest option alone, and its gradient that of the soft sample.
+
+    Args:
+        soft: `(options,)`.
+        every: Whether the other options are computed too, with a value of 0. Widths need that: alone, the
+            drawn option is a common factor of its channels, which the next batch norm takes out again.
+    """
     code = int(soft.argmax())
+    if every:
+        return Gate.all(F.one_hot(soft.argmax(), len(soft)) + soft - soft.detach())
     picked = soft[code : code + 1]
     return Gate((code,), 1.0 + picked - picked.detach())

@@ -245,11 +245,16 @@ class ElasticSqueezeExcite(ElasticLayer):
         self.reduce_weight, self.reduce_bias = reduce.weight, reduce.bias
         self.expand_weight, self.expand_bias = expand.weight, expand.bias
 
-    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise) -> Tensor:
-        """Map `(batch, channels, height, width)` to the same shape."""
+    def forward(self, x: Tensor, op: OpSpec, normalise: Normalise, hidden: Tensor | None = None) -> Tensor:
+        """Map `(batch, channels, height, width)` to the same shape, hidden channels times gates `(hidden,)`.
+
+        A hidden channel has a bias: it is not zero just because what it reads is.
+        """
         op = cast(SqueezeExcite, op)
         tensors = self._sliced(op, self.reduce_weight, self.reduce_bias, self.expand_weight, self.expand_bias)
         scale = F.conv2d(x.mean((2, 3), keepdim=True), tensors[0], tensors[1]).relu()
+        if hidden is not None:
+            scale = scale * hidden.view(-1, 1, 1)
         return x * F.hardsigmoid(F.conv2d(scale, tensors[2], tensors[3]))
 
     @staticmethod

@@ -1,7 +1,8 @@
 """A supernet run as a mixture: what the options of a choice compute, weighted by gates.
 
-Cells decide several choices inside one operation and mix edge by edge (`ops.CellSpec`); other blocks mix
-whole outputs over the settings of their choices.
+Cells decide several choices inside one operation and mix edge by edge (`ops.CellSpec`). Other blocks run
+once for all widths, channels weighted by how probable they are (`elastic.marginal`), and mix whole outputs
+over the settings of their other choices.
 """
 
 import itertools
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import NORM_EPS, ElasticModule, Normalise
+from autocompress.elastic.marginal import run_gated
 from autocompress.elastic.partial import weighted
-from autocompress.elastic.supernet import Supernet, batch_statistics, resize, run_block
+from autocompress.elastic.supernet import Supernet, batch_statistics, resize
 from autocompress.errors import SpaceError
 from autocompress.ops import CellSpec, EdgeMixture
-from autocompress.space import Architecture, Block
+from autocompress.space import Architecture, Block, Option
 
 
 @final
@@ -62,9 +64,10 @@ def run_mixture(
         supernet: The weights.
         x: `(batch, channels, height, width)`; resized when the architecture has another resolution.
         arch: Says the options of choices without a gate.
-        gates: Of the others. A block gives the weighted sum of its outputs over the options that are
-            computed, its input standing for options that leave it out; where several choices of a block are
-            gated, weights multiply. A cell mixes each of its edges on its own.
+        gates: Of the others. A choice of widths (`marginal.width_choices`) weights channels: the largest
+            width that is computed is run. Of other choices a block gives the weighted sum of its outputs
+            over the options that are computed, its input standing for options that leave it out; where
+            several of them are gated, weights multiply. A cell mixes each of its edges on its own.
         affine: Whether batch norms scale and shift. DARTS leaves that out: scales would make up for weights.
         channels: Cells mix one in so many channels and pass the others on (PC-DARTS).
 
@@ -159,32 +162,36 @@ def _run_settings(
     supernet: Supernet,
     block: Block,
     x: Tensor,
-    chosen: dict[str, object],
+    chosen: dict[str, Option],
     gates: Gates,
     normalise: Normalise,
 ) -> Tensor:
     space = supernet.space
-    gated = [name for name in block.choices if name in gates]
+    marginal = supernet.marginal_gates
+    widths = {name: gates[name] for name in block.choices if name in gates and name in marginal.choices}
+    gated = [name for name in block.choices if name in gates and name not in widths]
+    largest = {name: gate.codes[-1] for name, gate in widths.items()}
     shapes: set[tuple[int, ...]] = set()
 
     def run(codes: tuple[int, ...], x: Tensor) -> Tensor:
         setting = dict(chosen)
-        for name, code in zip(gated, codes, strict=True):
+        for name, code in (*zip(gated, codes, strict=True), *largest.items()):
             setting[name] = space.choices[space.positions[name]].options[code]
         ops = block.operations(*setting.values())
         # Layers run on images of any size, so only the shapes tell that a setting does not fit.
         if ops and math.prod(ops[0].in_shape) != math.prod(_last(x).shape[1:]):
             raise SpaceError(
                 f"block {block.name!r} takes {ops[0].in_shape} with {setting}, got "
-                f"{tuple(_last(x).shape[1:])}; a choice that changes shapes (resolution, stage width) cannot "
-                "be gated"
+                f"{tuple(_last(x).shape[1:])}; a choice that changes more of a shape than channels "
+                "(resolution) cannot be gated"
             )
-        output = run_block(x, supernet.bind(block.name, ops), normalise)
+        channels = marginal.of(block, setting, widths)
+        output = run_gated(x, supernet.bind(block.name, ops), normalise, channels)
         shapes.add(tuple(_last(output).shape))
         if len(shapes) > 1:
             raise SpaceError(
                 f"block {block.name!r} has outputs of different shapes under gates on {gated}; a choice that "
-                "changes shapes (resolution, stage width) cannot be gated"
+                "changes more of a shape than channels (resolution) cannot be gated"
             )
         return output
 

@@ -1,6 +1,7 @@
 """The supernet: one set of weights from which every network of a space is a slice."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import NORM_EPS, ElasticConv2d, ElasticLayer, Normalise, elastic_layer, slot
+from autocompress.elastic.marginal import MarginalGates
 from autocompress.errors import SpaceError
 from autocompress.network import module_name
 from autocompress.ops import Add, Ops, OpSpec
@@ -70,6 +72,11 @@ class Supernet(nn.Module):
                 nn.init.zeros_(layer.norm_weight)
             layers[place] = layer
         return layers
+
+    @cached_property
+    def marginal_gates(self) -> MarginalGates:
+        """Which choices are widths, and what they gate in a mixture."""
+        return MarginalGates(self.space)
 
     def bind(self, name: str, ops: Ops) -> tuple[tuple[ElasticLayer | None, OpSpec], ...]:
         """Return the layer of each operation of a block; `None` for the addition of a residual block."""

@@ -234,8 +234,12 @@ class ElasticContract(ABC):
     # The whole ----------------------------------------------------------------------------------------
 
     def test_a_one_hot_gate_is_the_plain_choice(self, supernet: Supernet) -> None:
-        """Law: differentiable strategies train the network that they will derive."""
-        images = self.images(2)
+        """Law: differentiable strategies train the network that they will derive.
+
+        In 64-bit floats: sums over channels that are zero round otherwise, and the batch norms of two
+        images make much of it.
+        """
+        images, supernet = self.images(2).double(), copy.deepcopy(supernet).double()
         variables = self.space().variables
         if not variables.keys() & self.space().positions.keys():
             pytest.skip(
@@ -253,7 +257,7 @@ class ElasticContract(ABC):
                 if gated is not None:
                     with torch.no_grad():
                         plain = supernet(images, arch)
-                    torch.testing.assert_close(gated, plain, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(gated, plain, rtol=1e-6, atol=1e-8)
                     tried += 1
         assert tried, "none of the choices can be gated"
 

@@ -10,7 +10,7 @@ from autocompress.budget import Budget, Constraints
 from autocompress.compare.problem import Problem
 from autocompress.cost import OPERATION_METRICS, Values, operation_cost
 from autocompress.errors import EvaluationError
-from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
+from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, MaxPool, Ops, SqueezeExcite
 from autocompress.space import Block, Choice, Codes, Option, SearchSpace
 from autocompress.trial import Batch, Outcome
 
@@ -84,6 +84,66 @@ def _inverted_residual(index: int, resolution: Option, depth: Option, kernel: Op
 def _head(classes: int, resolution: Option) -> Ops:
     side = int(resolution) // 2
     return (GlobalAvgPool(CHANNELS, side, side), Linear(CHANNELS, classes))
+
+
+def toy_width_space(classes: int = 3) -> SearchSpace:
+    """Make a classifier of images `(3, 8, 8)` whose stem, stage, middle, hidden and last widths are elastic.
+
+    There are `2 * 3 * 2 * 2 * (1 + 2 * 2) = 120` networks.
+    """
+    choices = (
+        Choice("depth", (1, 2)),
+        Choice("stem.width", (4, 6)),
+        Choice("stage.width", (2, 4, 8)),
+        Choice("block1.expand", (1, 2)),
+        Choice("block2.kernel", (1, 3), active_when=(("depth", (2,)),)),
+        Choice("block2.expand", (1, 2), active_when=(("depth", (2,)),)),
+        Choice("head.width", (3, 5)),
+    )
+    blocks = (
+        Block("stem", ("stem.width",), _wide_stem),
+        Block("block1", ("stem.width", "stage.width", "block1.expand"), _widening),
+        Block("block2", ("depth", "stage.width", "block2.kernel", "block2.expand"), _wide_residual),
+        Block("head", ("stage.width", "head.width"), partial(_wide_head, classes)),
+    )
+    return SearchSpace("toy_widths", choices, blocks, settings={"classes": classes})
+
+
+def _wide_stem(width: Option) -> Ops:
+    return (
+        Conv2d(3, int(width), 8, 8, kernel=3, bias=True, norm=False, activation="sigmoid"),
+        MaxPool(int(width), 8, 8),
+    )
+
+
+def _widening(stem: Option, width: Option, expand: Option) -> Ops:
+    middle = int(stem) * int(expand)
+    return (
+        Conv2d(int(stem), middle, 4, 4, activation="hard_swish"),
+        Conv2d(middle, middle, 4, 4, kernel=3, groups=middle, activation="relu"),
+        Conv2d(middle, int(width), 4, 4),
+    )
+
+
+def _wide_residual(depth: Option, width: Option, kernel: Option, expand: Option) -> Ops:
+    if int(depth) < 2:
+        return ()
+    channels, middle = int(width), int(width) * int(expand)
+    return (
+        Conv2d(channels, middle, 4, 4, activation="relu"),
+        Conv2d(middle, middle, 4, 4, kernel=int(kernel), groups=middle, activation="relu"),
+        SqueezeExcite(middle, 4, 4, middle // 2),
+        Conv2d(middle, channels, 4, 4),
+        Add(channels, 4, 4),
+    )
+
+
+def _wide_head(classes: int, width: Option, features: Option) -> Ops:
+    return (
+        GlobalAvgPool(int(width), 4, 4),
+        Linear(int(width), int(features), activation="hard_sigmoid"),
+        Linear(int(features), classes),
+    )
 
 
 def toy_constraints(budget: str = "macs=50%", *, blocks: int = 6) -> Constraints:

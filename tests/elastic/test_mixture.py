@@ -1,6 +1,5 @@
 """Mixtures against what their parts compute one by one."""
 
-import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -23,17 +22,17 @@ def mixed(supernet: Supernet, arch: Architecture, gates: Mapping[str, Tensor]) -
 
 
 def test_gates_on_two_choices_of_a_block_mix_all_pairs_of_options() -> None:
-    space = toy_classifier_space(blocks=1)
+    space = toy_classifier_space(blocks=2)
     supernet = shaken(space)
-    kernel, expand = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.6, 0.4])
+    kernel, depth = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.6, 0.4])
     mixture = torch.zeros(4, 4, 6, 6)
-    for (i, k), (j, e) in itertools.product(enumerate((1, 3, 5)), enumerate((2, 4))):
-        arch = arch_of(space, resolution=12, depth=1, block1_kernel=k, block1_expand=e)
+    for weight, k in zip(kernel, (1, 3, 5), strict=True):
+        arch = arch_of(space, resolution=12, depth=2, block2_kernel=k)
         network = extract(supernet, arch)  # in training mode: statistics of the batch, as in the supernet
-        entry = network.stem(images())
-        mixture = mixture + kernel[i] * expand[j] * network.block1(entry)
+        before = network.block1(network.stem(images()))
+        mixture = mixture + weight * (depth[0] * before + depth[1] * network.block2(before))
     expected = network.head(mixture)
-    gates = {"block1.kernel": kernel, "block1.expand": expand}
+    gates = {"block2.kernel": kernel, "depth": depth}
     torch.testing.assert_close(mixed(supernet, arch, gates), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -11,13 +11,18 @@ from autocompress.elastic.supernet import Supernet, resize
 from autocompress.errors import SpaceError
 from autocompress.space import SearchSpace
 from autocompress.testing.elastic import ElasticContract
-from autocompress.testing.toys import toy_classifier_space, toy_space
+from autocompress.testing.toys import toy_classifier_space, toy_space, toy_width_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
 
 class TestToyClassifier(ElasticContract):
     def space(self) -> SearchSpace:
         return toy_classifier_space()
+
+
+class TestToyWidths(ElasticContract):
+    def space(self) -> SearchSpace:
+        return toy_width_space()
 
 
 class TestToy(ElasticContract):

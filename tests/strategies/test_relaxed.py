@@ -23,8 +23,8 @@ from autocompress.errors import BudgetError, RecipeError, SpaceError, TrainingEr
 from autocompress.ops import Conv2d, GlobalAvgPool, Linear, Ops
 from autocompress.penalty import FORMS, make_penalty
 from autocompress.relaxation import Relaxation, shape_changing
-from autocompress.space import Block, Choice, SearchSpace
-from autocompress.testing.toys import toy_classifier_space
+from autocompress.space import Block, Choice, Option, SearchSpace
+from autocompress.testing.toys import every_network, toy_classifier_space, toy_width_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
 from search_spaces.nas_bench_201 import nas_bench_201
 from strategies.darts import Darts
@@ -234,6 +234,40 @@ def test_gumbel_samples_are_drawn_by_the_probabilities_and_sharpen_as_it_gets_co
     gate = straight_through(torch.tensor([0.2, 0.5, 0.3]))
     assert gate.codes == (1,)
     assert gate.weights.tolist() == [1.0]
+
+
+def test_a_hard_sample_of_widths_hears_of_channels_that_were_not_drawn() -> None:
+    space = toy_width_space(CLASSES)
+    supernet = Network(space).supernet
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=generator)
+    targets = torch.randn(5, CLASSES, dtype=torch.float64, generator=generator)
+    (largest,) = space.decode(space.largest())
+    name, at = "block1.expand", space.positions["block1.expand"]
+    gradients = {}
+    for every in (True, False):
+        vector = torch.tensor([0.6, 0.4], dtype=torch.float64, requires_grad=True)
+        gate = straight_through(vector, every=every)
+        found = run_mixture(supernet, images, largest, {name: gate})
+        (arch,) = space.decode(np.where(np.arange(len(space.choices)) == at, 0, space.largest()))
+        torch.testing.assert_close(found, supernet(images, arch))
+        ((found * targets).sum()).backward()  # type: ignore[no-untyped-call]
+        assert vector.grad is not None
+        gradients[every] = float(vector.grad.abs().max())
+    # A common factor of all channels is lost in the batch norm that follows, but for its epsilon.
+    assert gradients[True] > 1000 * gradients[False]
+    strategy = GumbelSoftmax(unlimited(space), seed=0)
+    gates = strategy.weight_gates(moment())
+    assert all(len(gate.codes) == 1 for gate in gates.values())
+    seen: list[Gates] = []
+    network = Network(space)
+    network.loss = lambda _, gates: (seen.append(gates), sum(g.weights.sum() for g in gates.values()))[1]  # type: ignore[assignment, method-assign]
+    strategy.gradients(network, batch(0), batch(1), moment())
+    computed = {name: len(gate.codes) for name, gate in seen[0].items()}
+    assert computed == {
+        "depth": 1, "stem.width": 2, "stage.width": 3, "block1.expand": 2, "block2.kernel": 1,
+        "block2.expand": 2, "head.width": 2,
+    }  # fmt: skip
 
 
 def test_an_edge_whose_drawn_operation_is_none_teaches_nothing() -> None:
@@ -448,6 +482,38 @@ def test_choices_that_change_shapes_are_fixed_and_others_can_be() -> None:
         Relaxation(space, seed=0, fixed={"width": 1})
     with pytest.raises(SpaceError, match="there is nothing to relax"):
         Relaxation(space, seed=0, fixed={c.name: c.options[0] for c in space.choices})
+
+
+def test_widths_are_relaxed_with_the_mean_cost_of_all_networks() -> None:
+    space = toy_width_space()
+    assert shape_changing(space) == ()
+    strategy = Darts(unlimited(space), seed=0)
+    relaxation = strategy.relaxation
+    assert relaxation.relaxed == tuple(choice.name for choice in space.choices)
+    at_odds(strategy)
+    macs = operation_cost(space, "macs")
+    vectors = [p.detach().numpy() for p in relaxation.probabilities().values()]
+    rows = np.array(list(itertools.product(*(range(len(vector)) for vector in vectors))))
+    weights = np.prod([vector[rows[:, at]] for at, vector in enumerate(vectors)], axis=0)
+    mean = float(weights @ macs.of(space.canonical(rows)))
+    assert float(relaxation.expected(macs).detach()) == pytest.approx(mean, rel=1e-9)
+    assert relaxation.derive(unlimited(space)).codes.tolist() in every_network(space)[:, None].tolist()
+    assert Relaxation(space, seed=0, fixed={"stage.width": 4}).fixed == {"stage.width": 4}
+
+
+def _scaled(part: str, scale: Option) -> Ops:
+    side, width = 2 * int(scale), int(scale)
+    if part == "stem":
+        return (Conv2d(WIDTH, width, side, side),)
+    return (GlobalAvgPool(width, side, side), Linear(width, CLASSES))
+
+
+def test_a_choice_of_widths_and_size_at_once_stays_fixed_and_the_error_says_why() -> None:
+    blocks = tuple(Block(part, ("scale",), partial(_scaled, part)) for part in ("stem", "head"))
+    space = SearchSpace("scaled", (Choice("scale", (2, 4)),), blocks)
+    assert shape_changing(space) == ("scale",)
+    with pytest.raises(SpaceError, match=r"changes more of the shapes of blocks than channels \(scale\)"):
+        Relaxation(space, seed=0)
 
 
 def test_a_logit_that_is_not_finite_is_an_error_that_names_the_choice() -> None:

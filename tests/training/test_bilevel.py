@@ -14,7 +14,7 @@ from autocompress.elastic.mixture import Gates
 from autocompress.errors import CheckpointError, DataError, TrainingError
 from autocompress.recipe import TaskSettings, TrainSettings
 from autocompress.space import SearchSpace
-from autocompress.testing.toys import toy_classifier_space
+from autocompress.testing.toys import toy_classifier_space, toy_width_space
 from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.data import Images
 from autocompress.training.task import load_task
@@ -95,6 +95,22 @@ def test_chains_of_blocks_are_searched_too(name: str) -> None:
     strategy, _ = trained(make, options, space=space)
     for old, new in zip(before.relaxation.logits, strategy.relaxation.logits, strict=True):
         assert not torch.equal(old, new)
+    assert limited(space).feasible(strategy.ask(1)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "pc_darts"])
+def test_held_out_images_move_the_logits_of_widths(name: str) -> None:
+    make, options = STRATEGIES[name]
+    space = toy_width_space()
+    # Nothing else moves them: neither the budget nor weight decay.
+    options = {**options, "penalty": "none", "weight_decay": 0.0}
+    before = make(limited(space), seed=0, **options).relaxation
+    strategy, _ = trained(make, options, space=space)
+    assert before.relaxed == tuple(choice.name for choice in space.choices)
+    for old, new in zip(
+        before.probabilities().values(), strategy.relaxation.probabilities().values(), strict=True
+    ):
+        assert float((old - new).abs().max().detach()) > 1e-5
     assert limited(space).feasible(strategy.ask(1)).all()
 
 
