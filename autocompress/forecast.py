@@ -20,7 +20,7 @@ from autocompress.recipe import Recipe
 from autocompress.run import load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
 from autocompress.stages import untimed_costs
-from autocompress.training.check import check_task
+from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
 from autocompress.training.loop import steps_per_epoch, training_batches
@@ -63,6 +63,7 @@ def forecast(recipe: Recipe) -> list[str]:
     if limits:
         Budget.of(limits).resolve(space, untimed_costs(space, _target(recipe)))
     check_task(data, load_task(recipe.task), space)
+    check_regularisers(data, recipe.finetune, space)
     threads = recipe.threads or choose_threads(largest_step(space, data, recipe.train))
     torch.set_num_threads(threads)
     supernet = space.supernet()

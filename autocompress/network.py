@@ -62,6 +62,34 @@ class Residual(nn.Sequential):
         return x + result
 
 
+class DropPath(nn.Module):
+    """In training, zero whole images of a batch at random and scale the others, so that the mean stays.
+
+    A cell has one after each of its operations that is not an identity: an image then lacks some paths of the
+    cell. It has no state, and is the identity in evaluation mode and at rate 0. Random numbers come from
+    PyTorch's global generator.
+
+    Sources: Larsson et al., "FractalNet", ICLR 2017 (drop-path); per image, as Zoph et al., "Learning
+    Transferable Architectures for Scalable Image Recognition", CVPR 2018, and the repository of DARTS do.
+
+    Attributes:
+        rate: Probability that an image is zeroed, from 0 to below 1; training sets it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(batch, ...)` to the same shape; `x` itself is not changed."""
+        if not self.training or self.rate == 0:
+            return x
+        kept = 1 - self.rate
+        mask = x.new_empty((len(x),) + (1,) * (x.dim() - 1)).bernoulli_(kept)
+        # Not a mask of 1 / kept: in bfloat16 its rounding would be the same error for every image.
+        return x / kept * mask
+
+
 class Graph(nn.Module):
     """Nodes, each the sum of what its incoming edges make of earlier nodes; the last node is the output.
 

@@ -49,7 +49,7 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
-from autocompress.network import build_network
+from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings
 from autocompress.result import SearchResult, load_result
@@ -57,7 +57,7 @@ from autocompress.run import Run, Shown, is_differentiable, strategy_factory
 from autocompress.space import Architecture, Codes, SearchSpace
 from autocompress.strategy import Strategy, WarmStart
 from autocompress.training.bilevel import train_relaxed
-from autocompress.training.check import check_task
+from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.checkpoint import load_checkpoint, weights_fingerprint
 from autocompress.training.data import Images, batches
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
@@ -207,12 +207,14 @@ def latency_margin(run: Run, shown: Shown, limited: Container[str]) -> float:
 
 
 def check(run: Run) -> None:
-    """Refuse a task that does not fit the data and the space, before anything takes long.
+    """Refuse a task and regularisers that do not fit data and space, before anything takes long.
 
     Raises:
-        DataError: It does not.
+        DataError: The task does not.
+        RecipeError: A regulariser of finetuning does not.
     """
     check_task(run.data, run.task, run.space)
+    check_regularisers(run.data, run.recipe.finetune, run.space)
 
 
 def train(run: Run, shown: Shown) -> Supernet:
@@ -467,6 +469,8 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"what was finetuned in {folder} is damaged: {error}; remove it") from None
         return network.eval(), scored
+    # Settings of finetuning may have been changed since the supernet was trained.
+    check_regularisers(run.data, run.recipe.finetune, run.space)
     network, teacher, teacher_size = _start(run, shown, supernet, arch)
     size = resolution(run, arch)
     before = evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score)
@@ -475,7 +479,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             network,
             run.data,
             run.task,
-            _like_the_supernet(run),
+            _settings_of(run, network),
             resolution=size,
             teacher=teacher,
             teacher_resolution=teacher_size,
@@ -515,11 +519,14 @@ def _start(
     return network, mixture, resolution(run, start)
 
 
-def _like_the_supernet(run: Run) -> FinetuneSettings:
+def _settings_of(run: Run, network: nn.Module) -> FinetuneSettings:
     """Return the settings of finetuning, with the formats that were fastest for the supernet for `auto`."""
     settings, chosen = run.recipe.finetune, _choices(run)
-    automatic = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
-    return settings.model_copy(update=automatic)
+    updates = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
+    if not any(isinstance(module, DropPath) for module in network.modules()):
+        # A cell of identities alone has no path to drop, though others of its space have.
+        updates["drop_path"] = 0.0
+    return settings.model_copy(update=updates)
 
 
 def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:

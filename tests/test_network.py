@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.network import Graph, Residual, build_network, module_name
+from autocompress.network import DropPath, Graph, Residual, build_network, module_name
 from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, Ops, SqueezeExcite
 
 BLOCKS: list[tuple[str, Ops]] = [
@@ -82,3 +82,53 @@ def test_a_node_without_edges_is_zero() -> None:
     edge = nn.Conv2d(2, 2, 1)
     expected = edge.bias.view(1, -1, 1, 1).expand_as(x)  # type: ignore[union-attr]
     torch.testing.assert_close(Graph(3, {(1, 2): edge})(x), expected)
+
+
+def dropping(rate: float) -> DropPath:
+    path = DropPath()
+    path.rate = rate
+    return path.train()
+
+
+def test_dropped_paths_are_whole_images_and_the_mean_stays() -> None:
+    x = torch.rand(4000, 2, 3, 3) + 1
+    before = x.clone()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        y = dropping(0.2)(x)
+    dropped = (y == 0).flatten(1)
+    assert torch.equal(dropped.any(1), dropped.all(1))
+    torch.testing.assert_close(y[~dropped[:, 0]], x[~dropped[:, 0]] / 0.8)
+    # Binomial: four standard errors are 0.025; a false alarm in 6 of 100,000 seeds, and this one is fixed.
+    assert dropped[:, 0].float().mean().item() == pytest.approx(0.2, abs=0.025)
+    assert (y.mean() / x.mean()).item() == pytest.approx(1, abs=0.025 / 0.8 + 0.01)
+    assert torch.equal(x, before)
+
+
+def test_the_gradient_reaches_the_images_that_were_kept() -> None:
+    x = torch.ones(64, 1, 2, 2, requires_grad=True)
+    y = dropping(0.5)(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())  # 2 where it was kept, else 0
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3, 3)])
+def test_a_drop_path_is_the_identity_in_evaluation_and_at_rate_0(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape)
+    state = torch.get_rng_state()
+    assert DropPath().rate == 0
+    assert DropPath().train()(x) is x
+    assert dropping(0.9).eval()(x) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_drop_path_leaves_no_trace_in_weights_and_traced_graphs(x: torch.Tensor) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    with_paths = nn.Sequential(*plain, dropping(0.3)).eval()
+    assert list(with_paths.state_dict()) == list(plain.state_dict())
+    operators = [
+        [node.target for node in torch.export.export(network, (x,)).graph.nodes if node.op == "call_function"]
+        for network in (plain, with_paths)
+    ]
+    assert operators[0] == operators[1]

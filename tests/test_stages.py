@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from small_runs import RECIPE, small_payload, small_recipe, small_space, table_by_hand, with_table
+from torch import nn
 
 from autocompress import stages
 from autocompress.atomic import write_json
@@ -39,6 +40,7 @@ from autocompress.errors import (
 from autocompress.latency.correction import CheckedNetwork, ErrorReport, Figures
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
+from autocompress.network import DropPath
 from autocompress.peak_memory import peak_activation_bytes
 from autocompress.progress import Progress
 from autocompress.result import load_result
@@ -93,6 +95,21 @@ def test_a_search_pays_for_its_evaluations_within_the_budget(run: Run) -> None:
     }
     assert result.notes is not None
     assert result.notes["data"] == run.data.fingerprint
+
+
+def test_regularisers_without_a_place_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="drops paths of cells"):
+        stages.check(Run(tmp_path / "run", small_recipe(finetune={"drop_path": 0.2})))
+
+
+def test_a_cell_without_paths_is_finetuned_without_dropping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others of its space have some, or the recipe would be refused."""
+    run = Run(tmp_path / "run", small_recipe(finetune={"drop_path": 0.2}))
+    monkeypatch.setattr(stages, "_choices", lambda run: {})
+    kept = [stages._settings_of(run, network) for network in (nn.Sequential(DropPath()), nn.Sequential())]
+    assert [chosen.drop_path for chosen in kept] == [0.2, 0.0]
 
 
 def test_predicted_latencies_are_those_of_the_table(run: Run) -> None:

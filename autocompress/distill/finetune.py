@@ -12,7 +12,9 @@ from autocompress.distill.losses import hinton
 from autocompress.elastic.supernet import resize
 from autocompress.progress import Progress, silent
 from autocompress.recipe import FinetuneSettings
+from autocompress.training.auxiliary import with_auxiliary
 from autocompress.training.data import DataSet
+from autocompress.training.drop_path import drop_paths, rate_of_epoch
 from autocompress.training.evaluate import Scored, evaluate
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
 from autocompress.training.speed import autocast, choose_formats
@@ -38,12 +40,14 @@ def finetune(
 
     The loss is `(1 - alpha) * loss on labels + alpha * distillation` (Hinton et al., 2015); for tasks whose
     distillation is not soft cross-entropy, the task's own distillation loss takes the place of Hinton's.
+    `settings.auxiliary` adds so many times the loss on labels of an auxiliary classifier. It is trained along
+    and stands in the checkpoint; the network knows nothing of it.
 
     Args:
         network: A plain network; left in evaluation mode.
         data: Train part for the weights, validation part for the choice of the epoch.
         task: Losses and metric.
-        settings: Optimizer, schedule, temperature and alpha.
+        settings: Optimizer, schedule, temperature and alpha, regularisers.
         resolution: Height and width of the network's input; images are resized to it.
         teacher: Run in evaluation mode; `None` trains on the labels alone.
         teacher_resolution: Height and width of the teacher's input.
@@ -59,9 +63,14 @@ def finetune(
         The validation score of the weights that were kept.
 
     Raises:
+        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where the network has no place.
         TrainingError: Training collapsed again after every roll-back.
         CheckpointError: The checkpoint is damaged or belongs to another run.
     """
+    paths = drop_paths(network, settings)
+    auxiliary = with_auxiliary(network, data, settings, resolution) if settings.auxiliary else None
+    trained = network if auxiliary is None else auxiliary
+    per_epoch = steps_per_epoch(data, settings)
     loss_on_labels = task.training_loss(settings.label_smoothing)
     formats: dict[str, str] = {}
     best: dict[str, Any] = {}
@@ -71,9 +80,15 @@ def finetune(
     def placed(images: Tensor, size: tuple[int, int]) -> Tensor:
         return resize(images, size).contiguous(memory_format=FORMATS[formats["memory_format"]])
 
+    def drop(rate: float) -> None:
+        for path in paths:
+            path.rate = rate
+
     def compute(images: Tensor, targets: Tensor, step: int) -> float:
+        drop(rate_of_epoch(settings, step // per_epoch))
         with autocast(formats["precision"]):
-            outputs = network(placed(images, resolution)).float()
+            found = trained(placed(images, resolution))
+        outputs = (found if auxiliary is None else found[0]).float()
         on_labels = loss_on_labels(outputs, targets)
         loss = on_labels
         if teacher is not None:
@@ -84,6 +99,8 @@ def finetune(
             else:
                 distilled = task.distillation(outputs, target)
             loss = (1 - settings.alpha) * on_labels + settings.alpha * distilled
+        if auxiliary is not None:
+            loss = loss + settings.auxiliary * loss_on_labels(found[1].float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         return float(on_labels.detach())
 
@@ -112,44 +129,47 @@ def finetune(
         if not position.choices:
             images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
             # Timing must not move the statistics of batch norm.
-            before = copy.deepcopy(network.state_dict())
+            before = copy.deepcopy(trained.state_dict())
 
             def timed(precision: str, memory: str) -> None:
                 formats.update(precision=precision, memory_format=memory)
-                network.to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
+                trained.to(memory_format=FORMATS[memory])  # type: ignore[call-overload]
                 compute(images, targets, 0)
-                network.zero_grad(set_to_none=True)
+                trained.zero_grad(set_to_none=True)
 
-            network.train()
-            steps = settings.epochs * steps_per_epoch(data, settings)
+            trained.train()
+            steps = settings.epochs * per_epoch
             position.choices = dict(choose_formats(settings, timed, steps=steps))
-            network.load_state_dict(before)
+            trained.load_state_dict(before)
         formats.update(position.choices)
-        for module in (network, teacher):
+        for module in (trained, teacher):
             if module is not None:
                 module.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
         if not best and keep_best:
             start = score()
             remember(start, flattery=start.standard_error)
 
-    run_epochs(
-        network,
-        data,
-        settings,
-        compute,
-        epochs=settings.epochs,
-        identity={
-            "kind": "network",
-            "data": data.fingerprint,
-            "settings": settings.model_dump(mode="json"),
-            **(identity or {}),
-        },
-        checkpoint=checkpoint,
-        extra_state=best,
-        validate=validate,
-        prepare=prepare,
-        progress=progress,
-    )
+    try:
+        run_epochs(
+            trained,
+            data,
+            settings,
+            compute,
+            epochs=settings.epochs,
+            identity={
+                "kind": "network",
+                "data": data.fingerprint,
+                "settings": settings.model_dump(mode="json"),
+                **(identity or {}),
+            },
+            checkpoint=checkpoint,
+            extra_state=best,
+            validate=validate,
+            prepare=prepare,
+            progress=progress,
+        )
+    finally:
+        drop(0.0)
     network.load_state_dict(best["weights"])
     network.eval()
     return Scored(best["mean"], best["standard_error"], best["count"])

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from autocompress.errors import DataError
 from autocompress.network import build_network
+from autocompress.recipe import FinetuneSettings
 from autocompress.space import SearchSpace
+from autocompress.training.auxiliary import with_auxiliary
 from autocompress.training.data import DataSet, batches
+from autocompress.training.drop_path import drop_paths
 from autocompress.training.task import Task
 
 CHECKED_IMAGES = 8
@@ -30,6 +33,19 @@ def check_task(data: DataSet, task: Task, space: SearchSpace) -> None:
     with torch.no_grad():
         outputs = build_network(blocks, initialise=False).eval()(torch.zeros(1, *in_shape))
     check_outputs(data, task, tuple(outputs.shape[1:]))
+
+
+def check_regularisers(data: DataSet, settings: FinetuneSettings, space: SearchSpace) -> None:
+    """Refuse regularisers of finetuning for which the largest network of a space has no place.
+
+    Raises:
+        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where it has none.
+    """
+    blocks = space.operations(space.largest())
+    network = build_network(blocks, initialise=False)
+    drop_paths(network, settings)
+    if settings.auxiliary:
+        with_auxiliary(network, data, settings, blocks[0][1][0].in_shape[1:])
 
 
 def check_outputs(data: DataSet, task: Task, out_shape: tuple[int, ...]) -> None:

@@ -125,7 +125,8 @@ def load_data(
         `folder`: a folder or a zip file of class folders (`read_class_folders` says how).
         `module:function`: the user's function. It is called without arguments, or with `folder` if that is
         given, and returns `(train, test)` or `(train, validation, test)`: data sets with a length, of items
-        `(x, y)`. Float `x`, `(channels, height, width)`, is taken as it is: normalised, never augmented.
+        `(x, y)`. Float `x`, `(channels, height, width)`, is taken as it is: normalised, never shifted or
+        mirrored.
         uint8 `x` is an image: all are read into memory and normalised. The number of classes is the attribute
         `classes` of `train` (a number, or the names), else the largest integer label of `train` plus 1, else
         0 (regression, segmentation). Without three parts and `classes`, all of `train` is read once for the
@@ -410,8 +411,9 @@ def batches(
         batch_size: Items a batch; the last may have fewer.
         seed: `None` keeps the order of the data, for evaluation; else the order is a random permutation.
         epoch: Another epoch has another permutation and other augmentation.
-        augment: How to augment images. Data sets of the user with float inputs, and labels that are not
-            single integers, are never augmented.
+        augment: How to augment images. Float inputs of the user's data sets are cut out and nothing else:
+            they come normalised, so that 0 is their mean too. Nothing is done where labels are not single
+            integers, which a change of the image could make wrong.
         drop_last: Leave out a last batch with fewer items.
 
     Returns:
@@ -445,6 +447,9 @@ def batches(
             positions = torch.from_numpy(order[start : min(start + batch_size, stop)])
             if not isinstance(dataset, Images):
                 x, y = default_collate([dataset[position] for position in positions.tolist()])
+                if augment is not None and augment.cutout and _are_classes(y):
+                    rng = np.random.default_rng([_AUGMENTATION_STREAM, cast(int, seed), epoch, number])
+                    _cut_out(x, torch.from_numpy(rng.random((2, len(x), 1))), augment.cutout)
                 yield x, y
             elif augment is None or dataset.labels.dtype != torch.int64 or dataset.labels.ndim != 1:
                 yield dataset.normalise(dataset.images[positions]), dataset.labels[positions]
@@ -478,11 +483,20 @@ def _augmented(dataset: Images, positions: Tensor, augment: Augmentation, rng: n
         images *= rows_inside[:, None, :, None] & columns_inside[:, None, None, :]
     x = dataset.normalise(images)
     if augment.cutout:
-        cut_rows = _near(centres[0], height, augment.cutout)
-        cut_columns = _near(centres[1], width, augment.cutout)
-        # After normalisation the mean colour is 0.
-        x.masked_fill_(cut_rows[:, None, :, None] & cut_columns[:, None, None, :], 0.0)
+        _cut_out(x, centres, augment.cutout)
     return x
+
+
+def _are_classes(labels: Any) -> bool:
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype in integers
+
+
+def _cut_out(x: Tensor, centres: Tensor, size: int) -> None:
+    """Set a square of normalised images to the mean colour, in place; `centres` in 0..1, `(2, batch, 1)`."""
+    height, width = x.shape[2:]
+    rows, columns = _near(centres[0], height, size), _near(centres[1], width, size)
+    x.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
 def _into_image(positions: Tensor, side: int) -> tuple[Tensor, Tensor]:

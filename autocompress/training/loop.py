@@ -9,11 +9,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ CHECKPOINT_SECONDS = 60.0
 MAX_ROLLBACKS = 3
 # A loss that was below two thirds of the first epoch's and then returns to it has lost what it had learned.
 LEARNED, LOST = 0.67, 0.98
+# The stream of what a network draws itself, apart from those of `paths`.
+_NOISE = 4
 
 Compute = Callable[[Tensor, Tensor, int], float]
 """Images, targets and step: forward and backward passes; returns the loss on the labels."""
@@ -103,6 +106,20 @@ def training_batches(
     return itertools.islice(found, skip, None)
 
 
+@contextmanager
+def seeded(seed: int, step: int) -> Iterator[None]:
+    """Seed PyTorch's global generator by seed and step, and put back its state at the end.
+
+    Dropout and dropped paths draw from it: what they draw then depends neither on what ran before nor on
+    whether a run was resumed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        (word,) = np.random.SeedSequence((seed, _NOISE, step)).generate_state(1)
+        # Not `torch.manual_seed`, which asks every kind of device and takes 20 times as long.
+        torch.default_generator.manual_seed(int(word))
+        yield
+
+
 def run_epochs(
     model: nn.Module,
     data: DataSet,
@@ -126,7 +143,8 @@ def run_epochs(
         model: Trained in place.
         data: The train part only is read here.
         settings: Optimizer, schedule, batch size.
-        compute: One step's forward and backward passes.
+        compute: One step's forward and backward passes. What it draws from PyTorch's global generator is a
+            function of seed and step; the generator's state is the same afterwards.
         epochs: How many.
         identity: What a checkpoint must belong to.
         checkpoint: Where checkpoints are; none are written without.
@@ -183,7 +201,8 @@ def run_epochs(
             raise CheckpointError(f"checkpoint {checkpoint} does not fit this network: {reason}") from None
         before = position.seconds
     if prepare is not None:
-        prepare(position, optimizer)
+        with seeded(settings.seed, position.step):
+            prepare(position, optimizer)
     if checkpoint is not None and not checkpoint.exists():
         save_checkpoint(checkpoint, identity, content())
     good = snapshot()
@@ -203,7 +222,8 @@ def run_epochs(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            loss = compute(images, targets, position.step)
+            with seeded(seed, position.step):
+                loss = compute(images, targets, position.step)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"

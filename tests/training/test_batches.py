@@ -137,6 +137,24 @@ def test_cutout_sets_one_square_to_the_mean_colour() -> None:
     assert sum(int(image.eq(0).sum()) < 48 for image in x) > 30  # and some that reach over the border
 
 
+@pytest.mark.parametrize(("side", "size"), [(32, 16), (12, 5), (7, 1), (9, 9)])
+def test_cutout_blanks_the_share_of_pixels_that_its_clipped_square_has_on_average(
+    side: int, size: int
+) -> None:
+    # A centre is any of the `side` pixels of an axis. What reaches over the borders, summed over centres,
+    # is floor(size^2 / 4); both axes are independent.
+    n = 4000
+    data = Images(
+        torch.full((n, 1, side, side), 9, dtype=torch.uint8), torch.arange(n), (0.5,), (0.2,), False
+    )
+    x, _ = next(batches(data, n, seed=2, augment=Augmentation(cutout=size)))
+    shares = x.eq(0).float().flatten(1).mean(1)
+    expected = ((size - size**2 // 4 / side) / side) ** 2
+    # Five standard errors: a false alarm in less than one of a million seeds, and this seed is fixed.
+    tolerance = 5 * float(shares.std()) / n**0.5 + 1e-6
+    assert float(shares.mean()) == pytest.approx(expected, abs=tolerance)
+
+
 def test_no_batch_changes_the_data() -> None:
     data = numbered(8, flip=True)
     before = data.images.clone()

@@ -8,10 +8,10 @@ import torch
 from small_networks import small_data
 from torch import Tensor
 
-from autocompress.errors import DataError
-from autocompress.recipe import TaskSettings
+from autocompress.errors import DataError, RecipeError
+from autocompress.recipe import FinetuneSettings, TaskSettings
 from autocompress.testing.toys import toy_classifier_space
-from autocompress.training.check import check_outputs, check_task
+from autocompress.training.check import check_outputs, check_regularisers, check_task
 from autocompress.training.data import DataSet
 from autocompress.training.task import Task, load_task
 
@@ -38,6 +38,15 @@ def test_another_number_of_channels_is_refused() -> None:
     grey = replace(data(), in_shape=(1, 12, 12))
     with pytest.raises(DataError, match="take 3 channels, the images of small have 1"):
         check_task(grey, CLASSES, toy_classifier_space())
+
+
+def test_regularisers_that_have_no_place_in_a_space_are_refused() -> None:
+    space = toy_classifier_space()
+    check_regularisers(data(), FinetuneSettings(cutout=4, auxiliary=0.4), space)
+    with pytest.raises(RecipeError, match=r"finetune.drop_path \(0.2\) drops paths of cells"):
+        check_regularisers(data(), FinetuneSettings(drop_path=0.2), space)
+    with pytest.raises(RecipeError, match="labels that are classes"):
+        check_regularisers(replace(data(), classes=0), FinetuneSettings(auxiliary=0.4), space)
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

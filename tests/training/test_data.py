@@ -531,7 +531,7 @@ def test_a_flipped_byte_in_an_image_is_a_data_error_or_an_image_never_another_er
 # --- the user's own function ---
 
 
-def test_float_inputs_of_a_function_come_as_they_are(user: UserData) -> None:
+def test_float_inputs_of_a_function_are_neither_shifted_nor_mirrored(user: UserData) -> None:
     train = float_set(30)
     data = load_data(user((train, float_set(6))), validation=6)
     assert (data.classes, data.in_shape, data.mean, data.std) == (3, (2, 4, 4), (0.0, 0.0), (1.0, 1.0))
@@ -540,10 +540,29 @@ def test_float_inputs_of_a_function_come_as_they_are(user: UserData) -> None:
     known = {tuple(x.flatten().tolist()) for x in train.tensors[0]}
     seen = []
     for part in (data.train, data.validation):
-        for x, _ in batches(part, 7, seed=3, augment=Augmentation(shift=2, flip=True, cutout=3)):
+        for x, _ in batches(part, 7, seed=3, augment=Augmentation(shift=2, flip=True)):
             seen += [tuple(row.flatten().tolist()) for row in x]
     assert len(seen) == 30
     assert set(seen) == known
+
+
+def test_float_inputs_of_a_function_are_cut_out_where_that_is_asked_for(user: UserData) -> None:
+    train = float_set(30)
+    before = train.tensors[0].clone()
+    data = load_data(user((train, float_set(6))), validation=6)
+
+    def cut(epoch: int = 0) -> Tensor:
+        augment = Augmentation(cutout=2)
+        return torch.cat([x for x, _ in batches(data.train, 7, seed=3, epoch=epoch, augment=augment)])
+
+    plain = torch.cat([x for x, _ in batches(data.train, 7, seed=3)])
+    zero = cut() == 0
+    assert torch.equal(torch.where(zero, 0, plain), cut())
+    # At the corner a square of 2 around the very first pixel has one pixel in the image; whole ones have 4.
+    assert set(zero[:, 0].flatten(1).sum(1).tolist()) <= {1, 2, 4}
+    assert torch.equal(zero[:, 0], zero[:, 1])
+    assert not torch.equal(zero, cut(epoch=1) == 0)
+    assert torch.equal(train.tensors[0], before)
 
 
 def test_byte_inputs_of_a_function_are_images(user: UserData) -> None:

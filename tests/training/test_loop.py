@@ -28,6 +28,7 @@ from autocompress.training.loop import (
     learning_rate,
     make_optimizer,
     run_epochs,
+    seeded,
     steps_per_epoch,
     training_batches,
 )
@@ -254,6 +255,35 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, kill_at: int
     found = train(model, checkpoint, optimizer=optimizer)
     assert_equal(weights(model), weights(whole))
     assert found == expected
+
+
+def test_what_a_network_draws_depends_on_seed_and_step_alone_and_global_numbers_stay_as_they_were() -> None:
+    def run(before: int) -> tuple[Noisy, Tensor]:
+        model = Noisy()
+        torch.manual_seed(before)
+        train(model, None)
+        return model, torch.rand(1)
+
+    with torch.random.fork_rng(devices=[]):
+        (one, after), (other, _) = run(1), run(2)
+        assert_equal(weights(one), weights(other))
+        torch.manual_seed(1)
+        assert torch.equal(after, torch.rand(1))
+
+
+def test_steps_and_seeds_draw_different_numbers() -> None:
+    drawn = set()
+    for seed, step in [(0, 0), (0, 1), (1, 0), (1, 1), (10**30, 0)]:
+        with seeded(seed, step):
+            drawn.add(float(torch.rand(1)))
+    assert len(drawn) == 5
+
+
+def test_the_global_numbers_are_put_back_after_an_error() -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="size"), seeded(0, 0):
+        torch.rand(1).view(2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_inside_an_epoch_it_goes_on_at_the_very_step(tmp_path: Path) -> None:
