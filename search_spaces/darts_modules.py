@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autocompress.elastic.layers import NORM_EPS, SharedParts
 from autocompress.elastic.partial import through_part, weighted
 from autocompress.errors import SpaceError
+from autocompress.network import DropPath
 from autocompress.ops import EdgeMixture
 from search_spaces.darts_ops import EDGES, INPUTS, STEPS, DartsCell, is_free, steps_of
 
@@ -131,7 +132,10 @@ def cell_module(cell: DartsCell) -> nn.Module:
     edges: dict[tuple[int, int], nn.Module] = {}
     for (source, target), operation in cell.kept.items():
         built = edge_module(operation, cell.channels, cell.stride(source))
-        edges[source, target] = nn.Sequential(OrderedDict({operation: built}))
+        layers = {operation: built}
+        if not is_free(operation, cell.stride(source)):
+            layers["drop"] = DropPath()
+        edges[source, target] = nn.Sequential(OrderedDict(layers))
     return Cell([op.module() for op in cell.prepared], edges)
 
 

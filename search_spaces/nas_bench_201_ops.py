@@ -256,13 +256,15 @@ class Cell(CellSpec):
         """Build the cell; its parameters are `edge_0_1.nor_conv_3x3.conv.weight` and the like."""
         from torch import nn
 
-        from autocompress.network import Graph
+        from autocompress.network import DropPath, Graph
 
-        edges = {
-            edge: nn.Sequential(OrderedDict({name: _edge(name, self.channels)}))
-            for edge, name in zip(EDGES, self.operations, strict=True)
-            if name != "none"
-        }
+        edges = {}
+        for edge, name in zip(EDGES, self.operations, strict=True):
+            if name != "none":
+                layers = OrderedDict({name: _edge(name, self.channels)})
+                if name not in FREE:
+                    layers["drop"] = DropPath()
+                edges[edge] = nn.Sequential(layers)
         return Graph(NODES, edges)
 
     @classmethod
