@@ -72,6 +72,19 @@ def describe_relaxation(notes: Mapping[str, Any]) -> str:
     return f"entropy of the options {relaxation['entropy']:.2f} of 1{shown}{costs}"
 
 
+def describe_epoch(relaxation: Mapping[str, Any]) -> str:
+    """Return what a differentiable search saw of its last epoch: signs of a collapse, if there are any."""
+    if not relaxation["epochs"]:
+        return "the architecture parameters have stopped"
+    seen = relaxation["epochs"][-1]
+    counts = " and ".join(map(str, seen.get("skips", ())))
+    skips = f", {counts} skip connections without the budget" if counts else ""
+    value = f", dominant eigenvalue {seen['eigenvalue']:.3g}" if "eigenvalue" in seen else ""
+    line = f"epoch {seen['epoch']}: entropy of the options {seen['entropy']:.3f} of 1{skips}{value}"
+    stopped = relaxation["stopped"]
+    return line if stopped is None else f"{line}; stopped early: back to those of epoch {stopped}"
+
+
 def describe_costs(found: Mapping[str, float]) -> str:
     """Return the costs of a network in a line."""
     line = (

@@ -4,8 +4,8 @@
 moves the weights. After that `ask` gives the networks that were derived.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from autocompress.space import Codes
@@ -26,19 +26,40 @@ class Moment:
     """Where a bilevel training is.
 
     Attributes:
-        step: Steps of the weights that are done.
+        step: Steps of the weights that are done in this phase.
         steps: How many there will be.
         generator: For what is random in this step; a function of seed and step alone.
+        per_epoch: Steps of an epoch.
     """
 
     step: int
     steps: int
     generator: "torch.Generator"
+    per_epoch: int = 1
 
     @property
     def progress(self) -> float:
         """The share of the training that is done, 0 to 1."""
         return self.step / self.steps
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether this is the last step of an epoch."""
+        return (self.step + 1) % self.per_epoch == 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of several trainings in a row, each of a supernet of its own.
+
+    Attributes:
+        share: Of the epochs, more than 0; those of all phases add up to 1.
+        settings: In which the space of its supernet differs from the one that is searched: fewer cells. The
+            last phase trains the supernet itself and has none.
+    """
+
+    share: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Mixed(Protocol):
@@ -61,7 +82,14 @@ class Differentiable(Strategy, Protocol):
 
     @property
     def notes(self) -> Mapping[str, Any]:
-        """Has a `relaxation`: entropy, probabilities, expected costs."""
+        """Has a `relaxation`: entropy, probabilities, expected costs, indicators of every epoch."""
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """The trainings, in order; one, as a rule."""
+
+    def begin(self, phase: int) -> None:
+        """Begin a phase, with all that was learned in those before it."""
 
     @property
     def channels(self) -> int:

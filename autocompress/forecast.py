@@ -66,7 +66,9 @@ def forecast(recipe: Recipe) -> list[str]:
     check_regularisers(data, recipe.finetune, space)
     threads = recipe.threads or choose_threads(largest_step(space, data, recipe.train))
     torch.set_num_threads(threads)
-    supernet = space.supernet()
+    supernet = (
+        make_space(recipe, lambda: data, proxy) if (proxy := recipe.train.proxy) else space
+    ).supernet()
     estimates = [_profile(recipe, space), *_training(recipe, data, supernet)]
     lines = [f"{e.stage:<18} {_duration(e.seconds):>10}   {e.basis}" for e in estimates]
     total = sum(estimate.seconds for estimate in estimates)

@@ -11,8 +11,8 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from autocompress.errors import SpaceError
@@ -158,9 +158,19 @@ def _positive(spec: OpSpec, *names: str) -> None:
             raise SpaceError(f"{type(spec).__name__}.{name} must be an integer >= 1, got {value!r}")
 
 
-EdgeMixture = tuple[Sequence[tuple[str, "Tensor | None"]], "Tensor | None"]
-"""Of one edge of a cell: operations that are computed, each with its weight, and a factor on their sum;
-`None` is 1."""
+@dataclass(frozen=True)
+class EdgeMixture:
+    """What one edge of a cell computes.
+
+    Attributes:
+        parts: Operations, each with its weight; `None` is 1.
+        scale: Of their sum; `None` is 1.
+        dropout: Operation to the rate at which what an identity gives is dropped.
+    """
+
+    parts: "Sequence[tuple[str, Tensor | None]]"
+    scale: "Tensor | None" = None
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
 
 class CellSpec(OpSpec):

@@ -153,6 +153,9 @@ class TrainSettings(OptimizerSettings):
     """Random sub-networks a step of the sandwich, besides the largest and the smallest."""
     phases: tuple[Phase, ...] = ()
     """Of progressive shrinking, after `epochs` epochs of the largest network, which is then the teacher."""
+    proxy: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the space under which the supernet is built instead, with strategies by gradients: cells
+    are searched in fewer layers and channels, `{channels: 16, layers: 8}`, than their networks will have."""
 
     @model_validator(mode="after")
     def _phases(self) -> Self:

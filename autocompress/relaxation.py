@@ -163,6 +163,7 @@ class Relaxation(nn.Module):
         *,
         weights: Mapping[str, Tensor] | None = None,
         at_least: float = 0.0,
+        capped: Sequence[tuple[AdditiveCost, float]] = (),
         forbidden: Sequence[Mapping[str, Option]] = (),
     ) -> Optimum:
         """Return the most probable network that keeps every limit, and the proof of it.
@@ -172,6 +173,7 @@ class Relaxation(nn.Module):
             weights: Of the variables, as in `expected`.
             at_least: Share of some limited sum that the network is to use. Where no network that fits does,
                 it may use less.
+            capped: Other sums that are to stay at or under a number, and need not be used.
             forbidden: Networks or parts of them that are not to be returned, see `exact.solve`.
 
         Raises:
@@ -204,14 +206,27 @@ class Relaxation(nn.Module):
         everything = every_feasible(constraints, at_most=ENUMERATED)
         if everything is not None:
             excluded = [*others, *forbidden]
-            return self._best_of(everything, value, constraints, at_least=at_least, forbidden=excluded)
+            kept = [cost.of(everything) <= most for cost, most in capped]
+            fitting = everything[np.all(kept, axis=0)] if kept else everything
+            return self._best_of(fitting, value, constraints, at_least=at_least, forbidden=excluded)
         found = []
         for filled in _filled(constraints, at_least) if at_least > 0 else ():
             with suppress(BudgetError):
-                found.append(solve(value, filled, sense="maximize", forbidden=[*others, *forbidden]))
+                limits = _with_caps(filled, capped)
+                found.append(solve(value, limits, sense="maximize", forbidden=[*others, *forbidden]))
         if found:
             return max(found, key=lambda optimum: optimum.value)
-        return solve(value, constraints, sense="maximize", forbidden=[*others, *forbidden])
+        limits = _with_caps(constraints, capped)
+        return solve(value, limits, sense="maximize", forbidden=[*others, *forbidden])
+
+    def most_probable(self, weights: Mapping[str, Tensor]) -> Codes:
+        """Return the network of the most probable options, `(1, choices)`, whatever it costs."""
+        codes = self.largest()
+        with torch.no_grad():
+            for position, choice in enumerate(self.space.choices):
+                if choice.name not in self.fixed:
+                    codes[0, position] = int(self.of_choice(choice, weights).argmax())
+        return self.space.canonical(codes)
 
     def _best_of(
         self,
@@ -278,6 +293,15 @@ class Relaxation(nn.Module):
             }
             for name, vector in self.probabilities().items()
         }
+
+
+def _with_caps(constraints: Constraints, capped: Sequence[tuple[AdditiveCost, float]]) -> Constraints:
+    """Return the constraints with further sums limited."""
+    return replace(
+        constraints,
+        costs={**constraints.costs, **{cost.metric: cost for cost, _ in capped}},
+        limits={**constraints.limits, **{cost.metric: most for cost, most in capped}},
+    )
 
 
 def _filled(constraints: Constraints, share: float) -> Iterator[Constraints]:

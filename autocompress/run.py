@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocompress import __version__
 from autocompress.atomic import read_json, remove_leftovers, write_json, write_text
-from autocompress.errors import RecipeError, StorageError
+from autocompress.errors import RecipeError, SpaceError, StorageError
 from autocompress.plugins import load_space_factory, load_strategy, load_strategy_for
 from autocompress.progress import Progress, silent
 from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
@@ -119,6 +119,33 @@ class Run:
             RecipeError: The space's constructor does not take an argument of the recipe.
         """
         return make_space(self.recipe, lambda: self.data)
+
+    @cached_property
+    def supernet_space(self) -> SearchSpace:
+        """The space of the supernet: that of the run, or with `train.proxy` the same choices in another size.
+
+        Raises:
+            RecipeError: There is a proxy, and the strategy trains no mixture; or it takes no such argument.
+            SpaceError: The proxy has other choices.
+        """
+        return self.smaller({}) if self.recipe.train.proxy else self.space
+
+    def smaller(self, settings: Mapping[str, Any]) -> SearchSpace:
+        """Return the space of the supernet with other arguments, and the same choices."""
+        proxy = self.recipe.train.proxy
+        if proxy and not is_differentiable(self.recipe):
+            raise RecipeError(
+                f"train.proxy ({proxy}) belongs to strategies by gradients, which train anew what they find; "
+                f"{self.recipe.search.strategy!r} returns a slice of the supernet: leave it out"
+            )
+        merged = {**proxy, **settings}
+        made = make_space(self.recipe, lambda: self.data, merged, key="train.proxy")
+        if (made.choices, made.edges) != (self.space.choices, self.space.edges):
+            raise SpaceError(
+                f"space {made.name!r} with {merged} has other choices than the space of the run: a supernet "
+                "can differ from it in size only"
+            )
+        return made
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the run."""
@@ -255,12 +282,20 @@ def load_recipe_data(recipe: Recipe) -> "DataSet":
     )
 
 
-def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
+def make_space(
+    recipe: Recipe,
+    data: Callable[[], "DataSet"],
+    others: Mapping[str, Any] | None = None,
+    *,
+    key: str = "space.arguments",
+) -> SearchSpace:
     """Make the search space of a recipe.
 
     Args:
         recipe: Names it and its arguments.
         data: Asked for channels and classes if the constructor takes them and the recipe leaves them open.
+        others: Arguments instead of those of the recipe.
+        key: What errors call the arguments.
 
     Raises:
         RecipeError: The constructor does not take an argument of the recipe.
@@ -268,11 +303,11 @@ def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
     """
     factory = load_space_factory(recipe.space.name)
     parameters = inspect.signature(factory).parameters
-    arguments = dict(recipe.space.arguments)
+    arguments = {**recipe.space.arguments, **(others or {})}
     for name in arguments:
         if name not in parameters:
             allowed = ", ".join(parameters)
-            raise RecipeError(f"space.arguments.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
+            raise RecipeError(f"{key}.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
     if "in_channels" in parameters and "in_channels" not in arguments:
         arguments["in_channels"] = data().in_shape[0]
     if "classes" in parameters and "classes" not in arguments:
@@ -280,7 +315,7 @@ def make_space(recipe: Recipe, data: Callable[[], "DataSet"]) -> SearchSpace:
     try:
         space = factory(**arguments)
     except TypeError as error:
-        raise RecipeError(f"space.arguments: {recipe.space.name} refuses {arguments}: {error}") from None
+        raise RecipeError(f"{key}: {recipe.space.name} refuses {arguments}: {error}") from None
     if not isinstance(space, SearchSpace):
         raise RecipeError(f"space.name: {recipe.space.name} must return a SearchSpace, got {space!r}")
     return space

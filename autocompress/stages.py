@@ -214,6 +214,8 @@ def check(run: Run) -> None:
         RecipeError: A regulariser of finetuning does not.
     """
     check_task(run.data, run.task, run.space)
+    if run.supernet_space is not run.space:
+        check_task(run.data, run.task, run.supernet_space)
     check_regularisers(run.data, run.recipe.finetune, run.space)
 
 
@@ -222,7 +224,7 @@ def train(run: Run, shown: Shown) -> Supernet:
     if is_differentiable(run.recipe):
         return train_together(run, shown)[0]
     set_threads(run)
-    supernet = run.space.supernet()
+    supernet = run.supernet_space.supernet()
     path, report = run.path(CHECKPOINT), run.path(TRAINING)
     if report.exists():
         content = load_checkpoint(path, supernet_identity(supernet, run.data, run.recipe.train))
@@ -252,7 +254,7 @@ def train_together(run: Run, shown: Shown) -> tuple[Supernet, Constraints, Diffe
     limits, proposing = proposer(run, shown)
     strategy = cast(Differentiable, proposing)
     set_threads(run)
-    supernet, settings, report = run.space.supernet(), run.recipe.search, run.path(TRAINING)
+    supernet, settings, report = run.supernet_space.supernet(), run.recipe.search, run.path(TRAINING)
     with shown.stage(f"train the supernet and {settings.strategy}") as progress:
         position = train_relaxed(
             supernet,
@@ -267,8 +269,10 @@ def train_together(run: Run, shown: Shown) -> tuple[Supernet, Constraints, Diffe
                 "limits": dict(limits.limits),
                 "seed": settings.seed,
             },
+            smaller=run.smaller,
             checkpoint=run.path(CHECKPOINT),
             progress=progress,
+            say=shown.say,
         )
     if not report.exists():
         write_json(report, vars(position))
@@ -511,12 +515,12 @@ def _start(
         teacher = extract_recalibrated(run, supernet, largest)
         return extract_recalibrated(run, supernet, arch), teacher, resolution(run, largest)
     supernet, _, strategy = train_together(run, shown)
-    (start,) = run.space.decode(strategy.start)
+    (start,) = supernet.space.decode(strategy.start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.recipe.finetune.seed)
         network = build_network(run.space.operations(run.space.encode([arch])))
     mixture = Mixture(supernet, start, strategy.mixture(), channels=strategy.channels)
-    return network, mixture, resolution(run, start)
+    return network, mixture, supernet.space.operations(strategy.start)[0][1][0].in_shape[1:]
 
 
 def _settings_of(run: Run, network: nn.Module) -> FinetuneSettings:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import NORM_EPS, SharedParts
-from autocompress.elastic.partial import through_part, weighted
+from autocompress.elastic.partial import identity, through_part, weighted
 from autocompress.errors import SpaceError
 from autocompress.network import DropPath
 from autocompress.ops import EdgeMixture
@@ -168,36 +168,34 @@ def run_mixed_cell(
     ]
     for node in range(INPUTS, INPUTS + STEPS):
         total: Tensor | None = None
-        for (source, target), (parts, scale) in zip(EDGES, edges, strict=True):
+        for (source, target), edge in zip(EDGES, edges, strict=True):
             if target != node:
                 continue
             stride = cell.stride(source)
-            mixed = partial(_mixed, shared, f"edge_{source}_{target}", stride, parts)
+            mixed = partial(_mixed, shared, f"edge_{source}_{target}", stride, edge)
             added = through_part(mixed, nodes[source], channels, stride=stride)
-            added = added if scale is None else scale.to(added.dtype) * added
+            added = added if edge.scale is None else edge.scale.to(added.dtype) * added
             total = added if total is None else total + added
         nodes.append(total)  # type: ignore[arg-type]
     return pair[1], torch.cat(nodes[INPUTS:], dim=1)
 
 
-def _mixed(
-    shared: SharedParts, place: str, stride: int, parts: Sequence[tuple[str, Tensor | None]], x: Tensor
-) -> Tensor:
+def _mixed(shared: SharedParts, place: str, stride: int, edge: EdgeMixture, x: Tensor) -> Tensor:
     """Run the weighted sum of operations on an edge; convolutions use leading channels of their weights."""
     runs = (
-        (partial(_run, shared, f"{place}.{name}", name, stride), weight)
-        for name, weight in parts
+        (partial(_run, shared, f"{place}.{name}", name, stride, edge.dropout.get(name, 0.0)), weight)
+        for name, weight in edge.parts
         if name != "none"
     )
     total = weighted(x, runs)
     return torch.zeros_like(x[:, :, ::stride, ::stride]) if total is None else total
 
 
-def _run(shared: SharedParts, place: str, operation: str, stride: int, x: Tensor) -> Tensor:
-    """Run an operation of an edge on leading channels."""
+def _run(shared: SharedParts, place: str, operation: str, stride: int, dropout: float, x: Tensor) -> Tensor:
+    """Run an operation of an edge on leading channels; an identity drops some of what it gives."""
     width = x.shape[1]
     if is_free(operation, stride):
-        return x
+        return identity(x, dropout)
     if operation == "skip_connect":
         return _halved(shared, place, x, width)
     if operation == "max_pool_3x3":

@@ -96,24 +96,22 @@ def _edge(operation: str, channels: int) -> "nn.Module":
     return _relu_conv_norm(channels, channels, KERNELS[operation], 1)
 
 
-def _mixed(
-    shared: "SharedParts", edge: str, x: "Tensor", parts: Sequence[tuple[str, "Tensor | None"]]
-) -> "Tensor":
+def _mixed(shared: "SharedParts", place: str, edge: EdgeMixture, x: "Tensor") -> "Tensor":
     """Run the weighted sum of operations on an edge; convolutions use leading channels of their weights."""
     import torch
     import torch.nn.functional as F
 
-    from autocompress.elastic.partial import weighted
+    from autocompress.elastic.partial import identity, weighted
 
     def run(name: str, x: "Tensor") -> "Tensor":
         if name == "skip_connect":
-            return x
+            return identity(x, edge.dropout.get(name, 0.0))
         if name == "avg_pool_3x3":
             return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        weight = shared.parameter(f"{edge}.{name}.conv.weight")[: x.shape[1], : x.shape[1]]
-        return shared.norm(f"{edge}.{name}.bn", F.conv2d(x.relu(), weight, padding=KERNELS[name] // 2))
+        weight = shared.parameter(f"{place}.{name}.conv.weight")[: x.shape[1], : x.shape[1]]
+        return shared.norm(f"{place}.{name}.bn", F.conv2d(x.relu(), weight, padding=KERNELS[name] // 2))
 
-    total = weighted(x, ((partial(run, name), weight) for name, weight in parts if name != "none"))
+    total = weighted(x, ((partial(run, name), weight) for name, weight in edge.parts if name != "none"))
     return torch.zeros_like(x) if total is None else total
 
 
@@ -306,19 +304,11 @@ class Cell(CellSpec):
         nodes = [x]
         for node in range(1, NODES):
             total = torch.zeros_like(x)
-            for (source, target), (parts, scale) in zip(EDGES, edges, strict=True):
-                if target != node:
-                    continue
-
-                def mixed(
-                    some: "Tensor",
-                    parts: Sequence[tuple[str, "Tensor | None"]] = parts,
-                    place: str = f"edge_{source}_{target}",
-                ) -> "Tensor":
-                    return _mixed(shared, place, some, parts)
-
-                added = through_part(mixed, nodes[source], channels)
-                total = total + (added if scale is None else scale.to(added.dtype) * added)
+            for (source, target), edge in zip(EDGES, edges, strict=True):
+                if target == node:
+                    mixed = partial(_mixed, shared, f"edge_{source}_{target}", edge)
+                    added = through_part(mixed, nodes[source], channels)
+                    total = total + (added if edge.scale is None else edge.scale.to(added.dtype) * added)
             nodes.append(total)
         return nodes[-1]
 

@@ -26,6 +26,8 @@ class Darts(RelaxedSearch):
     left out, as in the paper.
     """
 
+    computes_all = True
+
     def __init__(self, *args: Any, order: int = 1, **options: Any) -> None:
         """Make the search.
 

@@ -25,6 +25,8 @@ from strategies.relaxed import RelaxedSearch
 class PcDarts(RelaxedSearch):
     """DARTS of first order on one in K channels, with normalised edges."""
 
+    computes_all = True
+
     def __init__(
         self,
         *args: Any,
@@ -55,18 +57,13 @@ class PcDarts(RelaxedSearch):
         )
         self._optimizer.add_param_group({"params": list(self._edges)})
 
-    def mixture(self) -> Gates:
-        """Compute every option, weighted by its probability, and edges by theirs."""
-        with torch.no_grad():
-            return self._gates()
-
     def weight_gates(self, moment: Moment) -> Gates:
         """Return the mixture."""
         return self.mixture()
 
     def gradients(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
         """Differentiate the held-out loss by the logits of options and edges."""
-        self.set_gradients(self.penalised(network.loss(held_out, self._gates())))
+        self.set_gradients(self.penalised(network.loss(held_out, self.soft_gates())))
 
     def weights(self) -> dict[str, Tensor]:
         """Return probabilities times the share of their edge, by which nodes keep their edges."""
@@ -75,7 +72,8 @@ class PcDarts(RelaxedSearch):
             name: vector * scales.get(name, 1.0) for name, vector in self.relaxation.probabilities().items()
         }
 
-    def _gates(self) -> dict[str, Gate]:
+    def soft_gates(self) -> dict[str, Gate]:
+        """Return gates that compute every option, weighted by its probability, and edges by theirs."""
         scales = self._scales()
         given = self.relaxation.probabilities()
         return {name: Gate.all(vector, scales.get(name)) for name, vector in given.items()}

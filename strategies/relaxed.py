@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.budget import Constraints
 from autocompress.cost import AdditiveCost
-from autocompress.differentiable import Images, Mixed, Moment
+from autocompress.differentiable import Images, Mixed, Moment, Phase
 from autocompress.elastic.mixture import Gate, Gates
 from autocompress.errors import BudgetError, RecipeError, TrainingError
 from autocompress.penalty import make_penalty
@@ -24,15 +24,16 @@ from autocompress.proposals import check_count, check_share, random_generator
 from autocompress.relaxation import Relaxation
 from autocompress.space import Codes, Option
 from autocompress.trial import Batch
-
-# What cells call the identity. Searches by gradients tend to end with nothing else: it trains fastest.
-SKIP = "skip_connect"
+from strategies.collapse import SKIP, EarlyStopping, Watch, dominant_eigenvalue, skip_costs
 
 
 class RelaxedSearch(ABC):
     """A relaxation that is trained, then asked for the most probable networks that fit."""
 
     channels = 1
+    phases: Sequence[Phase] = (Phase(),)
+    # Whether every option is computed in training, so that the eigenvalue takes no memory that is not there.
+    computes_all = False
 
     def __init__(
         self,
@@ -49,6 +50,9 @@ class RelaxedSearch(ABC):
         fixed: Mapping[str, Option] | None = None,
         candidates: int = 1,
         at_least: float = 0.95,
+        max_skips: int | None = None,
+        early_stopping: EarlyStopping = "none",
+        eigenvalue: bool | None = None,
     ) -> None:
         """Make the search, untrained.
 
@@ -66,6 +70,14 @@ class RelaxedSearch(ABC):
             candidates: Networks that are derived: the most probable one that fits, the next one, and so on.
             at_least: Share of a limit, 0..1, that a derived network is to use, if any that fits does; 0 takes
                 the most probable one, however far below the budget it is.
+            max_skips: Skip connections that a derived network has at most, in each kind of cell; `None` sets
+                no limit.
+            early_stopping: `eigenvalue` keeps the architecture parameters of five epochs before the dominant
+                eigenvalue has risen (RobustDARTS), `skips` those of the last epoch with at most `max_skips`
+                (DARTS+). The weights train on to the end.
+            eigenvalue: Whether the dominant eigenvalue of the Hessian is computed at the end of every epoch,
+                in about as much time as twenty steps, with every option in memory; by default where every
+                option is in memory anyway.
 
         Raises:
             RecipeError: An option is out of its range.
@@ -82,9 +94,18 @@ class RelaxedSearch(ABC):
         self._constraints = constraints
         self._candidates = check_count("candidates", candidates)
         self._at_least = check_share("at_least", at_least)
+        self._skips = skip_costs(constraints.space)
+        self._capped = _caps(self._skips, max_skips)
+        self._watch = Watch(early_stopping, max_skips)
+        if eigenvalue is False and early_stopping == "eigenvalue":
+            raise RecipeError("early_stopping 'eigenvalue' needs the eigenvalue, which is switched off")
+        self._eigenvalue = early_stopping == "eigenvalue" or (
+            self.computes_all if eigenvalue is None else eigenvalue
+        )
         self._warmup = check_share("warmup", warmup)
         self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
-        self.relaxation.derive(constraints)  # the fixed options leave something that fits
+        # The fixed options leave something that fits.
+        self.relaxation.derive(constraints, capped=self._capped)
         self._penalty = make_penalty(penalty, **(penalty_options or {}))
         self._optimizer = torch.optim.Adam(
             self.relaxation.parameters(),
@@ -97,6 +118,7 @@ class RelaxedSearch(ABC):
             for metric, cost in constraints.costs.items()
             if metric in constraints.limits and isinstance(cost, AdditiveCost)
         }
+        self._phase = 0
         self._asked: list[Mapping[str, Option]] = []
         self._exhausted = False
 
@@ -104,6 +126,10 @@ class RelaxedSearch(ABC):
     def start(self) -> Codes:
         """The codes `(1, choices)` that say the options of choices without gates."""
         return self.relaxation.largest()
+
+    def begin(self, phase: int) -> None:
+        """Begin a phase."""
+        self._phase = phase
 
     def mixture(self) -> Gates:
         """Return gates that compute every option, weighted by its probability; without gradients."""
@@ -121,14 +147,34 @@ class RelaxedSearch(ABC):
         """Set the gradients of the logits."""
 
     def architecture_step(self, network: Mixed, train: Images, held_out: Images, moment: Moment) -> None:
-        """Move the logits, unless they warm up."""
-        if moment.progress < self._warmup:
+        """Move the logits, unless they warm up or the search has stopped; look at them after every epoch."""
+        if self._watch.stopped is not None:
             return
-        self._optimizer.zero_grad(set_to_none=True)
-        self.gradients(network, train, held_out, moment)
-        self.move()
-        with torch.no_grad():
-            self._penalty.update({metric: float(ratio) for metric, ratio in self.ratios().items()})
+        if moment.progress >= self._warmup:
+            self._optimizer.zero_grad(set_to_none=True)
+            self.gradients(network, train, held_out, moment)
+            self.move()
+            with torch.no_grad():
+                self._penalty.update({metric: float(ratio) for metric, ratio in self.ratios().items()})
+        if moment.ends_epoch:
+            self._watch.add(self._seen(network, held_out), self._parameters)
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """All architecture parameters."""
+        return [vector for group in self._optimizer.param_groups for vector in group["params"]]
+
+    def _seen(self, network: Mixed, held_out: Images) -> dict[str, Any]:
+        """Return the signs of a collapse: skips a kind of cell, entropy, the dominant eigenvalue."""
+        seen: dict[str, Any] = {"entropy": self.relaxation.entropy()}
+        if self._skips:
+            probable = self.relaxation.most_probable(self.weights())
+            seen["skips"] = [int(cost.of(probable)[0]) for cost in self._skips]
+        if self._eigenvalue:
+            seen["eigenvalue"] = dominant_eigenvalue(
+                lambda: network.loss(held_out, self.soft_gates()), self._parameters
+            )
+        return seen
 
     def move(self) -> None:
         """Make a step of the optimizer.
@@ -163,16 +209,15 @@ class RelaxedSearch(ABC):
 
     def set_gradients(self, loss: Tensor) -> None:
         """Set the gradients of the architecture parameters of a loss, and of nothing else."""
-        parameters = [vector for group in self._optimizer.param_groups for vector in group["params"]]
+        parameters = self._parameters
         # What was drawn may compute nothing (the operation none), and then teaches nothing.
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for vector, gradient in zip(parameters, found, strict=True):
             vector.grad = gradient
 
-    def soft_gates(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Gate]:
-        """Return gates that compute every option, by default weighted by its probability."""
-        given = self.relaxation.probabilities() if weights is None else weights
-        return {name: Gate.all(vector) for name, vector in given.items()}
+    def soft_gates(self) -> dict[str, Gate]:
+        """Return gates that compute every option, weighted by its probability."""
+        return {name: Gate.all(vector) for name, vector in self.relaxation.probabilities().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return logits, moments of Adam, multipliers."""
@@ -180,6 +225,7 @@ class RelaxedSearch(ABC):
             "logits": self.relaxation.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "penalty": self._penalty.state_dict(),
+            "watch": self._watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +233,7 @@ class RelaxedSearch(ABC):
         self.relaxation.load_state_dict(state["logits"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._penalty.load_state_dict(state["penalty"])
+        self._watch.load_state_dict(state["watch"])
 
     # Asking ------------------------------------------------------------------------------------------
 
@@ -197,7 +244,11 @@ class RelaxedSearch(ABC):
         while len(rows) <= n and len(self._asked) < self._candidates and not self._exhausted:
             try:
                 found = self.relaxation.derive(
-                    self._constraints, weights=self.weights(), at_least=self._at_least, forbidden=self._asked
+                    self._constraints,
+                    weights=self.weights(),
+                    at_least=self._at_least,
+                    capped=self._capped,
+                    forbidden=self._asked,
                 )
             except BudgetError:  # nothing is left, within the budget or at all
                 self._exhausted = True
@@ -226,5 +277,18 @@ class RelaxedSearch(ABC):
                 "skips": self.relaxation.mean_probability(SKIP),
                 "probabilities": self.relaxation.summary(),
                 "expected_costs": expected,
+                "epochs": self._watch.history,
+                "stopped": self._watch.stopped,
             }
         }
+
+
+def _caps(skips: Sequence[AdditiveCost], most: int | None) -> tuple[tuple[AdditiveCost, float], ...]:
+    """Return the sums that a derived network must keep under, with their limits."""
+    if most is None:
+        return ()
+    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+        raise RecipeError(f"max_skips must be an integer >= 0, or left out, got {most!r}")
+    if not skips:
+        raise RecipeError(f"max_skips counts options {SKIP!r} of cells, of which the space has none")
+    return tuple((cost, float(most)) for cost in skips)

@@ -49,7 +49,10 @@ CORE = (
 
 # Strategies whose business are gradients, which are imported when a recipe names them; modules of a space.
 WITH_TORCH = {
-    *(f"strategies.{name}" for name in ("relaxed", "darts", "pc_darts", "p_darts", "gumbel", "proxyless")),
+    *(
+        f"strategies.{name}"
+        for name in ("relaxed", "darts", "pc_darts", "p_darts", "collapse", "gumbel", "proxyless")
+    ),
     "search_spaces.darts_modules",
 }
 

@@ -58,6 +58,7 @@ def supernet_problem(folder: str, budget: str = "") -> Problem:
                 settings,
                 seed=seed,
                 identity={"strategy": name_of(strategy), "limits": dict(constraints.limits)},
+                smaller=run.smaller,
                 checkpoint=checkpoint,
             )
         return position.seconds

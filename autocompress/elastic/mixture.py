@@ -8,7 +8,7 @@ over the settings of their other choices.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast, final
 
@@ -33,11 +33,13 @@ class Gate:
         codes: Positions of the options that are computed, ascending; the others are not.
         weights: Of each of them, `(len(codes),)`.
         scale: Of the sum; `None` is 1. Cells multiply what an edge adds by it.
+        dropout: Option to the rate, 0..1, at which cells drop what it gives (P-DARTS).
     """
 
     codes: tuple[int, ...]
     weights: Tensor
     scale: Tensor | None = None
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def all(cls, weights: Tensor, scale: Tensor | None = None) -> "Gate":
@@ -151,10 +153,10 @@ def _run_cell(
         options = space.variables[name].options
         gate = gates.get(name)
         if gate is None:
-            edges.append(([(str(settled[name]), None)] if name in settled else [], None))
+            edges.append(EdgeMixture([(str(settled[name]), None)] if name in settled else []))
         else:
             parts = [(str(options[code]), gate.weights[at]) for at, code in enumerate(gate.codes)]
-            edges.append((parts, gate.scale))
+            edges.append(EdgeMixture(parts, gate.scale, gate.dropout))
     return op.mixture(cast(ElasticModule, layer).parts(normalise), x, edges, channels)
 
 

@@ -61,6 +61,15 @@ class _Gated(torch.autograd.Function):
         return by_gate, None, gradient if ctx.active else None, None
 
 
+def identity(x: Tensor, rate: float) -> Tensor:
+    """Pass on what an identity gives, of which a share of the numbers is dropped.
+
+    Source: Chen et al., P-DARTS, ICCV 2019, section 3.3: an identity that is dropped in part leaves gradients
+    to the operations beside it.
+    """
+    return F.dropout(x, rate) if rate > 0 else x
+
+
 def through_part(run: Callable[[Tensor], Tensor], x: Tensor, channels: int, *, stride: int = 1) -> Tensor:
     """Run one in so many channels, pass the others on, and shuffle them.
 

@@ -26,7 +26,7 @@ from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
-from autocompress.run import Run, Shown
+from autocompress.run import Run, Shown, is_differentiable
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
     constraints,
@@ -111,20 +111,25 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     supernet = train(run, shown)
     limits = constraints(run, shown)
     score = evaluator(run, supernet)
-    largest = run.space.decode(run.space.largest())[0]
     uniform = run.space.decode(_best_uniform(run, limits, score))
     drawn = limits.sample(
         run.recipe.random_networks,
         np.random.default_rng((run.recipe.search.seed, 3)),
         at_least=RANDOM_AT_LEAST,
     )
-    slices = [("largest", largest), *(("uniform-scaled", a) for a in uniform)]
-    slices += [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
     name = "selected" if rule else "searched"
-    slices.append((name, arch))
-    networks: list[Compared] = [(name, a, extract_recalibrated(run, supernet, a)) for name, a in slices]
-    networks += [("uniform-scaled, finetuned", a, finetune(run, shown, a)[0]) for a in uniform]
-    networks.append((f"{name}, finetuned", arch, finetune(run, shown, arch)[0]))
+    baselines = [("uniform-scaled", a) for a in uniform]
+    randoms = [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
+    networks: list[Compared] = []
+    if is_differentiable(run.recipe):
+        # No network alone was trained in a mixture: those it is compared with are trained anew like it.
+        baselines += randoms
+    else:
+        largest = run.space.decode(run.space.largest())[0]
+        slices = [("largest", largest), *baselines, *randoms, (name, arch)]
+        networks += [(which, a, extract_recalibrated(run, supernet, a)) for which, a in slices]
+    for which, a in [*baselines, (name, arch)]:
+        networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))
     with shown.stage("measure and compare") as progress:
         progress(0, len(networks), "latency")
         exported = folder / "network.onnx"
@@ -148,6 +153,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "latency_margin": latency_margin(run, shown, limits.limits),
         "confidence": run.recipe.search.confidence,
         "metric": run.task.metric,
+        "trained_anew": is_differentiable(run.recipe),
         "target": target(run).describe(),
         "rows": [asdict(row) for row in rows],
         "drift": drift,

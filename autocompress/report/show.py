@@ -1,6 +1,6 @@
 """The comparison as a table, for the console and as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from autocompress.report.comparison import random_summary
@@ -73,31 +73,28 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network."
         f"{held}",
         "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
-        f"Test: {images} images, {read}; networks not marked finetuned are slices of the supernet with "
-        "batch-norm statistics of their own.",
+        f"Test: {images} images, {read}; {_made(content)}.",
         f"{content['uniform'][0].upper()}{content['uniform'][1:]}.",
         f"{content['random'][0].upper()}{content['random'][1:]}.",
     ]
     by_name = {row["name"]: row for row in content["rows"]}
     subject = content["subject"]
-    searched, largest = by_name[f"{subject}, finetuned"], by_name["largest"]
+    searched, largest = by_name[f"{subject}, finetuned"], by_name.get("largest")
     if content["selected_by"]:
         lines.append(
             f"Selected: {content['selected_by']}, in the search under the budget above, at which the uniform-"
             "scaled and the random networks stand."
         )
     if searched["latency_ms"] is None:
-        share = searched["costs"]["latency_ms"] / largest["costs"]["latency_ms"]
+        share = _share(subject, searched, largest, "predicted", lambda row: row["costs"]["latency_ms"])
         lines.append(
-            f"The {subject} network takes {share:.0%} of the largest one's predicted latency. The table is "
-            "of another device, where nothing was measured: run the exported network.onnx there."
+            f"{share}the table is of another device, where nothing was measured: run the exported "
+            "network.onnx there."
         )
     else:
         error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
-        lines.append(
-            f"The {subject} network takes {searched['latency_ms'] / largest['latency_ms']:.0%} of the "
-            f"largest one's measured latency; {_off(error)} than was measured."
-        )
+        share = _share(subject, searched, largest, "measured", lambda row: row["latency_ms"])
+        lines.append(f"{share}{_off(error)} than was measured.")
     if not content["selected_by"] and by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
         lines.append(
             "The search found nothing better on validation than the uniform-scaled network, with which it "
@@ -120,6 +117,27 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     return lines
+
+
+def _share(
+    subject: str,
+    searched: Mapping[str, Any],
+    largest: Mapping[str, Any] | None,
+    kind: str,
+    latency: Callable[[Mapping[str, Any]], float],
+) -> str:
+    """Say how much of the largest network's latency another takes, where that is in the table."""
+    if largest is None:
+        return f"The {subject} network: "
+    share = latency(searched) / latency(largest)
+    return f"The {subject} network takes {share:.0%} of the largest one's {kind} latency; "
+
+
+def _made(content: Mapping[str, Any]) -> str:
+    """Say where the networks of the table come from."""
+    if content.get("trained_anew"):
+        return "all networks were trained anew in the same way, taught by the mixture of the search"
+    return "networks not marked finetuned are slices of the supernet with batch-norm statistics of their own"
 
 
 def _undecided(by_name: Mapping[str, Any], searched: Mapping[str, Any]) -> list[str]:

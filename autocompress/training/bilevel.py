@@ -4,7 +4,7 @@ Source: Liu et al., DARTS, ICLR 2019, algorithm 1: before each step of the weigh
 images the architecture makes one on the other half.
 """
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from autocompress.describe import describe_epoch
 from autocompress.differentiable import Differentiable, Moment
 from autocompress.differentiable import Images as Batch
 from autocompress.elastic.mixture import Gates, run_mixture
 from autocompress.elastic.supernet import Supernet
-from autocompress.errors import DataError
+from autocompress.errors import DataError, RecipeError
 from autocompress.progress import Progress, silent
 from autocompress.recipe import TrainSettings
+from autocompress.space import SearchSpace
 from autocompress.training.data import DataSet, Images
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
-from autocompress.training.supernet import supernet_identity
 from autocompress.training.task import Task
 
 # What is random in a step depends on these two and on nothing before it.
@@ -38,9 +39,11 @@ def train_relaxed(
     *,
     seed: int,
     share: float = 0.5,
+    smaller: Callable[[Mapping[str, Any]], SearchSpace] | None = None,
     identity: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Position:
     """Train a supernet and the architecture parameters of a strategy, from the checkpoint if there is one.
 
@@ -52,17 +55,87 @@ def train_relaxed(
         settings: Of the weights; `schedule` and `random_networks` have no meaning here.
         seed: Of what the strategy samples.
         share: Of the training part that goes to the weights.
+        smaller: Makes the space, with the same choices, under other settings; for strategies that train
+            smaller supernets first.
         identity: What a checkpoint must belong to, besides data, space and settings.
-        checkpoint: Path of the checkpoint; none is written without.
+        checkpoint: Path of the checkpoint; none is written without. Phases before the last have their own
+            beside it.
         progress: Told steps and losses.
+        say: Told after every epoch what the strategy sees of its architecture parameters.
+
+    Returns:
+        The position of the last phase, with the seconds of all.
 
     Raises:
         DataError: A part of the split has no images.
+        RecipeError: There are fewer epochs than phases, or phases in other sizes and no `smaller`.
         TrainingError: Training collapsed again after every roll-back, or the architecture parameters are not
             finite.
         CheckpointError: The checkpoint is damaged or belongs to another run.
     """
-    ours, theirs = halves(data, share)
+    parts = halves(data, share)
+    phases = strategy.phases
+    if settings.epochs < len(phases):
+        raise RecipeError(
+            f"this search trains in {len(phases)} phases, which need as many epochs, got {settings.epochs}"
+        )
+    ends = [round(settings.epochs * sum(p.share for p in phases[: at + 1])) for at in range(len(phases))]
+    seconds = 0.0
+    for at, (phase, start, end) in enumerate(zip(phases, [0, *ends], ends, strict=False)):
+        last = at == len(phases) - 1
+        strategy.begin(at)
+        position = _train_phase(
+            supernet if last else _smaller(supernet.space, phase.settings, smaller).supernet(),
+            strategy,
+            parts,
+            task,
+            settings.model_copy(update={"epochs": max(1, end - start)}),
+            seed=seed + at,
+            identity={
+                "data": data.fingerprint,
+                "kind": "relaxed",
+                "phase": [at, dict(phase.settings)],
+                **(identity or {}),
+            },
+            checkpoint=checkpoint
+            if last or checkpoint is None
+            else checkpoint.with_stem(f"{checkpoint.stem}-phase{at + 1}"),
+            progress=progress,
+            say=say,
+        )
+        seconds += position.seconds
+    return replace(position, seconds=seconds)
+
+
+def _smaller(
+    space: SearchSpace,
+    settings: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], SearchSpace] | None,
+) -> SearchSpace:
+    if not settings:
+        return space
+    if make is None:
+        raise RecipeError(
+            f"this search trains a supernet with {dict(settings)} first, which nothing here makes"
+        )
+    return make(settings)
+
+
+def _train_phase(
+    supernet: Supernet,
+    strategy: Differentiable,
+    parts: tuple[DataSet, DataSet],
+    task: Task,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    identity: Mapping[str, Any],
+    checkpoint: Path | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Position:
+    """Train a supernet and the architecture parameters, from the checkpoint if there is one."""
+    ours, theirs = parts
     per_epoch = steps_per_epoch(ours, settings)
     steps = settings.epochs * per_epoch
     (arch,) = supernet.space.decode(strategy.start)
@@ -75,7 +148,7 @@ def train_relaxed(
         if extra["strategy"] is not last[0]:  # resumed, or rolled back
             strategy.load_state_dict(extra["strategy"])
         generator = torch.Generator().manual_seed(seed * _STRIDE + step)
-        moment = Moment(step, steps, generator)
+        moment = Moment(step, steps, generator, per_epoch)
         strategy.architecture_step(network, (images, targets), held_out.batch(step), moment)
         extra["strategy"] = last[0] = strategy.state_dict()
         with torch.no_grad():
@@ -83,6 +156,9 @@ def train_relaxed(
         loss = network.loss((images, targets), gates)
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def validate(epoch: int, position: Position) -> None:
+        say(describe_epoch(strategy.notes["relaxation"]))
 
     def prepare(position: Position, optimizer: torch.optim.Optimizer) -> None:
         network.optimizer = optimizer
@@ -93,9 +169,14 @@ def train_relaxed(
         settings,
         compute,
         epochs=settings.epochs,
-        identity={**supernet_identity(supernet, data, settings), "kind": "relaxed", **(identity or {})},
+        identity={
+            "space": supernet.space.describe(),
+            "settings": settings.model_dump(mode="json"),
+            **identity,
+        },
         checkpoint=checkpoint,
         extra_state=extra,
+        validate=validate,
         prepare=prepare,
         progress=progress,
     )
