@@ -51,6 +51,13 @@ def not_below(value: float) -> str:
     return f"{float(text) + 10.0 ** (math.floor(math.log10(value)) - 5):.6g}"
 
 
+# Why a metric may have no cost.
+_WITHOUT = {
+    "latency_ms": " (latency needs a latency table)",
+    "peak_activation_bytes": " (the peak of a cell is no sum: it needs all settings of it to be looked at)",
+}
+
+
 @dataclass(frozen=True)
 class Limit:
     """At most `value`, absolute in the metric's unit or in percent of the largest network."""
@@ -160,8 +167,7 @@ class Budget:
             if limit.metric not in by_metric:
                 raise BudgetError(
                     f"the budget limits {limit.metric}, but there is no such cost here; priced are "
-                    f"{', '.join(by_metric)}"
-                    + (" (latency needs a latency table)" if limit.metric == "latency_ms" else "")
+                    f"{', '.join(by_metric)}" + _WITHOUT.get(limit.metric, "")
                 )
             largest = float(by_metric[limit.metric].of(space.largest())[0])
             value = limit.value / 100 * largest if limit.percent else limit.value

@@ -5,7 +5,7 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 
 import json
 from collections.abc import Container, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
 from autocompress.errors import (
     CheckpointError,
+    CostError,
     ExportError,
     InfeasibleBudgetError,
     RecipeError,
@@ -151,13 +152,17 @@ def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
     """Return the costs that need no latency table.
 
     Activations and energy are those of the target's batch and number format; energy is an analytic estimate
-    of 45 nm hardware with 1 MiB of SRAM (`autocompress.latency.energy`), good for comparing networks.
+    of 45 nm hardware with 1 MiB of SRAM (`autocompress.latency.energy`), good for comparing networks. Where a
+    cell has too many settings to look at all (DARTS), there is no peak of activations: it is no sum of parts.
     """
     element_bytes = ELEMENT_BYTES[target.number_format]
     bits = 8 * element_bytes
+    peak: list[Cost] = []
+    with suppress(CostError):
+        peak.append(peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch))
     return [
         *(operation_cost(space, metric) for metric in OPERATION_METRICS),
-        peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch),
+        *peak,
         EnergyModel().cost(space, batch=target.batch, weight_bits=bits, activation_bits=bits),
     ]
 
