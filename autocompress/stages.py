@@ -350,14 +350,14 @@ def search(run: Run, shown: Shown) -> SearchResult:
         return load_result(path, run.space)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
     with (
-        spread(evaluator(run, supernet), settings.workers) as score,
+        spread(evaluator(run, supernet), settings.workers) as judge,
         shown.stage(f"search by {settings.strategy}") as progress,
     ):
         result = run_search(
             # Mixtures train the network that is derived, not the uniform-scaled ones.
             strategy if together else WarmStart(strategy, warm_start(run, limits)),
             limits,
-            score,
+            judge,
             evaluations=settings.evaluations,
             objective=run.task.metric,
             storage=run.path("trials.log"),
@@ -365,9 +365,12 @@ def search(run: Run, shown: Shown) -> SearchResult:
             progress=progress,
         )
     best = result.best()
+    score = f"validation {run.task.metric} {best.metrics[run.task.metric]:.4f}"
+    found = f"best {score} of {len(result.trials)} evaluated networks"
+    if together:
+        found = f"derived {best.architecture.key} ({score} as a slice of the mixture; it is trained anew)"
     shown.say(
-        f"search: best validation {run.task.metric} {best.metrics[run.task.metric]:.4f} of "
-        f"{len(result.trials)} evaluated networks; {describe_costs(best.costs)}"
+        f"search: {found}; {describe_costs(best.costs)}"
         f"{describe_error(profile(run, shown))}{describe_predictor(result.notes)}"
     )
     shown.say(_measure_winner(run, profile(run, shown), best))

@@ -41,9 +41,11 @@ from search_spaces.nas_bench_201 import CHOICES, arch_str, nas_bench_201
 NAME = "differentiable"
 SEEDS = (0, 1, 2)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DARTS, first order": ("darts", {}),
-    "DARTS, second order": ("darts", {"order": 2}),
-    "PC-DARTS": ("pc_darts", {}),
+    "DARTS, first order": ("darts", {"eigenvalue": False}),
+    "DARTS, second order": ("darts", {"order": 2, "eigenvalue": False}),
+    "DARTS, early stopping": ("darts", {"early_stopping": "eigenvalue"}),
+    "PC-DARTS": ("pc_darts", {"eigenvalue": False}),
+    "P-DARTS": ("p_darts", {"eigenvalue": False}),
     "GDAS (hard Gumbel)": ("gumbel", {}),
     "SNAS (soft Gumbel)": ("gumbel", {"hard": False}),
     "ProxylessNAS": ("proxyless", {}),
@@ -170,7 +172,7 @@ class Benchmark:
 
     def _once(self, name: str, compute: Any) -> None:
         if name not in self.found:
-            self.found[name] = compute()
+            self.found[name] = {**compute(), "commit": environment()["commit"]}
             write_json(
                 self.path, {"environment": environment(), "size": asdict(self.size), "found": self.found}
             )

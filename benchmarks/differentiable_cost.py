@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DARTS": ("darts", {}),
     "DARTS, second order": ("darts", {"order": 2}),
     "PC-DARTS, 1 in 4": ("pc_darts", {}),
+    "P-DARTS, first phase": ("p_darts", {}),
     "GDAS": ("gumbel", {}),
     "SNAS": ("gumbel", {"hard": False}),
     "ProxylessNAS": ("proxyless", {}),
@@ -108,7 +109,7 @@ def steps(make: Callable[[], Differentiable], space: SearchSpace, count: int, ba
     rng = np.random.default_rng(0)
     memory, alone, seconds = [], [], []
     for step in range(count):
-        moment = Moment(90, 100, torch.Generator().manual_seed(step))
+        moment = Moment(90, 100, torch.Generator().manual_seed(step), per_epoch=100)
         network.kept_bytes.clear()
         start = time.process_time()
         strategy.architecture_step(network, network.batch, network.batch, moment)
