@@ -23,6 +23,7 @@ from autocompress import stages
 from autocompress.atomic import write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget
+from autocompress.cost import operation_cost
 from autocompress.describe import describe_costs
 from autocompress.errors import (
     AutocompressError,
@@ -40,9 +41,10 @@ from autocompress.errors import (
 from autocompress.latency.correction import CheckedNetwork, ErrorReport, Figures
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import load_target
-from autocompress.network import DropPath
+from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import peak_activation_bytes
 from autocompress.progress import Progress
+from autocompress.recipe import parse_recipe
 from autocompress.result import load_result
 from autocompress.run import Run, Shown
 from autocompress.trial import Outcome
@@ -649,7 +651,66 @@ def test_a_differentiable_search_that_was_killed_ends_as_one_that_was_not(tmp_pa
     assert trial.outcome is Outcome.MEASURED
     assert trial.costs["macs"] <= result.limits["macs"]
     assert result.notes is not None
-    assert set(result.notes["relaxation"]) == {"entropy", "probabilities", "expected_costs", "skips"}
+    epochs = result.notes["relaxation"]["epochs"]
+    assert [seen["epoch"] for seen in epochs] == [1, 2]
+    assert all(seen["eigenvalue"] != 0 for seen in epochs)
+
+
+CELLS: dict[str, Any] = {
+    "space": {"name": "nas_bench_201", "arguments": {"channels": 4, "cells": 2, "resolution": 8}},
+    "train": {"proxy": {"channels": 2, "cells": 1}, "batch_size": 20, "epochs": 3},
+    "search": {
+        "strategy": "p_darts",
+        "options": {"grow": {"channels": [2, 2]}, "max_skips": 1},
+        "budget": {"latency_ms": "70%"},
+    },
+    "finetune": {"drop_path": 0.1, "auxiliary": 0.4, "cutout": 2},
+}
+
+
+def cells_run(folder: Path, **changes: Any) -> Run:
+    payload = small_payload(**CELLS)
+    payload["space"] = CELLS["space"]
+    for section, values in changes.items():
+        payload[section].update(values)
+    run = Run(folder, parse_recipe(payload))
+    table_by_hand(run.space).save(run.path(stages.TABLE))
+    return run
+
+
+def test_cells_are_searched_in_a_small_supernet_for_a_large_network(tmp_path: Path) -> None:
+    run = cells_run(tmp_path)
+    said: list[str] = []
+    result = stages.search(run, Shown(say=said.append))
+    trial = result.best()
+    large = run.space.encode([trial.architecture])
+    assert stages.train(run, SILENT).space.settings["channels"] == 2
+    assert trial.costs["macs"] == operation_cost(run.space, "macs").of(large)
+    assert 0.95 * result.limits["latency_ms"] <= trial.costs["latency_ms"] <= result.limits["latency_ms"]
+    assert str(dict(trial.architecture.settings)).count("skip_connect") <= 1
+    assert [line[:8] for line in said if line.startswith("epoch")] == ["epoch 1:", "epoch 2:", "epoch 3:"]
+    assert {path.name for path in tmp_path.glob("supernet*")} == {
+        "supernet-phase1.pt",
+        "supernet-phase2.pt",
+        "supernet.pt",
+    }
+    network, _ = stages.finetune(run, SILENT)
+    built = build_network(run.space.operations(large))
+    assert {n: t.shape for n, t in network.state_dict().items()} == {
+        n: t.shape for n, t in built.state_dict().items()
+    }
+
+
+def test_a_proxy_is_for_gradients_and_differs_in_size_only(tmp_path: Path) -> None:
+    run = cells_run(tmp_path / "a", search={"strategy": "random", "options": {}})
+    with pytest.raises(RecipeError, match="belongs to strategies by gradients"):
+        stages.train(run, SILENT)
+    run = cells_run(tmp_path / "b", train={"proxy": {"operations": ["skip_connect", "nor_conv_3x3"]}})
+    with pytest.raises(SpaceError, match="differ from it in size only"):
+        stages.train(run, SILENT)
+    run = cells_run(tmp_path / "c", train={"proxy": {"layers": 3}})
+    with pytest.raises(RecipeError, match=r"train\.proxy\.layers: nas_bench_201 takes"):
+        stages.train(run, SILENT)
 
 
 def rounds(samples: bytes) -> int:

@@ -22,6 +22,7 @@ from autocompress.latency.measure import Measurement
 from autocompress.latency.plan import check_networks, network_name
 from autocompress.latency.target import load_target
 from autocompress.report import comparison
+from autocompress.report.show import markdown
 from autocompress.run import Run, Shown
 from autocompress.space import Codes
 
@@ -94,6 +95,26 @@ def test_the_promised_networks_are_compared(compared: Compared) -> None:
         "uniform-scaled, finetuned",
         "searched, finetuned",
     ]
+
+
+def test_what_gradients_found_is_compared_with_networks_that_were_trained_like_it(tmp_path: Path) -> None:
+    recipe = small_recipe(
+        search={"strategy": "darts", "options": {}, "budget": {"latency_ms": "90%"}},
+        train={"batch_size": 20},
+        random_networks=2,
+    )
+    run = Run(with_table(tmp_path / "run"), recipe)
+    content = comparison.report(run, SILENT)
+    assert [row["name"] for row in content["rows"]] == [
+        "uniform-scaled, finetuned",
+        "random 1, finetuned",
+        "random 2, finetuned",
+        "searched, finetuned",
+    ]
+    assert all(row["costs"]["latency_ms"] <= content["limits"]["latency_ms"] for row in content["rows"])
+    text = markdown(content)
+    assert "all networks were trained anew in the same way" in text
+    assert "random, mean of 2 (standard deviation)" in text
 
 
 def test_every_network_but_the_largest_is_within_the_budget(compared: Compared) -> None:
