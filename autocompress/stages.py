@@ -470,7 +470,6 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     from autocompress.distill.finetune import finetune as finetune_network
 
     arch = selected(run, shown, arch)
-    supernet = train(run, shown)
     folder = run.network_folder(arch)
     report, weights = folder / FINETUNE_REPORT, folder / FINETUNED
     if report.exists():
@@ -483,7 +482,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         return network.eval(), scored
     # Settings of finetuning may have been changed since the supernet was trained.
     check_regularisers(run.data, run.recipe.finetune, run.space)
-    network, teacher, teacher_size = _start(run, shown, supernet, arch)
+    supernet, network, teacher, teacher_size = _start(run, shown, arch)
     size = resolution(run, arch)
     before = evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score)
     with shown.stage("finetune with distillation") as progress:
@@ -510,25 +509,26 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
 
 
 def _start(
-    run: Run, shown: Shown, supernet: Supernet, arch: Architecture
-) -> tuple[nn.Module, nn.Module, tuple[int, int]]:
-    """Return what finetuning starts from, its teacher, and the size of the teacher's images.
+    run: Run, shown: Shown, arch: Architecture
+) -> tuple[Supernet, nn.Module, nn.Module, tuple[int, int]]:
+    """Return the supernet, what finetuning starts from, its teacher, and the size of the teacher's images.
 
     A slice of a supernet is finetuned, and taught by the largest one. What a differentiable search derives
     is trained anew and taught by the mixture: no network alone was ever trained there, and slices of it are
     worth little (a cell on digits: mixture 98 %, slice 38 %).
     """
     if not is_differentiable(run.recipe):
+        supernet = train(run, shown)
         largest = run.space.decode(run.space.largest())[0]
         teacher = extract_recalibrated(run, supernet, largest)
-        return extract_recalibrated(run, supernet, arch), teacher, resolution(run, largest)
+        return supernet, extract_recalibrated(run, supernet, arch), teacher, resolution(run, largest)
     supernet, _, strategy = train_together(run, shown)
     (start,) = supernet.space.decode(strategy.start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.recipe.finetune.seed)
         network = build_network(run.space.operations(run.space.encode([arch])))
     mixture = Mixture(supernet, start, strategy.mixture(), channels=strategy.channels)
-    return network, mixture, supernet.space.operations(strategy.start)[0][1][0].in_shape[1:]
+    return supernet, network, mixture, supernet.space.operations(strategy.start)[0][1][0].in_shape[1:]
 
 
 def _settings_of(run: Run, network: nn.Module) -> FinetuneSettings:

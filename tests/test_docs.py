@@ -73,6 +73,14 @@ def test_the_python_of_the_page_on_strategies_runs(
         exec(compile(table, "docs/strategies.md", "exec"), {"FOLDER": folder})
 
 
+def test_the_python_of_the_page_on_gradients_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (python,) = blocks("docs/differentiable.md", "python")
+    exec(compile(python, "docs/differentiable.md", "exec"), {})
+    assert "4 = skip_connect(0) + sep_conv_3x3(1)" in capsys.readouterr().out
+    (recipe,) = blocks("docs/differentiable.md", "yaml")
+    assert parse_recipe(yaml.safe_load(recipe)).train.proxy == {"channels": 16, "layers": 8}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
     spans = re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
