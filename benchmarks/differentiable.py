@@ -198,13 +198,13 @@ class Benchmark:
                 continue
             each = ", ".join(format(run["test"], ".2f") for run in runs)
             lines.append(
-                f"| {method} | {_spread([run['test'] for run in runs])} | "
+                f"| {method} | {spread([run['test'] for run in runs])} | "
                 f"{each} | "
                 f"{np.mean([run['skips'] for run in runs]):.1f} | "
                 f"{np.mean([run['convolutions'] for run in runs]):.1f} | "
                 f"{np.mean([run['entropy'] for run in runs]):.2f} | "
                 f"{np.mean([run['seconds'] for run in runs]):.0f} | "
-                f"{_spread([run['test'] for run in beside if run])} |"
+                f"{spread([run['test'] for run in beside if run])} |"
             )
         for name, option in {"all 3x3 convolutions": "nor_conv_3x3", "all skips": "skip_connect"}.items():
             codes = self.space.encode([self.space.architecture(dict.fromkeys(CHOICES, option))])
@@ -212,7 +212,8 @@ class Benchmark:
         return "\n".join([*lines, ""])
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation as text; nothing of no values."""
     if not values:
         return ""
     deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""

@@ -28,7 +28,12 @@ from strategies.collapse import SKIP, EarlyStopping, Watch, dominant_eigenvalue,
 
 
 class RelaxedSearch(ABC):
-    """A relaxation that is trained, then asked for the most probable networks that fit."""
+    """A relaxation that is trained, then asked for the most probable networks that fit.
+
+    Attributes:
+        relaxation: The architecture parameters.
+        skips: The number of skip connections of a network, one sum a kind of cell.
+    """
 
     channels = 1
     phases: Sequence[Phase] = (Phase(),)
@@ -94,8 +99,8 @@ class RelaxedSearch(ABC):
         self._constraints = constraints
         self._candidates = check_count("candidates", candidates)
         self._at_least = check_share("at_least", at_least)
-        self._skips = skip_costs(constraints.space)
-        self._capped = _caps(self._skips, max_skips)
+        self.skips = skip_costs(constraints.space)
+        self._capped = _caps(self.skips, max_skips)
         self._watch = Watch(early_stopping, max_skips)
         if eigenvalue is False and early_stopping == "eigenvalue":
             raise RecipeError("early_stopping 'eigenvalue' needs the eigenvalue, which is switched off")
@@ -167,9 +172,9 @@ class RelaxedSearch(ABC):
     def _seen(self, network: Mixed, held_out: Images) -> dict[str, Any]:
         """Return the signs of a collapse: skips a kind of cell, entropy, the dominant eigenvalue."""
         seen: dict[str, Any] = {"entropy": self.relaxation.entropy()}
-        if self._skips:
+        if self.skips:
             probable = self.relaxation.most_probable(self.weights())
-            seen["skips"] = [int(cost.of(probable)[0]) for cost in self._skips]
+            seen["skips"] = [int(cost.of(probable)[0]) for cost in self.skips]
         if self._eigenvalue:
             seen["eigenvalue"] = dominant_eigenvalue(
                 lambda: network.loss(held_out, self.soft_gates()), self._parameters
