@@ -4,8 +4,8 @@
     python benchmarks/collapse.py --quick    # a smoke test of a minute
 
 Dong & Yang (ICLR 2020) report that DARTS ends with six skip connections (test accuracy 54.30). Here
-first-order DARTS is trained for as many epochs as there, in a smaller network and on fewer images, with a rate
-of the architecture that makes up for the fewer steps. After every epoch the cell that would be derived is
+first-order DARTS is trained for as many epochs as there, in a smaller network and on fewer images; a higher
+rate of the architecture makes up for the fewer steps. After every epoch the cell that would be derived is
 looked up: test accuracy after 200 epochs of the full network, which no search sees. From the same trainings
 follow what early stopping by the dominant eigenvalue would have kept (RobustDARTS), and what a limit on skip
 connections and a budget derive in the end.
@@ -82,8 +82,9 @@ class Collapse(Benchmark):
         lines = [
             "# Does DARTS collapse on NAS-Bench-201?",
             "",
-            f"First order, {self.size}. Test accuracy after 200 epochs of the cell that is derived, by the "
-            f"table, in percent; {len(runs)} of {len(SEEDS)} seeds so far. Known: 54.30, all skip connections.",
+            f"First order, {self.size}. Test accuracy after 200 epochs of the cell that is derived, by "
+            f"the table, in percent; {len(runs)} of {len(SEEDS)} seeds so far. Known: 54.30, all skip "
+            "connections.",
             "",
             "| after epoch | " + " | ".join(f"seed {seed}: accuracy, skips of 6" for seed in runs) + " |",
             "|---|" + "---|" * len(runs),
