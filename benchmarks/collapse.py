@@ -4,7 +4,7 @@
     python benchmarks/collapse.py --quick    # a smoke test of a minute
 
 Dong & Yang (ICLR 2020) report that DARTS ends with six skip connections (test accuracy 54.30). Here
-first-order DARTS is trained for as many epochs as there, in a smaller network and on fewer images; a higher
+first-order DARTS is trained for fewer epochs, in a smaller network and on fewer images; a higher
 rate of the architecture makes up for the fewer steps. After every epoch the cell that would be derived is
 looked up: test accuracy after 200 epochs of the full network, which no search sees. From the same trainings
 follow what early stopping by the dominant eigenvalue would have kept (RobustDARTS), and what a limit on skip
@@ -28,7 +28,7 @@ from autocompress.training.bilevel import train_relaxed
 from strategies.collapse import Watch
 from strategies.darts import Darts
 
-SIZE = replace(CPU, cells=2, epochs=50)
+SIZE = replace(CPU, cells=2, epochs=20)
 MOST_SKIPS = 2
 BUDGET = "macs=50%"
 
