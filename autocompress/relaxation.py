@@ -168,6 +168,8 @@ class Relaxation(nn.Module):
     ) -> Optimum:
         """Return the most probable network that keeps every limit, and the proof of it.
 
+        Options that were dropped are taken only where no network without them fits.
+
         Args:
             constraints: Of this space.
             weights: Of the variables, as in `expected`.
@@ -186,15 +188,17 @@ class Relaxation(nn.Module):
                     f"the architecture parameters of {name!r} are {logits.tolist()}: lower the learning rate "
                     "of the architecture, or look at the losses"
                 )
-        vectors = []
+        vectors, dropped = [], []
         with torch.no_grad():
             given = self.probabilities() if weights is None else weights
             for choice in self.space.choices:
                 if choice.name in self.fixed:
                     vectors.append(np.zeros(len(choice.options)))
+                    dropped.append(np.zeros(len(choice.options)))
                 else:
-                    # Options that were dropped are taken where nothing else fits, and nowhere else.
-                    vectors.append(self.of_choice(choice, given).clamp(min=LEAST).log().numpy())
+                    p = self.of_choice(choice, given)
+                    vectors.append(p.clamp(min=LEAST).log().numpy())
+                    dropped.append((p == 0).numpy().astype(np.float64))
         others = [
             {choice.name: option}
             for choice in self.space.choices
@@ -203,21 +207,36 @@ class Relaxation(nn.Module):
             if option != self.fixed[choice.name]
         ]
         value = separable(self.space, vectors, "log_probability")
+        excluded = [*others, *forbidden]
+        if np.any(np.concatenate(dropped)):
+            none_of_them = (separable(self.space, dropped, "dropped options"), 0.5)
+            with suppress(BudgetError):
+                return self._solved(constraints, value, at_least, [*capped, none_of_them], excluded)
+        return self._solved(constraints, value, at_least, capped, excluded)
+
+    def _solved(
+        self,
+        constraints: Constraints,
+        value: AdditiveCost,
+        at_least: float,
+        capped: Sequence[tuple[AdditiveCost, float]],
+        forbidden: Sequence[Mapping[str, Option]],
+    ) -> Optimum:
+        """Return the network of greatest value, by enumeration or integer programming."""
         everything = every_feasible(constraints, at_most=ENUMERATED)
         if everything is not None:
-            excluded = [*others, *forbidden]
             kept = [cost.of(everything) <= most for cost, most in capped]
             fitting = everything[np.all(kept, axis=0)] if kept else everything
-            return self._best_of(fitting, value, constraints, at_least=at_least, forbidden=excluded)
+            return self._best_of(fitting, value, constraints, at_least=at_least, forbidden=forbidden)
         found = []
         for filled in _filled(constraints, at_least) if at_least > 0 else ():
             with suppress(BudgetError):
                 limits = _with_caps(filled, capped)
-                found.append(solve(value, limits, sense="maximize", forbidden=[*others, *forbidden]))
+                found.append(solve(value, limits, sense="maximize", forbidden=forbidden))
         if found:
             return max(found, key=lambda optimum: optimum.value)
         limits = _with_caps(constraints, capped)
-        return solve(value, limits, sense="maximize", forbidden=[*others, *forbidden])
+        return solve(value, limits, sense="maximize", forbidden=forbidden)
 
     def most_probable(self, weights: Mapping[str, Tensor]) -> Codes:
         """Return the network of the most probable options, `(1, choices)`, whatever it costs."""
@@ -268,12 +287,13 @@ class Relaxation(nn.Module):
         return holds
 
     def entropy(self) -> float:
-        """Return the mean entropy of the variables, as a share of that of even probabilities."""
+        """Return the mean entropy of the variables, as a share of that of options left evenly probable."""
         shares = []
-        for vector in self.probabilities().values():
+        for vector, kept in zip(self.probabilities().values(), self.kept, strict=True):
             p = vector.detach().clamp(min=LEAST)
-            shares.append(float(-(p * p.log()).sum() / np.log(len(p))))
-        return float(np.mean(shares))
+            if (left := int(kept.sum())) > 1:
+                shares.append(float(-(p * p.log()).sum() / np.log(left)))
+        return float(np.mean(shares)) if shares else 0.0
 
     def mean_probability(self, option: Option) -> float | None:
         """Return the mean probability of an option over the variables that have it, `None` for none."""

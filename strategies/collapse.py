@@ -55,18 +55,20 @@ def dominant_eigenvalue(loss: Callable[[], Tensor], parameters: Sequence[Tensor]
     generator = torch.Generator().manual_seed(0)
     vectors = [torch.randn(b.shape, generator=generator, dtype=b.dtype) for b in before]
     value = 0.0
-    for _ in range(ITERATIONS):
-        norm = torch.sqrt(torch.stack([vector.square().sum() for vector in vectors]).sum())
-        if not bool(norm > 0):
-            break
-        vectors = [vector / norm for vector in vectors]
-        ahead, behind = gradient(vectors, DIFFERENCE), gradient(vectors, -DIFFERENCE)
-        images = [(a - b) / (2 * DIFFERENCE) for a, b in zip(ahead, behind, strict=True)]
-        last, value = value, float(sum((i * v).sum() for i, v in zip(images, vectors, strict=True)))
-        vectors = images
-        if abs(value - last) <= TOLERANCE * abs(value):
-            break
-    _set(parameters, before)
+    try:
+        for _ in range(ITERATIONS):
+            norm = torch.sqrt(torch.stack([vector.square().sum() for vector in vectors]).sum())
+            if not bool(norm > 0):
+                break
+            vectors = [vector / norm for vector in vectors]
+            ahead, behind = gradient(vectors, DIFFERENCE), gradient(vectors, -DIFFERENCE)
+            images = [(a - b) / (2 * DIFFERENCE) for a, b in zip(ahead, behind, strict=True)]
+            last, value = value, float(sum((i * v).sum() for i, v in zip(images, vectors, strict=True)))
+            vectors = images
+            if abs(value - last) <= TOLERANCE * abs(value):
+                break
+    finally:
+        _set(parameters, before)
     return value
 
 
@@ -93,7 +95,8 @@ def skip_costs(space: SearchSpace) -> list[AdditiveCost]:
             terms = choice.terms or tuple(((choice.name, option),) for option in choice.options)
             vectors.append([float(sum(e in edges and o == SKIP for e, o in pairs)) for pairs in terms])
         if np.any(np.concatenate(vectors)):
-            found.append(separable(space, vectors, f"skips of {edges[0].rpartition('.')[0] or 'the cell'}"))
+            # Limits go by name: no two kinds may have the same.
+            found.append(separable(space, vectors, f"skips of {edges[0]} to {edges[-1]}"))
     return found
 
 
@@ -125,14 +128,17 @@ class Watch:
         self.history: list[dict[str, Any]] = []
         self.stopped: int | None = None
         self._past: list[list[Tensor]] = []
+        self._still = 0
 
-    def add(self, seen: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    def add(self, seen: Mapping[str, Any], parameters: Sequence[Tensor], *, moving: bool = True) -> None:
         """Add what was seen of an epoch; on a stop, put the parameters back to what they were then.
 
         Args:
             seen: `skips`, `entropy`, `eigenvalue`; without the first in spaces without cells.
             parameters: Of the architecture.
+            moving: Whether they have left their warm-up; eigenvalues from before say nothing about them.
         """
+        self._still += not moving
         self.history.append({"epoch": len(self.history) + 1, **seen})
         self._past = [*self._past, [vector.detach().clone() for vector in parameters]][-WINDOW - 1 :]
         back = self._epochs_back()
@@ -145,7 +151,7 @@ class Watch:
         if self._rule == "skips" and len(self.history) > 1:
             before, now = (max(seen.get("skips", [0])) for seen in self.history[-2:])
             return int(before <= self._most < now)
-        if self._rule == "eigenvalue" and len(self.history) > WINDOW:
+        if self._rule == "eigenvalue" and len(self.history) >= self._still + 2 * WINDOW:
             values = [abs(seen["eigenvalue"]) for seen in self.history]
             then, now = np.mean(values[-2 * WINDOW : -WINDOW]), np.mean(values[-WINDOW:])
             return WINDOW if then < RATIO * now else 0
@@ -153,9 +159,14 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen, and the parameters of the last epochs."""
-        return {"history": list(self.history), "stopped": self.stopped, "past": list(self._past)}
+        return {
+            "history": list(self.history),
+            "stopped": self.stopped,
+            "past": list(self._past),
+            "still": self._still,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self.history, self.stopped = list(state["history"]), state["stopped"]
-        self._past = list(state["past"])
+        self._past, self._still = list(state["past"]), state["still"]

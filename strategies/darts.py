@@ -79,6 +79,11 @@ class Darts(RelaxedSearch):
         rates = []
         with torch.no_grad():
             for (weight, group), gradient in zip(weights, gradients, strict=True):
+                if "momentum" not in group:
+                    raise RecipeError(
+                        "order 2 looks ahead by a step of SGD, but the weights have another optimizer: set "
+                        "train.optimizer to sgd, or order to 1"
+                    )
                 momentum, nesterov = group["momentum"], group["nesterov"]
                 rates.append(float(group["lr"]) * (1.0 + momentum if nesterov else 1.0))
                 if gradient is None:

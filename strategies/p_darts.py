@@ -14,6 +14,7 @@ from typing import Any, Final, final
 
 import torch
 
+from autocompress.budget import Constraints
 from autocompress.differentiable import Images, Mixed, Moment, Phase
 from autocompress.elastic.mixture import Gate, Gates
 from autocompress.errors import RecipeError
@@ -34,7 +35,8 @@ class PDarts(RelaxedSearch):
 
     def __init__(
         self,
-        *args: Any,
+        constraints: Constraints,
+        *,
         grow: Mapping[str, Sequence[Any]] | None = None,
         keep: Sequence[float] = (5 / 8, 3 / 8),
         dropout: Sequence[float] = (0.0, 0.4, 0.7),
@@ -46,7 +48,7 @@ class PDarts(RelaxedSearch):
         """Make the search; the defaults are those of the paper for CIFAR-10 (of 25 epochs, 10 are warm-up).
 
         Args:
-            args: See `RelaxedSearch`.
+            constraints: Space, costs and limits.
             grow: Setting of the space to its values in each phase but the last, which trains the supernet
                 itself: `{"layers": (5, 11)}` in a supernet of 17 cells. Without, all phases have its size.
             keep: Share of its options that a choice or edge has left in each phase but the first; two are.
@@ -60,6 +62,9 @@ class PDarts(RelaxedSearch):
         Raises:
             RecipeError: An option is out of its range, or the options are of different numbers of phases.
         """
+        for name, given in {"keep": keep, "dropout": dropout, **(grow or {})}.items():
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise RecipeError(f"{name} must be a list, a number a phase, got {given!r}")
         rates = [check_share("dropout", rate) for rate in dropout]
         shares = [check_share("keep", share) for share in keep]
         grown = {name: list(values) for name, values in (grow or {}).items()}
@@ -72,10 +77,10 @@ class PDarts(RelaxedSearch):
         if sorted(shares, reverse=True) != shares:
             raise RecipeError(f"keep must not rise: options that were dropped do not come back; got {shares}")
         super().__init__(
-            *args,
+            constraints,
             learning_rate=learning_rate,
             warmup=warmup,
-            max_skips=max_skips if skip_costs(args[0].space) else None,
+            max_skips=max_skips if skip_costs(constraints.space) else None,
             **options,
         )
         if options.get("early_stopping", "none") != "none":

@@ -65,11 +65,12 @@ class ProxylessNas(RelaxedSearch):
         """
         self._pairs, gates, shares = [], {}, {}
         for name, vector in zip(self.relaxation.relaxed, self.relaxation.logits, strict=True):
-            pair = torch.multinomial(vector.detach().softmax(0), 2, generator=moment.generator)
+            drawn = min(2, len(vector))
+            pair = torch.multinomial(vector.detach().softmax(0), drawn, generator=moment.generator)
             pair = pair.sort().values
             share = vector[pair].softmax(0)
             one = torch.multinomial(share.detach(), 1, generator=moment.generator)
-            binary = torch.zeros(2, dtype=vector.dtype).scatter_(0, one, 1.0)
+            binary = torch.zeros(drawn, dtype=vector.dtype).scatter_(0, one, 1.0)
             # The binary gate, whose gradient is that of the share.
             gates[name] = Gate(tuple(pair.tolist()), binary + share - share.detach())
             # For the expected cost: the share within the pair, the others as they are.

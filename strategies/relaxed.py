@@ -6,6 +6,8 @@ asked in the end is derived under the budget, which it keeps exactly; further ne
 probable ones.
 """
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,7 +95,8 @@ class RelaxedSearch(ABC):
         for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise RecipeError(f"{name} must be a number >= 0, got {value!r}")
-        if len(betas) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in betas):
+        pair = betas if isinstance(betas, Sequence) else ()
+        if len(pair) != 2 or not all(isinstance(b, int | float) and 0 <= b < 1 for b in pair):
             raise RecipeError(f"betas must be two numbers in 0..1, 1 left out, got {betas!r}")
         constraints.check_feasible()
         self._constraints = constraints
@@ -155,14 +158,15 @@ class RelaxedSearch(ABC):
         """Move the logits, unless they warm up or the search has stopped; look at them after every epoch."""
         if self._watch.stopped is not None:
             return
-        if moment.progress >= self._warmup:
+        moving = moment.progress >= self._warmup
+        if moving:
             self._optimizer.zero_grad(set_to_none=True)
             self.gradients(network, train, held_out, moment)
             self.move()
             with torch.no_grad():
                 self._penalty.update({metric: float(ratio) for metric, ratio in self.ratios().items()})
         if moment.ends_epoch:
-            self._watch.add(self._seen(network, held_out), self._parameters)
+            self._watch.add(self._seen(network, held_out), self._parameters, moving=moving)
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
@@ -170,7 +174,11 @@ class RelaxedSearch(ABC):
         return [vector for group in self._optimizer.param_groups for vector in group["params"]]
 
     def _seen(self, network: Mixed, held_out: Images) -> dict[str, Any]:
-        """Return the signs of a collapse: skips a kind of cell, entropy, the dominant eigenvalue."""
+        """Return the signs of a collapse: skips a kind of cell, entropy, the dominant eigenvalue.
+
+        Raises:
+            TrainingError: The eigenvalue is not finite.
+        """
         seen: dict[str, Any] = {"entropy": self.relaxation.entropy()}
         if self.skips:
             probable = self.relaxation.most_probable(self.weights())
@@ -179,6 +187,11 @@ class RelaxedSearch(ABC):
             seen["eigenvalue"] = dominant_eigenvalue(
                 lambda: network.loss(held_out, self.soft_gates()), self._parameters
             )
+            if not math.isfinite(seen["eigenvalue"]):
+                raise TrainingError(
+                    f"the Hessian by the architecture parameters has the eigenvalue {seen['eigenvalue']}: "
+                    "lower the learning rate of the weights, or look at the images and labels"
+                )
         return seen
 
     def move(self) -> None:
@@ -236,7 +249,8 @@ class RelaxedSearch(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
         self.relaxation.load_state_dict(state["logits"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        # PyTorch would move its moments in place, which are then those of whoever gave the state.
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._penalty.load_state_dict(state["penalty"])
         self._watch.load_state_dict(state["watch"])
 
@@ -282,7 +296,7 @@ class RelaxedSearch(ABC):
                 "skips": self.relaxation.mean_probability(SKIP),
                 "probabilities": self.relaxation.summary(),
                 "expected_costs": expected,
-                "epochs": self._watch.history,
+                "epochs": [dict(seen) for seen in self._watch.history],
                 "stopped": self._watch.stopped,
             }
         }
@@ -296,4 +310,5 @@ def _caps(skips: Sequence[AdditiveCost], most: int | None) -> tuple[tuple[Additi
         raise RecipeError(f"max_skips must be an integer >= 0, or left out, got {most!r}")
     if not skips:
         raise RecipeError(f"max_skips counts options {SKIP!r} of cells, of which the space has none")
-    return tuple((cost, float(most)) for cost in skips)
+    # Halfway to the next count: budgets divide by their limits, which must not be 0.
+    return tuple((cost, most + 0.5) for cost in skips)

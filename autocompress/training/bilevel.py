@@ -4,7 +4,8 @@ Source: Liu et al., DARTS, ICLR 2019, algorithm 1: before each step of the weigh
 images the architecture makes one on the other half.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from autocompress.describe import describe_epoch
-from autocompress.differentiable import Differentiable, Moment
+from autocompress.differentiable import Differentiable, Moment, Phase
 from autocompress.differentiable import Images as Batch
 from autocompress.elastic.mixture import Gates, run_mixture
 from autocompress.elastic.supernet import Supernet
@@ -79,9 +80,8 @@ def train_relaxed(
         raise RecipeError(
             f"this search trains in {len(phases)} phases, which need as many epochs, got {settings.epochs}"
         )
-    ends = [round(settings.epochs * sum(p.share for p in phases[: at + 1])) for at in range(len(phases))]
     seconds = 0.0
-    for at, (phase, start, end) in enumerate(zip(phases, [0, *ends], ends, strict=False)):
+    for at, (phase, epochs) in enumerate(zip(phases, _epochs(phases, settings.epochs), strict=True)):
         last = at == len(phases) - 1
         strategy.begin(at)
         position = _train_phase(
@@ -89,7 +89,7 @@ def train_relaxed(
             strategy,
             parts,
             task,
-            settings.model_copy(update={"epochs": max(1, end - start)}),
+            settings.model_copy(update={"epochs": epochs}),
             seed=seed + at,
             identity={
                 "data": data.fingerprint,
@@ -105,6 +105,16 @@ def train_relaxed(
         )
         seconds += position.seconds
     return replace(position, seconds=seconds)
+
+
+def _epochs(phases: Sequence[Phase], total: int) -> list[int]:
+    """Return the epochs of each phase: its share, at least one, and as many as there are in all."""
+    ends, share = [0], 0.0
+    for at, phase in enumerate(phases):
+        share += phase.share
+        later = len(phases) - at - 1
+        ends.append(min(max(round(total * share), ends[-1] + 1), total - later))
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _smaller(

@@ -4,9 +4,7 @@ The space is linear: blocks are convolutions without norm and activation. What a
 mean of what all networks compute, weighted by their probabilities, which can be enumerated.
 """
 
-import copy
 import itertools
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,9 +22,11 @@ from autocompress.ops import Conv2d, GlobalAvgPool, Linear, Ops
 from autocompress.penalty import FORMS, make_penalty
 from autocompress.relaxation import Relaxation, shape_changing
 from autocompress.space import Block, Choice, Option, SearchSpace
+from autocompress.testing.differentiable import MixedSupernet
 from autocompress.testing.toys import every_network, toy_classifier_space, toy_width_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
 from search_spaces.nas_bench_201 import nas_bench_201
+from strategies.collapse import dominant_eigenvalue
 from strategies.darts import Darts
 from strategies.gumbel import GumbelSoftmax, sample, straight_through
 from strategies.pc_darts import PcDarts, edge_groups
@@ -54,39 +54,15 @@ def linear_space() -> SearchSpace:
     )
 
 
-class Network:
-    """A supernet in double precision, its loss, and an optimizer's settings and momenta."""
+class Network(MixedSupernet):
+    """A supernet in double precision, with a loss of numbers."""
 
     def __init__(self, space: SearchSpace, *, linear: bool = False, channels: int = 1) -> None:
-        self.supernet = space.supernet().double()
-        for parameter in self.supernet.parameters():
-            parameter.data += 0.3 * torch.randn(
-                parameter.shape,
-                dtype=torch.float64,
-                generator=torch.Generator().manual_seed(parameter.numel()),
-            )
-        (self.arch,) = space.decode(space.largest())
-        self.linear, self.channels = linear, channels
-        self.group = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": False}
-        generator = torch.Generator().manual_seed(0)
-        self.velocities = {
-            id(weight): 0.1 * torch.randn(weight.shape, dtype=torch.float64, generator=generator)
-            for weight in self.supernet.parameters()
-        }
+        super().__init__(space, channels=channels, dtype=torch.float64)
+        self.linear = linear
 
     def of_outputs(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs * targets).sum() if self.linear else ((outputs - targets) ** 2).mean()
-
-    def loss(self, batch: Images, gates: Gates) -> Tensor:
-        outputs = run_mixture(self.supernet, batch[0], self.arch, gates, affine=False, channels=self.channels)
-        return self.of_outputs(outputs, batch[1])
-
-    @property
-    def weights(self) -> list[tuple[nn.Parameter, Mapping[str, Any]]]:
-        return [(weight, self.group) for weight in self.supernet.parameters()]
-
-    def velocity(self, weight: nn.Parameter) -> Tensor | None:
-        return self.velocities[id(weight)]
 
 
 def batch(seed: int) -> Images:
@@ -194,6 +170,15 @@ def test_second_order_darts_has_the_gradient_through_a_step_of_the_weights(neste
             slope = (sides[0] - sides[1]) / (2 * step)
             # The paper's own finite difference is off by less than a hundredth.
             assert float(found[at][code]) == pytest.approx(slope, abs=0.01 * float(found[at].abs().max()))
+
+
+def test_second_order_darts_needs_the_step_of_sgd() -> None:
+    strategy, network = Darts(unlimited(linear_space()), seed=0, order=2), Network(linear_space())
+    network.group = {"lr": 0.05, "weight_decay": 0.01, "betas": (0.9, 0.999)}
+    with pytest.raises(
+        RecipeError, match=r"order 2 looks ahead by a step of SGD.*set train.optimizer to sgd"
+    ):
+        strategy.architecture_step(network, batch(0), batch(1), moment())
 
 
 # Gumbel ----------------------------------------------------------------------------------------------------
@@ -352,16 +337,6 @@ def test_a_proxyless_step_leaves_the_probabilities_of_options_that_were_not_draw
     assert float(moved.logsumexp(0)) == pytest.approx(float(torch.tensor([0.5, 0.25]).double().logsumexp(0)))
 
 
-def test_the_logits_stand_still_while_they_warm_up() -> None:
-    space = linear_space()
-    strategy, network = ProxylessNas(unlimited(space), seed=0, warmup=0.5), Network(space)
-    before = [vector.detach().clone() for vector in strategy.relaxation.logits]
-    strategy.architecture_step(network, batch(0), batch(1), moment(49, 100))
-    assert all(torch.equal(a, b) for a, b in zip(before, strategy.relaxation.logits, strict=True))
-    strategy.architecture_step(network, batch(0), batch(1), moment(50, 100))
-    assert not any(torch.equal(a, b) for a, b in zip(before, strategy.relaxation.logits, strict=True))
-
-
 # PC-DARTS --------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +376,30 @@ def test_the_gradient_of_pc_darts_is_that_of_finite_differences() -> None:
                     vector[code] -= sign * step
             slope = (sides[0] - sides[1]) / (2 * step)
             assert float(gradient[code]) == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
+# Signs of a collapse ---------------------------------------------------------------------------------------
+
+
+def test_the_dominant_eigenvalue_is_that_of_the_enumerated_hessian() -> None:
+    space = linear_space()
+    strategy, network = Darts(unlimited(space), seed=0), Network(space)
+    at_odds(strategy)
+    images, targets = batch(1)
+    logits = list(strategy.relaxation.logits)
+
+    def loss(flat: Tensor) -> Tensor:
+        weights = [vector.softmax(0) for vector in flat.split(len(KERNELS))]
+        return network.of_outputs(enumerated(network, space, images, weights), targets)
+
+    hessian = torch.autograd.functional.hessian(loss, torch.cat([v.detach() for v in logits]))  # type: ignore[no-untyped-call]
+    values = torch.linalg.eigvalsh(hessian)
+    expected = float(values[values.abs().argmax()])
+    found = dominant_eigenvalue(lambda: network.loss((images, targets), strategy.soft_gates()), logits)
+    assert found == pytest.approx(expected, rel=0.03)
+    strategy.architecture_step(network, batch(0), (images, targets), moment())
+    (seen,) = strategy.notes["relaxation"]["epochs"]
+    assert seen["eigenvalue"] == pytest.approx(expected, rel=0.05)  # a step of Adam later
 
 
 # The relaxation --------------------------------------------------------------------------------------------
@@ -517,11 +516,7 @@ def test_a_choice_of_widths_and_size_at_once_stays_fixed_and_the_error_says_why(
 
 
 def test_a_logit_that_is_not_finite_is_an_error_that_names_the_choice() -> None:
-    space = linear_space()
-    strategy, network = Darts(unlimited(space), seed=0), Network(space)
-    images, targets = batch(1)
-    with pytest.raises(TrainingError, match="gradient of the architecture parameters of 'kernel0' is"):
-        strategy.architecture_step(network, batch(0), (images * float("nan"), targets), moment())
+    strategy = Darts(unlimited(linear_space()), seed=0)
     with torch.no_grad():
         strategy.relaxation.logits[1][2] = float("nan")
     with pytest.raises(TrainingError, match=r"architecture parameters of 'kernel1' are .*nan"):
@@ -534,6 +529,7 @@ def test_a_logit_that_is_not_finite_is_an_error_that_names_the_choice() -> None:
         (Darts, {"order": 3}, "order must be 1 or 2, got 3"),
         (Darts, {"learning_rate": -1}, "learning_rate must be a number >= 0, got -1"),
         (Darts, {"betas": (0.5,)}, "betas must be two numbers"),
+        (Darts, {"betas": 0.5}, r"betas must be two numbers in 0..1, 1 left out, got 0.5"),
         (Darts, {"penalty": "maybe"}, "a budget form is one of none, product_log"),
         (Darts, {"penalty_options": {"rho": 0}}, "lagrangian.rho must be a positive number, got 0"),
         (Darts, {"penalty_options": {"gamma": 1}}, "budget form 'lagrangian' refuses"),
@@ -598,24 +594,3 @@ def test_the_lagrangian_lands_on_the_budget_where_the_loss_wants_more(percent: i
     assert float(strategy.ratios()["macs"].detach()) == pytest.approx(1.0, abs=0.02)
     rows = strategy.ask(1)
     assert constraints.feasible(rows).all()
-
-
-def test_training_state_survives_a_round_trip() -> None:
-    for make, space in (
-        (Darts, linear_space()),
-        (PcDarts, nas_bench_201(channels=4, cells=1, resolution=8, in_channels=WIDTH, classes=CLASSES)),
-    ):
-        macs = operation_cost(space, "macs")
-        constraints = Budget.parse("macs=60%").resolve(space, [macs])
-        network = Network(space, channels=4 if make is PcDarts else 1)
-        size = 8 if make is PcDarts else SIZE
-        images = torch.randn(5, WIDTH, size, size, dtype=torch.float64)
-        held_out = images, torch.randn(5, CLASSES, dtype=torch.float64)
-        one, other = make(constraints, seed=0), make(constraints, seed=1)
-        one.architecture_step(network, held_out, held_out, moment())
-        other.load_state_dict(copy.deepcopy(one.state_dict()))
-        for strategy in (one, other):
-            strategy.architecture_step(network, held_out, held_out, moment())
-        for a, b in zip(one.relaxation.logits, other.relaxation.logits, strict=True):
-            assert torch.equal(a, b)
-        assert one.notes == other.notes
