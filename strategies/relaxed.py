@@ -89,7 +89,8 @@ class RelaxedSearch(ABC):
         Raises:
             RecipeError: An option is out of its range.
             SpaceError: The space has nothing to relax.
-            InfeasibleBudgetError: Nothing fits, or nothing with the fixed options.
+            InfeasibleBudgetError: Nothing fits.
+            BudgetError: Nothing fits with the fixed options and the limit on skip connections.
         """
         random_generator(seed)
         for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
@@ -112,8 +113,14 @@ class RelaxedSearch(ABC):
         )
         self._warmup = check_share("warmup", warmup)
         self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
-        # The fixed options leave something that fits.
-        self.relaxation.derive(constraints, capped=self._capped)
+        try:
+            self.relaxation.derive(constraints, capped=self._capped)
+        except BudgetError as error:
+            asked = f"fixed options {dict(fixed)}, " if fixed else ""
+            asked += f"at most {max_skips} skip connections in each kind of cell, " if self._capped else ""
+            raise BudgetError(
+                f"nothing fits the budget with {asked}though networks without that do: loosen one of them"
+            ) from error
         self._penalty = make_penalty(penalty, **(penalty_options or {}))
         self._optimizer = torch.optim.Adam(
             self.relaxation.parameters(),
