@@ -2,7 +2,7 @@
 
     python benchmarks/latency_landing.py            # CPU size: up to an hour on one busy core; resumes
     python benchmarks/latency_landing.py --quick    # a smoke test of less than a minute
-    python benchmarks/latency_landing.py --full     # the published schedules; for a GPU
+    python benchmarks/latency_landing.py --full     # 32 px, depths 2 to 4, published rates; not yet run
 
 The latency table is measured first (ONNX Runtime, one thread). Budgets are its minimum over the space plus
 40, 60 and 80 % of the way to its maximum. Each method trains a mixture of kernels and depths, with marginal
