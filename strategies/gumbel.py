@@ -92,6 +92,6 @@ def straight_through(soft: Tensor, *, every: bool = False) -> Gate:
     """
     code = int(soft.argmax())
     if every:
-        return Gate.all(F.one_hot(soft.argmax(), len(soft)) + soft - soft.detach())
+        return Gate.all(F.one_hot(soft.argmax(), len(soft)) + (soft - soft.detach()))
     picked = soft[code : code + 1]
-    return Gate((code,), 1.0 + picked - picked.detach())
+    return Gate((code,), 1.0 + (picked - picked.detach()))

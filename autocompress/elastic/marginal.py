@@ -110,6 +110,7 @@ class MarginalGates:
         self._space = space
         self.choices = frozenset(width_choices(space))
         self._known: dict[tuple[object, ...], _Sizes] = {}
+        self._made: dict[tuple[object, ...], tuple[Ops, ...]] = {}
 
     def of(
         self, block: Block, setting: Mapping[str, Option], gates: Mapping[str, "Gate"]
@@ -126,20 +127,43 @@ class MarginalGates:
             setting: Its options; of the choices with a gate, the last option that is computed.
             gates: Of width choices of this block, by name.
         """
-        key = (block.name, tuple(gates), tuple(setting[n] for n in block.choices if n not in gates))
+        key = _key(block, setting, tuple(gates))
         if key not in self._known:
             self._known[key] = self._sizes(block, setting, tuple(gates))
         return [None if sizes is None else _marginal(sizes, gates) for sizes in self._known[key]]
 
-    def _sizes(self, block: Block, setting: Mapping[str, Option], names: Sequence[str]) -> _Sizes:
-        options = [self._space.choices[self._space.positions[name]].options for name in names]
-        settings = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
-        made = [block.operations(*(given.get(n, setting[n]) for n in block.choices)) for given in settings]
-        shape = tuple(len(values) for values in options)
+    def operations(
+        self, block: Block, setting: Mapping[str, Option], names: tuple[str, ...]
+    ) -> tuple[Ops, ...]:
+        """Return the operations of a block at every combination of the options of width choices.
+
+        Where they are equal, so is what the block computes.
+
+        Args:
+            block: Of the space.
+            setting: Its other options.
+            names: Width choices of this block.
+        """
+        key = _key(block, setting, names)
+        if key not in self._made:
+            options = [self._space.choices[self._space.positions[name]].options for name in names]
+            settings = (dict(zip(names, values, strict=True)) for values in itertools.product(*options))
+            self._made[key] = tuple(
+                block.operations(*(given.get(n, setting[n]) for n in block.choices)) for given in settings
+            )
+        return self._made[key]
+
+    def _sizes(self, block: Block, setting: Mapping[str, Option], names: tuple[str, ...]) -> _Sizes:
+        made = self.operations(block, setting, names)
+        shape = tuple(int(self._space.counts[self._space.positions[name]]) for name in names)
         return tuple(
             _by_choice(np.array([_width(ops, position) for ops in made]).reshape(shape))
             for position in range(len(made[0]))
         )
+
+
+def _key(block: Block, setting: Mapping[str, Option], names: tuple[str, ...]) -> tuple[object, ...]:
+    return (block.name, names, tuple(setting[n] for n in block.choices if n not in names))
 
 
 def _width(ops: Ops, position: int) -> int:

@@ -7,7 +7,7 @@ over the settings of their other choices.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast, final
@@ -175,10 +175,14 @@ def _run_settings(
     largest = {name: gate.codes[-1] for name, gate in widths.items()}
     shapes: set[tuple[int, ...]] = set()
 
-    def run(codes: tuple[int, ...], x: Tensor) -> Tensor:
+    def setting_of(codes: tuple[int, ...]) -> dict[str, Option]:
         setting = dict(chosen)
         for name, code in (*zip(gated, codes, strict=True), *largest.items()):
             setting[name] = space.choices[space.positions[name]].options[code]
+        return setting
+
+    def run(codes: tuple[int, ...], x: Tensor) -> Tensor:
+        setting = setting_of(codes)
         ops = block.operations(*setting.values())
         # Layers run on images of any size, so only the shapes tell that a setting does not fit.
         if ops and math.prod(ops[0].in_shape) != math.prod(_last(x).shape[1:]):
@@ -197,8 +201,14 @@ def _run_settings(
             )
         return output
 
-    combinations = _combinations([gates[name] for name in gated])
-    return cast(Tensor, weighted(x, ((partial(run, codes), weight) for codes, weight in combinations)))
+    # Options of which a block runs the same, such as depths that all have it, are run once.
+    merged: dict[Hashable, tuple[tuple[int, ...], Tensor | None]] = {}
+    for codes, weight in _combinations([gates[name] for name in gated]):
+        same = marginal.operations(block, setting_of(codes), tuple(widths))
+        first, known = merged.get(same, (codes, None))
+        merged[same] = (first, weight if known is None or weight is None else known + weight)
+    parts = ((partial(run, codes), weight) for codes, weight in merged.values())
+    return cast(Tensor, weighted(x, parts))
 
 
 def _last(x: Tensor | tuple[Tensor, ...]) -> Tensor:

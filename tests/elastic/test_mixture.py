@@ -47,6 +47,26 @@ def test_where_a_gated_choice_leaves_the_block_out_its_input_stands_for_it() -> 
     torch.testing.assert_close(mixed(supernet, deep, gates), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_options_of_which_a_block_runs_the_same_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = toy_classifier_space(blocks=2)
+    supernet = shaken(space)
+    kernel, depth = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.6, 0.4])
+    before = torch.zeros(4, 4, 6, 6)
+    for weight, k in zip(kernel, (1, 3, 5), strict=True):
+        network = extract(supernet, arch_of(space, resolution=12, depth=2, block1_kernel=k))
+        before = before + weight * network.block1(network.stem(images()))
+    expected = network.head(depth[0] * before + depth[1] * network.block2(before))
+    bound: list[str] = []
+    original = supernet.bind
+    monkeypatch.setattr(supernet, "bind", lambda name, ops: (bound.append(name), original(name, ops))[1])
+    deepest = arch_of(space, resolution=12, depth=2)
+    gates = {"block1.kernel": Gate.all(kernel), "depth": Gate.all(depth)}
+    found = run_mixture(supernet, images(), deepest, gates)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Of three kernels and two depths: block 1 is there at both depths, block 2 is left out at the first.
+    assert (bound.count("block1"), bound.count("block2")) == (3, 2)
+
+
 def test_the_gradient_of_gates_is_that_of_finite_differences() -> None:
     space = toy_classifier_space(blocks=1)
     supernet = shaken(space).double()
