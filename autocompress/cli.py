@@ -278,11 +278,22 @@ def search(
             typer.echo(f"options of {written.search.strategy} are left out: {written.search.options}")
             parsed = read_recipe(recipe, [*changes, "search.options={}"], run)
     if again:
+        from autocompress.recipe import load_recipe
+        from autocompress.run import is_differentiable
+
         before = _open(run, None)
         with before.locked():
             if parsed is not None:
                 refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
                 before.recipe = parsed
+            if is_differentiable(before.recipe) or is_differentiable(load_recipe(before.path("recipe.yaml"))):
+                raise RecipeError(
+                    f"the supernet of {run} is trained for one search by gradients, or would have to be "
+                    "trained anew for one; start another run with this latency table: `autocompress run "
+                    f"{run}/recipe.yaml --run OTHER --set profile.table={before.path(stages.TABLE)}` and the "
+                    "settings that change"
+                )
+            if parsed is not None:
                 # A wrong budget or option must not cost the search that is there.
                 stages.proposer(before, on_screen())
             aside = before.put_search_aside()

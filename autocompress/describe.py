@@ -60,6 +60,10 @@ def describe_predictor(notes: Mapping[str, Any] | None) -> str:
     )
 
 
+# Entropy of the options, of 1, above which nothing was learned to speak of.
+UNMOVED = 0.99
+
+
 def describe_relaxation(notes: Mapping[str, Any]) -> str:
     """Return how sure a differentiable search is of its options, and what it expects to cost."""
     relaxation = notes["relaxation"]
@@ -69,7 +73,13 @@ def describe_relaxation(notes: Mapping[str, Any]) -> str:
     )
     skips = relaxation["skips"]
     shown = "" if skips is None else f", {skips:.0%} of the probability on skip connections"
-    return f"entropy of the options {relaxation['entropy']:.2f} of 1{shown}{costs}"
+    moved = ""
+    if relaxation["entropy"] > UNMOVED:
+        moved = (
+            "; the probabilities hardly moved, so that what is derived is close to a random network: train "
+            "for more epochs, or raise search.options.learning_rate"
+        )
+    return f"entropy of the options {relaxation['entropy']:.2f} of 1{shown}{costs}{moved}"
 
 
 def describe_epoch(relaxation: Mapping[str, Any]) -> str:

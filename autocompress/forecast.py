@@ -3,23 +3,29 @@
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from autocompress.budget import Budget
-from autocompress.elastic.supernet import Supernet
+from autocompress.differentiable import Differentiable
+from autocompress.elastic.supernet import Supernet, resize
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.latency.plan import make_plan, plan_widths
 from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.latency.widths import EVEN
+from autocompress.network import build_network
 from autocompress.recipe import Recipe
-from autocompress.run import load_recipe_data, make_space, strategy_factory
+from autocompress.run import is_differentiable, load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import untimed_costs
+from autocompress.stages import try_out, untimed_costs
+from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import calibration_batches
@@ -69,7 +75,8 @@ def forecast(recipe: Recipe) -> list[str]:
     supernet = (
         make_space(recipe, lambda: data, proxy) if (proxy := recipe.train.proxy) else space
     ).supernet()
-    estimates = [_profile(recipe, space), *_training(recipe, data, supernet)]
+    stages = _gradients if is_differentiable(recipe) else _training
+    estimates = [_profile(recipe, space), *stages(recipe, data, supernet, space)]
     lines = [f"{e.stage:<18} {_duration(e.seconds):>10}   {e.basis}" for e in estimates]
     total = sum(estimate.seconds for estimate in estimates)
     lines.append(
@@ -122,9 +129,52 @@ def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
     return Estimate("profile", seconds, basis)
 
 
-def _training(recipe: Recipe, data: DataSet, supernet: Supernet) -> list[Estimate]:
+def _gradients(recipe: Recipe, data: DataSet, supernet: Supernet, space: SearchSpace) -> list[Estimate]:
+    """Estimate a search by gradients: mixtures are trained, then networks anew."""
+    task, moments = load_task(recipe.task), [time.perf_counter()]
+    strategy = cast(Differentiable, try_out(recipe, space, _target(recipe), task.metric))
+    few = replace(data, train=Subset(data.train, range(min(_length(data), 8 * recipe.train.batch_size))))
+    epochs = len(strategy.phases)
+    train_relaxed(
+        supernet,
+        strategy,
+        few,
+        task,
+        recipe.train.model_copy(update={"epochs": epochs}),
+        seed=recipe.search.seed,
+        smaller=lambda settings: make_space(recipe, lambda: data, {**recipe.train.proxy, **settings}),
+        progress=lambda *_: moments.append(time.perf_counter()),
+    )
+    # The last step of an epoch looks at the signs of a collapse.
+    mean_s, step_s = (moments[-1] - moments[0]) / (len(moments) - 1), float(np.median(np.diff(moments)))
+    per_epoch = steps_per_epoch(halves(data, 0.5)[0], recipe.train)
+    looks_s = max(0.0, mean_s - step_s) * (len(moments) - 1) / epochs
+    seconds = recipe.train.epochs * (per_epoch * step_s + looks_s)
+    steps = recipe.train.epochs * per_epoch
+    found = [
+        Estimate("train and search", seconds, f"{steps} steps of {step_s:.3f} s, {looks_s:.1f} s an epoch")
+    ]
+    network = build_network(space.operations(space.largest())).train()
+    images, targets = next(training_batches(data, recipe.finetune, epoch=0, seed=0))
+    images = resize(images, space.operations(space.largest())[0][1][0].in_shape[1:])
+    for _ in range(2):  # the first step allocates
+        start = time.perf_counter()
+        task.loss(network(images), targets).backward()  # type: ignore[no-untyped-call]
+        alone_s = time.perf_counter() - start
+    networks = 2 + recipe.random_networks
+    steps = networks * recipe.finetune.epochs * steps_per_epoch(data, recipe.finetune)
+    basis = f"{steps} steps of at most {alone_s:.3f} s and the teacher's: {networks} networks, trained anew"
+    found.append(Estimate("finetune", steps * (alone_s + step_s / 6), basis))
+    return [*found, Estimate("export, compare", EXPORT_SECONDS, f"{networks} networks")]
+
+
+def _length(data: DataSet) -> int:
+    return len(cast(Sized, data.train))
+
+
+def _training(recipe: Recipe, data: DataSet, supernet: Supernet, space: SearchSpace) -> list[Estimate]:
     """Estimate training, search, finetuning and the comparison."""
-    space, task = supernet.space, load_task(recipe.task)
+    task = load_task(recipe.task)
     (largest,) = space.decode(space.largest())
     images, targets = next(training_batches(data, recipe.train, epoch=0, seed=recipe.train.seed))
     images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images

@@ -185,6 +185,11 @@ class CellSpec(OpSpec):
     def targets(self) -> tuple[int, ...]:
         """The node that each edge ends in."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether the output depends on the input; searches by gradients derive no other cells."""
+        return True
+
     @abstractmethod
     def mixture(
         self, shared: "SharedParts", x: "Tensor", edges: Sequence[EdgeMixture], channels: int

@@ -4,6 +4,7 @@ Expectations only: the network that comes out is derived under the budget and pr
 (`Relaxation.derive`). Each form takes the loss of the task and the ratios of expected costs to their limits.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, final, get_args
@@ -183,12 +184,16 @@ def make_penalty(form: str, **options: float) -> Penalty:
         "lagrangian": Lagrangian,
     }
     if form not in kinds:
-        raise RecipeError(f"a budget form is one of {', '.join(FORMS)}, got {form!r}")
+        raise RecipeError(f"penalty must be one of {', '.join(FORMS)}, got {form!r}")
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise RecipeError(f"{form}.{name} must be a positive number, got {value!r}")
-    try:
-        made: Penalty = kinds[form](**options)
-    except TypeError as error:
-        raise RecipeError(f"budget form {form!r} refuses {options}: {error}") from None
+    parameters = inspect.signature(kinds[form]).parameters
+    accepted = [name for name, p in parameters.items() if isinstance(p.default, float)]  # no multipliers
+    for name in options:
+        if name not in accepted:
+            raise RecipeError(
+                f"penalty_options of {form!r} are {', '.join(accepted) or 'none'}; got {name!r}"
+            )
+    made: Penalty = kinds[form](**options)
     return made

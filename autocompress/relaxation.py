@@ -22,7 +22,7 @@ from autocompress.cost import AdditiveCost, Cost
 from autocompress.elastic.marginal import width_choices
 from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
-from autocompress.ops import Ops
+from autocompress.ops import CellSpec, Ops
 from autocompress.proposals import every_feasible
 from autocompress.space import Choice, Codes, Option, SearchSpace
 
@@ -168,7 +168,8 @@ class Relaxation(nn.Module):
     ) -> Optimum:
         """Return the most probable network that keeps every limit, and the proof of it.
 
-        Options that were dropped are taken only where no network without them fits.
+        Cells whose output does not depend on the input are never returned (`CellSpec.connected`). Options
+        that were dropped are taken only where no network without them fits.
 
         Args:
             constraints: Of this space.
@@ -231,12 +232,27 @@ class Relaxation(nn.Module):
         found = []
         for filled in _filled(constraints, at_least) if at_least > 0 else ():
             with suppress(BudgetError):
-                limits = _with_caps(filled, capped)
-                found.append(solve(value, limits, sense="maximize", forbidden=forbidden))
+                found.append(self._connected(value, _with_caps(filled, capped), forbidden))
         if found:
             return max(found, key=lambda optimum: optimum.value)
-        limits = _with_caps(constraints, capped)
-        return solve(value, limits, sense="maximize", forbidden=forbidden)
+        return self._connected(value, _with_caps(constraints, capped), forbidden)
+
+    def _connected(
+        self, value: AdditiveCost, constraints: Constraints, forbidden: Sequence[Mapping[str, Option]]
+    ) -> Optimum:
+        """Solve the program until the output of the network depends on its input."""
+        refused = list(forbidden)
+        while True:
+            found = solve(value, constraints, sense="maximize", forbidden=refused)
+            if self.connects(found.codes):
+                return found
+            (arch,) = self.space.decode(found.codes)
+            refused.append(dict(arch.settings))
+
+    def connects(self, codes: Codes) -> bool:
+        """Return whether the output of a network depends on its input: cells can be cut in two."""
+        cells = (op for _, ops in self.space.operations(codes) for op in ops if isinstance(op, CellSpec))
+        return all(cell.connected for cell in cells)
 
     def most_probable(self, weights: Mapping[str, Tensor]) -> Codes:
         """Return the network of the most probable options, `(1, choices)`, whatever it costs."""
@@ -261,20 +277,21 @@ class Relaxation(nn.Module):
         allowed = np.ones(len(codes), dtype=np.bool_)
         for assignment in forbidden:
             allowed &= ~self._has(codes, assignment)
-        if not allowed.any():
-            raise BudgetError("no network that fits is left by the fixed options and what is forbidden")
         uses = [
             constraints.costs[metric].of(codes) >= at_least * limit
             for metric, limit in constraints.limits.items()
             if isinstance(constraints.costs[metric], AdditiveCost)
         ]
-        filling = allowed & np.any(uses, axis=0) if uses else allowed
-        chosen = filling if at_least > 0 and filling.any() else allowed
-        values = np.where(chosen, value.of(codes), -np.inf)
-        best = int(values.argmax())
-        top = float(values[best])
-        seconds = time.perf_counter() - start
-        return Optimum(codes[[best]], top, top, 0.0, True, "enumeration", seconds)
+        values = value.of(codes)
+        order = np.argsort(-values, kind="stable")
+        filling = np.any(uses, axis=0) if uses and at_least > 0 else np.ones(len(codes), dtype=np.bool_)
+        for wanted in (allowed & filling, allowed):
+            for index in order[wanted[order]]:
+                if self.connects(codes[[index]]):
+                    top = float(values[index])
+                    seconds = time.perf_counter() - start
+                    return Optimum(codes[[index]], top, top, 0.0, True, "enumeration", seconds)
+        raise BudgetError("no network that fits is left by the fixed options and what is forbidden")
 
     def _has(self, codes: Codes, assignment: Mapping[str, Option]) -> NDArray[np.bool_]:
         """Return which rows have all these options; a choice without effect has none."""

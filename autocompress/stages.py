@@ -52,7 +52,7 @@ from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
 from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
-from autocompress.recipe import FinetuneSettings
+from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory
 from autocompress.space import Architecture, Codes, SearchSpace
@@ -222,6 +222,22 @@ def check(run: Run) -> None:
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)
     check_regularisers(run.data, run.recipe.finetune, run.space)
+    if is_differentiable(run.recipe):
+        try_out(run.recipe, run.space, target(run), run.task.metric)
+
+
+def try_out(recipe: Recipe, space: SearchSpace, where: Target, metric: str) -> Strategy:
+    """Make the strategy without limits: wrong options are refused before anything is measured or trained.
+
+    Raises:
+        RecipeError: An option is wrong, or a budget is on a cost that the space does not have.
+    """
+    costs = {cost.metric: cost for cost in untimed_costs(space, where)}
+    if limits := {m: value for m, value in recipe.search.budget.items() if m != LATENCY}:
+        Budget.of(limits).resolve(space, costs.values())
+    free = Constraints(space, costs, {})
+    settings = recipe.search
+    return strategy_factory(recipe)(free, seed=settings.seed, objective=metric, **settings.options)
 
 
 def train(run: Run, shown: Shown) -> Supernet:
@@ -564,7 +580,7 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     priced = {cost.metric: float(cost.of(codes)[0]) for cost in costs(run, shown)}
     with shown.stage("export") as progress:
         progress(0, 1, "writing and checking")
-        export_network(
+        manifest = export_network(
             network,
             architecture=arch,
             blocks=run.space.operations(codes),
@@ -584,7 +600,8 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
             extra={"predicted_costs": priced, "validation": vars(scored), "metric": run.task.metric},
         )
         progress(1, 1, "")
-    shown.say(f"exported to {folder}")
+    left_out = "".join(f"; no {name}: {reason}" for name, reason in manifest.left_out.items())
+    shown.say(f"exported to {folder}{left_out}")
     return folder
 
 

@@ -183,7 +183,7 @@ def genotype(architecture: Architecture) -> str:
     return f"Genotype({', '.join(cells)})"
 
 
-def from_genotype(space: SearchSpace, text: str) -> Architecture:
+def from_genotype(space: SearchSpace, text: object) -> Architecture:
     """Return the architecture of a genotype, as the repositories of DARTS and its followers print it.
 
     Nothing is evaluated.
@@ -191,7 +191,7 @@ def from_genotype(space: SearchSpace, text: str) -> Architecture:
     Args:
         space: A DARTS space.
         text: `Genotype(normal=[(operation, source), ...], normal_concat=range(2, 6), reduce=...)`, with two
-            edges a node.
+            edges a node; or the named tuple itself, which prints so.
 
     Raises:
         SpaceError: The text is no genotype, it joins other nodes than the four, reads one node twice, or the
@@ -199,9 +199,20 @@ def from_genotype(space: SearchSpace, text: str) -> Architecture:
     """
     settings: dict[str, Option] = {}
     for kind in KINDS:
-        edges = _edges(text, kind)
+        # The named tuple of other repositories prints as they write it.
+        edges = _edges(str(text), kind)
         for at in range(STEPS):
             pair = edges[2 * at : 2 * at + 2]
+            options = map(str, space.variables[f"{kind}.edge_0_{INPUTS + at}"].options)
+            known = [name for name in options if name != "none"]
+            for operation, source in pair:
+                if operation not in known or not 0 <= source < INPUTS + at:
+                    raise SpaceError(
+                        f"node {INPUTS + at} of the {kind} cell reads nodes 0 to {INPUTS + at - 1} by one of "
+                        f"{', '.join(known)}; got {(operation, source)}"
+                    )
+            if pair[0][1] == pair[1][1]:
+                raise SpaceError(f"node {INPUTS + at} of the {kind} cell reads one node twice: {pair}")
             settings[f"{kind}.node{INPUTS + at}"] = node_text(pair)
     return space.architecture(settings)
 

@@ -289,6 +289,15 @@ class Cell(CellSpec):
         )
 
     @property
+    def connected(self) -> bool:
+        """Whether a path of operations other than `none` leads from the first node to the last."""
+        reached = {0}
+        for (source, target), name in zip(EDGES, self.operations, strict=True):
+            if source in reached and name != "none":
+                reached.add(target)
+        return NODES - 1 in reached
+
+    @property
     def targets(self) -> tuple[int, ...]:
         """The node that each edge ends in."""
         return tuple(target for _, target in EDGES)

@@ -44,6 +44,8 @@ class GumbelSoftmax(RelaxedSearch):
         Raises:
             RecipeError: An option is out of its range.
         """
+        if not isinstance(hard, bool):
+            raise RecipeError(f"hard must be true or false, got {hard!r}")
         for name, value in {
             "first_temperature": first_temperature,
             "last_temperature": last_temperature,

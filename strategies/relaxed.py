@@ -106,12 +106,17 @@ class RelaxedSearch(ABC):
         self.skips = skip_costs(constraints.space)
         self._capped = _caps(self.skips, max_skips)
         self._watch = Watch(early_stopping, max_skips)
+        if eigenvalue is not None and not isinstance(eigenvalue, bool):
+            raise RecipeError(f"eigenvalue must be true or false, or left out, got {eigenvalue!r}")
         if eigenvalue is False and early_stopping == "eigenvalue":
             raise RecipeError("early_stopping 'eigenvalue' needs the eigenvalue, which is switched off")
         self._eigenvalue = early_stopping == "eigenvalue" or (
             self.computes_all if eigenvalue is None else eigenvalue
         )
         self._warmup = check_share("warmup", warmup)
+        for name, mapping in {"fixed": fixed, "penalty_options": penalty_options}.items():
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise RecipeError(f"{name} must be a mapping from names to values, got {mapping!r}")
         self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
         try:
             self.relaxation.derive(constraints, capped=self._capped)

@@ -298,6 +298,13 @@ def test_a_wrong_setting_does_not_cost_the_search_that_is_there(
     assert ages(searched) == before
 
 
+def test_a_search_by_gradients_needs_a_run_of_its_own(searched: Path) -> None:
+    before = ages(searched)
+    with pytest.raises(RecipeError, match="start another run with this latency table"):
+        call("search", "--run", searched, "--again", "--strategy", "darts")
+    assert ages(searched) == before
+
+
 def test_a_selected_network_is_reported_as_such_and_later_reports_say_so(searched: Path) -> None:
     call("select", "--run", searched, "--cheapest", "macs", "--within", "1")
     said = call("resume", searched).stdout
@@ -445,6 +452,21 @@ def test_a_forecast_tells_every_stage_and_writes_nothing(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert "in all" in call("train", "--dry-run", "--run", folder).stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_forecast_of_a_gradient_search_times_its_mixture_and_tries_its_options(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    payload = small_payload(search={"strategy": "proxyless", "options": {}}, train={"batch_size": 20})
+    recipe.write_text(yaml.safe_dump(payload))
+    said = call("run", recipe, "--dry-run").stdout
+    assert "train and search" in said
+    assert "trained anew" in said
+    assert "evaluations" not in said
+    with pytest.raises(RecipeError, match="warmup must be"):
+        call("run", recipe, "--dry-run", "--set", "search.options.warmup=2")
+    with pytest.raises(RecipeError, match="warmup must be"):
+        call("run", recipe, "--run", tmp_path / "run", "--set", "search.options.warmup=2")
+    assert not (tmp_path / "run" / "latency_table.json").exists()
 
 
 def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from autocompress.relaxation import Relaxation
 from autocompress.space import Block, Choice, Option, SearchSpace
 from autocompress.testing.toys import every_network
 from search_spaces.darts import darts
+from search_spaces.nas_bench_201 import CHOICES, nas_bench_201
 from strategies.proxyless import ProxylessNas
 
 KERNELS = (1, 3, 5, 7)
@@ -218,3 +219,23 @@ def test_edges_of_one_operation_have_no_entropy_and_can_be_searched() -> None:
     nothing = torch.zeros(1), torch.zeros(1)
     strategy.architecture_step(Network(), nothing, nothing, Moment(9, 10, torch.Generator().manual_seed(0)))
     assert len(strategy.ask(1)) == 1
+
+
+def test_a_cell_that_is_cut_in_two_is_never_derived() -> None:
+    """Law: it fills a budget with convolutions that nothing reads, and computes a constant."""
+    space = nas_bench_201(channels=2, cells=1, resolution=8)
+    macs = operation_cost(space, "macs")
+    cut = dict(
+        zip(CHOICES, ("none", "nor_conv_3x3", "nor_conv_3x3", "none", "nor_conv_1x1", "none"), strict=True)
+    )
+    relaxation = Relaxation(space, seed=0)
+    with torch.no_grad():
+        for name, vector in zip(relaxation.relaxed, relaxation.logits, strict=True):
+            vector.zero_()[space.variables[name].code(cut[name])] = 5.0
+    codes = space.encode([space.architecture(cut)])
+    assert (relaxation.most_probable(relaxation.probabilities()) == codes).all()
+    limits = Constraints(space, {"macs": macs}, {"macs": float(macs.of(codes)[0])})
+    for at_least in (0.0, 0.95):
+        derived = relaxation.derive(limits, at_least=at_least)
+        assert relaxation.connects(derived.codes)
+        assert macs.of(derived.codes) <= limits.limits["macs"]

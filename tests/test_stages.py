@@ -686,7 +686,7 @@ def test_cells_are_searched_in_a_small_supernet_for_a_large_network(tmp_path: Pa
     large = run.space.encode([trial.architecture])
     assert stages.train(run, SILENT).space.settings["channels"] == 2
     assert trial.costs["macs"] == operation_cost(run.space, "macs").of(large)
-    assert 0.95 * result.limits["latency_ms"] <= trial.costs["latency_ms"] <= result.limits["latency_ms"]
+    assert trial.costs["latency_ms"] <= result.limits["latency_ms"]
     assert str(dict(trial.architecture.settings)).count("skip_connect") <= 1
     assert [line[:8] for line in said if line.startswith("epoch")] == ["epoch 1:", "epoch 2:", "epoch 3:"]
     assert {path.name for path in tmp_path.glob("supernet*")} == {

@@ -36,7 +36,8 @@ def supernet_problem(folder: str, budget: str = "") -> Problem:
             f"the supernet of {folder} is trained together with {strategy!r}, as one mixture: slices of it "
             "say little about networks; train one for all strategies in another directory, `autocompress "
             f"train {folder}/recipe.yaml --run OTHER --set search.strategy=random --set "
-            f"'search.options={{}}'`, then `autocompress compare --run OTHER --strategies random,{strategy}`"
+            f"'search.options={{}}' --set 'train.proxy={{}}'`, then `autocompress "
+            f"compare --run OTHER --strategies random,{strategy}`"
         )
     if not run.path(stages.TRAINING).exists():
         raise RecipeError(f"the supernet of {folder} is not trained; run `autocompress train --run {folder}`")

@@ -48,7 +48,10 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         with path.open("rb") as file:
             # PyTorch also reads its old format, an archive of pickles; ours is always a zip file.
             if file.read(4) != b"PK\x03\x04":
-                raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: it is not a zip file")
+                raise CheckpointError(
+                    f"checkpoint {path} is damaged or no checkpoint: it is not a zip file; remove it to "
+                    "train again"
+                )
         with zipfile.ZipFile(path) as archive:
             # PyTorch does not compare checksums: a flipped bit in a weight would be read as it is.
             if (damaged := archive.testzip()) is not None:
@@ -60,7 +63,9 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Exception as error:  # noqa: BLE001 damaged bytes lead the unpickler to nearly any error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from None
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or no checkpoint: {reason}; remove it to train again"
+        ) from None
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is not a checkpoint of autocompress")
     if payload.get("version") != VERSION:

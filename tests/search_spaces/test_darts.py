@@ -1,6 +1,7 @@
 """The DARTS space against published counts and genotypes; its mixtures against the rules of the paper."""
 
 import itertools
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -129,15 +130,22 @@ def test_a_drawing_has_every_edge() -> None:
         (V2.replace("('sep_conv_3x3', 0), ", "", 1), "of 8 edges"),
         (V2.replace("'sep_conv_3x3', 0", "'sep_conv_3x3', '0'", 1), "of 8 edges"),
         (V2.replace("'sep_conv_3x3', 0", "'sep_conv_3x3', __import__('os').getpid()", 1), "of 8 edges"),
-        (V2.replace("sep_conv_3x3", "sep_conv_7x7"), "has no option 'sep_conv_7x7~0"),
-        (V2.replace("('sep_conv_3x3', 1)", "('sep_conv_3x3', 0)", 1), "has no option 'sep_conv_3x3~0"),
+        (V2.replace("sep_conv_3x3", "sep_conv_7x7"), "reads nodes 0 to 1 by one of max_pool_3x3"),
+        (V2.replace("('sep_conv_3x3', 1)", "('sep_conv_3x3', 0)", 1), "normal cell reads one node twice"),
         (V2.replace("('skip_connect', 0), ('dil_conv_3x3', 2)", "('skip_connect', 0), ('dil_conv_3x3', 5)"),
-         "has no option"),
+         "got .'dil_conv_3x3', 5."),
     ],
 )  # fmt: skip
 def test_what_is_no_genotype_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         from_genotype(tiny(), text)
+
+
+def test_the_named_tuple_of_other_repositories_is_read() -> None:
+    genotype_of = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+    edges = [("sep_conv_3x3", at) for _ in range(4) for at in (0, 1)]
+    arch = from_genotype(tiny(), genotype_of(edges, range(2, 6), edges, [2, 3, 4, 5]))
+    assert set(dict(arch.settings).values()) == {"sep_conv_3x3~0+sep_conv_3x3~1"}
 
 
 @pytest.mark.parametrize(

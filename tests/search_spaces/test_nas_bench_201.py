@@ -49,6 +49,25 @@ class TestSkipOrPoint(ElasticContract):
         return nas_bench_201(**{**TINY, "cells": 2}, operations=("skip_connect", "nor_conv_1x1"))
 
 
+@pytest.mark.parametrize(
+    ("cell", "connected"),
+    [
+        (EVERY, True),
+        ("|none~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|none~0|avg_pool_3x3~1|none~2|", False),
+        ("|skip_connect~0|+|none~0|none~1|+|none~0|none~1|nor_conv_3x3~2|", False),
+        ("|skip_connect~0|+|none~0|none~1|+|none~0|none~1|none~2|", False),
+        ("|none~0|+|nor_conv_1x1~0|none~1|+|none~0|none~1|skip_connect~2|", True),
+    ],
+)
+def test_a_cell_says_whether_its_output_depends_on_its_input(cell: str, connected: bool) -> None:
+    """A second implementation: the output for two images."""
+    op = Cell(4, 6, cell)
+    assert op.connected == connected
+    module = op.module().eval()
+    outputs = [module(torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(i))) for i in (0, 1)]
+    assert torch.equal(*outputs) == (not connected)
+
+
 # Counts -----------------------------------------------------------------------------------------------
 
 
