@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 from autocompress import cli
 from autocompress.budget import Constraints
 from autocompress.recipe import parse_recipe
+from autocompress.run import make_space
 from autocompress.strategy import Strategy
 from autocompress.testing.strategy import StrategyContract
 from autocompress.testing.toys import toy_batch, toy_constraints
+from autocompress.training.data import load_data
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -77,8 +79,9 @@ def test_the_python_of_the_page_on_gradients_runs(capsys: pytest.CaptureFixture[
     (python,) = blocks("docs/differentiable.md", "python")
     exec(compile(python, "docs/differentiable.md", "exec"), {})
     assert "4 = skip_connect(0) + sep_conv_3x3(1)" in capsys.readouterr().out
-    (recipe,) = blocks("docs/differentiable.md", "yaml")
-    assert parse_recipe(yaml.safe_load(recipe)).train.proxy == {"channels": 16, "layers": 8}
+    first, large = (parse_recipe(yaml.safe_load(text)) for text in blocks("docs/differentiable.md", "yaml"))
+    assert make_space(first, lambda: load_data("digits")).size == 15_625
+    assert large.train.proxy == {"channels": 16, "layers": 8}
 
 
 @pytest.mark.parametrize("page", PAGES)
