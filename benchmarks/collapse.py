@@ -30,7 +30,7 @@ from strategies.darts import Darts
 
 SIZE = replace(CPU, cells=2, epochs=20)
 MOST_SKIPS = 2
-BUDGET = "macs=50%"
+BUDGET = "macs=60%"  # 95 % of 50 % are met by no cell: convolutions come in steps of 15 %
 
 
 class Collapse(Benchmark):
@@ -61,7 +61,7 @@ class Collapse(Benchmark):
             "seconds": time.process_time() - start,
             "end": epochs[-1],
             "max_skips": self.of(relaxation.derive(limits, capped=capped).codes),
-            "budget": self.of(relaxation.derive(within, at_least=0.95).codes),
+            BUDGET: self.of(relaxation.derive(within, at_least=0.95).codes),
         }
 
     def everything(self, methods: list[str]) -> None:
@@ -94,8 +94,11 @@ class Collapse(Benchmark):
             "end": "without a budget: DARTS as published",
             "early stopping": "early stopping by the eigenvalue",
             "max_skips": f"at most {MOST_SKIPS} skip connections",
-            "budget": f"budget of {BUDGET}, at least 95 % of it used",
+            BUDGET: f"budget of {BUDGET}, at least 95 % of it used",
         }.items():
+            if any(key != "early stopping" and key not in run for run in runs.values()):
+                lines.append(f"| {name} | not run | | |")
+                continue
             found = [early(run["epochs"]) if key == "early stopping" else run[key] for run in runs.values()]
             each = ", ".join(format(at["test"], ".2f") for at in found)
             skips = ", ".join(str(at["cell"].count("skip_connect")) for at in found)
