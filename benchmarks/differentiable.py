@@ -5,11 +5,11 @@
     python benchmarks/differentiable.py --full     # the published schedules; for a GPU
 
 Each method trains a supernet of the 15,625 cells and its architecture parameters on halves of the training
-images; the cell it derives, without any budget unless one is named, is looked up: test accuracy after 200 epochs, which no
-search sees. Beside each stands random search for as many seconds: random cells trained alone on the same
-halves, the best one by the other half. The CPU size is smaller in everything (images, channels, cells,
-epochs), and says so; the table's accuracies are those of full networks in either case. Seconds are processor
-time on one thread, so that other work on the machine takes nothing from either side.
+images; the cell it derives, without any budget unless one is named, is looked up: test accuracy after 200
+epochs, which no search sees. Beside each stands random search for as many seconds: random cells trained alone
+on the same halves, the best one by the other half. The CPU size is smaller in everything (images, channels,
+cells, epochs), and says so; the table's accuracies are those of full networks in either case. Seconds are
+processor time on one thread, so that other work on the machine takes nothing from either side.
 """
 
 import argparse
