@@ -222,8 +222,6 @@ def check(run: Run) -> None:
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)
     check_regularisers(run.data, run.recipe.finetune, run.space)
-    if is_differentiable(run.recipe):
-        try_out(run.recipe, run.space, target(run), run.task.metric)
 
 
 def try_out(recipe: Recipe, space: SearchSpace, where: Target, metric: str) -> Strategy:
@@ -272,6 +270,8 @@ def train_together(run: Run, shown: Shown) -> tuple[Supernet, Constraints, Diffe
         The supernet, the budget, and the strategy, ready to be asked.
     """
     check(run)
+    if not run.path(TRAINING).exists():
+        try_out(run.recipe, run.space, target(run), run.task.metric)
     limits, proposing = proposer(run, shown)
     strategy = cast(Differentiable, proposing)
     set_threads(run)
