@@ -37,6 +37,10 @@ class TableError(AutocompressError, ValueError):
     """A latency table is damaged, is of another target, or lacks rows."""
 
 
+class NegativeLatencyError(TableError):
+    """By a latency table some network of a space would take less than no time."""
+
+
 class MissingRowError(TableError, KeyError):
     """A latency table has no row for an operation or a block."""
 

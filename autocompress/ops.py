@@ -190,6 +190,11 @@ class CellSpec(OpSpec):
         """Whether the output depends on the input; searches by gradients derive no other cells."""
         return True
 
+    @property
+    def runs_all(self) -> bool:
+        """Whether the output depends on every operation inside: runtimes leave the others out."""
+        return True
+
     @abstractmethod
     def mixture(
         self, shared: "SharedParts", x: "Tensor", edges: Sequence[EdgeMixture], channels: int

@@ -298,6 +298,19 @@ class Cell(CellSpec):
         return NODES - 1 in reached
 
     @property
+    def runs_all(self) -> bool:
+        """Whether every edge but `none` is on a path from the first node to the last."""
+        kept = [edge for edge, name in zip(EDGES, self.operations, strict=True) if name != "none"]
+        reached, read = {0}, {NODES - 1}
+        for source, target in kept:
+            if source in reached:
+                reached.add(target)
+        for source, target in reversed(kept):
+            if target in read:
+                read.add(source)
+        return self.connected and all(source in reached and target in read for source, target in kept)
+
+    @property
     def targets(self) -> tuple[int, ...]:
         """The node that each edge ends in."""
         return tuple(target for _, target in EDGES)

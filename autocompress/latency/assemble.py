@@ -1,11 +1,13 @@
 """From samples to a table: rows, the correction fitted to whole networks, and the error report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 
-from autocompress.errors import TableError
+from autocompress.errors import MissingRowError, NegativeLatencyError, TableError
 from autocompress.latency.correction import (
     Assessed,
     Checks,
@@ -23,6 +25,7 @@ from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target
 from autocompress.latency.widths import WidthGrid, WidthReport, ms_of
 from autocompress.ops import SEPARATOR, border_elements
+from autocompress.space import SearchSpace
 
 
 def assemble(
@@ -35,6 +38,7 @@ def assemble(
     provenance: Mapping[str, Any],
     *,
     grid: WidthGrid | None = None,
+    space: SearchSpace | None = None,
 ) -> LatencyTable:
     """Make a table of samples: rows, the correction fitted to whole networks, and the error report.
 
@@ -47,6 +51,7 @@ def assemble(
         tolerance: Rows whose interval is wider are counted as unstable.
         provenance: Of the table.
         grid: If given, operations that have no row are interpolated, and networks are priced by operation.
+        space: If given, no correction is used by which one of its networks would take less than no time.
 
     Raises:
         TableError: A row or network was never measured, or a network took no time.
@@ -89,11 +94,27 @@ def assemble(
                 half_width(sorted(samples[row_name(key)].steady_ms)) > tolerance for key in measured
             ),
             disturbed_percent=_disturbed_percent(samples),
+            usable=partial(
+                _never_negative, LatencyTable(target, rows, Correction(), None, {}, name, grid), space
+            ),
         )
     if not assessed:
         raise TableError("the measured networks run blocks and operations that have no rows")
     correction, report = choose(assessed)
     return LatencyTable(target, rows, correction, report, provenance, report.granularity, grid)
+
+
+def _never_negative(table: LatencyTable, space: SearchSpace | None, correction: Correction) -> bool:
+    if space is None:
+        return True
+    try:
+        replace(table, correction=correction).cost(space)
+    except NegativeLatencyError:
+        return False
+    except MissingRowError:
+        # Of this granularity the table prices the measured networks alone; whoever prices others is told.
+        return True
+    return True
 
 
 def width_report(

@@ -7,7 +7,7 @@ each block. Whole networks, measured in the same rounds, say how much.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
@@ -352,10 +352,12 @@ def assess(
     drift_percent: float | None = None,
     unstable_rows: int = 0,
     disturbed_percent: float = 0.0,
+    usable: Callable[[Correction], bool] = lambda _: True,
 ) -> tuple[Correction, ErrorReport]:
     """Choose the form of correction with the least leave-one-out error, fit it, and report.
 
-    A form needs two networks more than it has parameters.
+    A form needs two networks more than it has parameters. One that prices all networks alike, or predicts
+    that a network takes no time, is not chosen; the plain sum and its multiples never do.
 
     Args:
         checks: The measured networks, at least 2.
@@ -363,6 +365,7 @@ def assess(
         drift_percent: Of the sentinel.
         unstable_rows: How many rows of the table are less certain than asked for.
         disturbed_percent: Share of samples that were discarded.
+        usable: Whether a fitted correction can be chosen, for other reasons.
 
     Raises:
         TableError: Fewer than 2 networks, or a time that is not positive.
@@ -381,9 +384,13 @@ def assess(
     compared = {form: figures(predicted[form], checks.measured_ms) for form in forms}
     # A scale of 0 would price all networks alike; noise can make that the form of least error.
     fitted = {form: fit(form, checks) for form in forms}
-    telling = [form for form in forms if fitted[form].scale > 0]
+    allowed = [
+        form
+        for form in forms
+        if fitted[form].scale > 0 and (predicted[form] > 0).all() and usable(fitted[form])
+    ]
     # Of equals the first, which has the fewest parameters.
-    chosen = min(telling, key=lambda form: round(compared[form].mape_percent, 6))
+    chosen = min(allowed, key=lambda form: round(compared[form].mape_percent, 6))
     networks = tuple(
         CheckedNetwork(name, int(rows), float(total), float(measured), float(prediction))
         for name, rows, total, measured, prediction in zip(

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.cost import AdditiveCost, operation_cost
 from autocompress.errors import TableError
 from autocompress.latency.runtime import Blocks
 from autocompress.latency.widths import Steps, WidthGrid, family_of, make_grid
-from autocompress.ops import Ops, block_key
+from autocompress.ops import CellSpec, Ops, block_key
 from autocompress.space import Codes, SearchSpace
 
 CANDIDATES: Final = 2000
@@ -54,7 +55,8 @@ def check_networks(
     """Return different architectures, evenly spread in a cost from the smallest to the largest one.
 
     Random networks cover a narrow middle; here half of the candidates are drawn between random ones and the
-    smallest or the largest, each with its own share of genes.
+    smallest or the largest, each with its own share of genes. Networks that are priced for operations which
+    a runtime leaves out (`CellSpec.runs_all`) would tell nothing about the prices of those that are run.
 
     Args:
         space: Where they come from.
@@ -63,7 +65,8 @@ def check_networks(
         cost: In which they are spread; MACs by default.
 
     Returns:
-        `(m, choices)`, from least to most of it; with m >= 2 the smallest and the largest are among them.
+        `(m, choices)`, from least to most of it; with m >= 2 the least and the most of all candidates are
+        among them: of spaces without cells, the smallest and the largest network.
     """
     if n < 1:
         return np.zeros((0, len(space.choices)), dtype=np.int64)
@@ -74,23 +77,35 @@ def check_networks(
     share = rng.random((CANDIDATES // 2, 1))
     moved = np.where(rng.random(towards.shape) < share, towards, drawn[: len(towards)])
     pool = np.unique(space.canonical(np.concatenate([extremes, drawn, moved])), axis=0)
-    cost = operation_cost(space, "macs") if cost is None else cost
-    spread = cost.of(pool)
-    ends = cost.of(extremes)
+    pool = pool[_run_all(space, pool)]
+    if not len(pool):
+        return pool
+    spread = (cost or operation_cost(space, "macs")).of(pool)
     free = np.ones(len(pool), dtype=np.bool_)
-    chosen: list[int] = []
-    for extreme in extremes:
-        index = int((pool == extreme).all(axis=1).argmax())
-        if free[index] and len(chosen) < n:
-            free[index] = False
-            chosen.append(index)
-    for goal in np.linspace(ends[0], ends[1], n)[1:-1]:
+    # Of equals the first is the smallest network and the last the largest: rows are in order.
+    least, most = int(spread.argmin()), len(pool) - 1 - int(spread[::-1].argmax())
+    chosen = list(dict.fromkeys([least, most][:n]))
+    free[chosen] = False
+    for goal in np.linspace(spread[least], spread[most], n)[1:-1]:
         if not free.any():
             break
         index = int(np.where(free, np.abs(spread - goal), np.inf).argmin())
         free[index] = False
         chosen.append(index)
     return pool[sorted(chosen, key=lambda index: float(spread[index]))]
+
+
+def _run_all(space: SearchSpace, codes: Codes) -> NDArray[np.bool_]:
+    """Return which networks run all that they are priced for; only cells can hold more."""
+    if not any(block.parts for block in space.blocks):
+        return np.ones(len(codes), dtype=np.bool_)
+    return np.array(
+        [
+            all(op.runs_all for _, ops in space.operations(row) for op in ops if isinstance(op, CellSpec))
+            for row in codes
+        ],
+        dtype=np.bool_,
+    )
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,15 @@ def profile(
     provenance = provenance_of(space, target, file.started)
     measured = tuple(key for key in missing if key not in plan.held_out)
     result = assemble(
-        target, samples, plan.keys, measured, {**known, **probed}, tolerance, provenance, grid=plan.grid
+        target,
+        samples,
+        plan.keys,
+        measured,
+        {**known, **probed},
+        tolerance,
+        provenance,
+        grid=plan.grid,
+        space=space,
     )
     if plan.grid is not None:
         held_out = {key: summarize(samples[row_name(key)].steady_ms) for key in plan.held_out}

@@ -15,7 +15,7 @@ from typing import Any, Final, get_args
 
 from autocompress.atomic import write_json
 from autocompress.cost import AdditiveCost, compile_cost
-from autocompress.errors import MissingRowError, TableError
+from autocompress.errors import MissingRowError, NegativeLatencyError, TableError
 from autocompress.latency.correction import (
     CheckedNetwork,
     Correction,
@@ -123,6 +123,7 @@ class LatencyTable:
 
         Raises:
             MissingRowError: Blocks of the space have no row.
+            NegativeLatencyError: A network of the space would take less than no time.
             CostError: A block of the space depends on too many options.
         """
         missing: list[str] = []
@@ -139,7 +140,15 @@ class LatencyTable:
         cost = compile_cost(space, price, METRIC)
         if missing:
             raise self._missing(list(dict.fromkeys(missing)))
-        return cost.scaled(1.0, self.correction.constant_ms)
+        cost = cost.scaled(1.0, self.correction.constant_ms)
+        if cost.minimum < 0:
+            raise NegativeLatencyError(
+                f"the latency table of {self.target.name!r} predicts {cost.minimum:.4g} ms for the smallest "
+                f"network of space {space.name!r}: its correction ({self.correction.form}, constant "
+                f"{self.correction.constant_ms:.4g} ms) does not hold there; measure this space "
+                "(`autocompress profile`), or more whole networks (profile.networks)"
+            )
+        return cost
 
     def _missing(self, keys: list[str]) -> MissingRowError:
         nearest = difflib.get_close_matches(keys[0], self.rows, n=1, cutoff=0.0)

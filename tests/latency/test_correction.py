@@ -271,3 +271,22 @@ def test_new_networks_stay_below_as_often_as_asked(confidence: float) -> None:
         ratios = np.exp(0.05 * rng.standard_normal(41))
         below += ratios[40] <= report_of(ratios[:40].tolist()).upper_factor(confidence)
     assert below / 300 >= confidence - 3 * (confidence * (1 - confidence) / 300) ** 0.5
+
+
+def test_a_correction_that_predicts_no_time_for_a_network_is_not_chosen() -> None:
+    """One network that takes far less than its rows say turns the constant negative for the others."""
+    sums = np.array([1.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+    measured = 1.0 * (sums - 2.0)
+    measured[0] = 1e-3
+    checks = Checks(sums, np.full(8, 4.0), measured, 0.1)
+    assert leave_one_out("affine", checks)[0] < 0
+    _, report = assess(checks, samples_of(checks))
+    assert report.chosen in ("raw", "scale")
+    assert min(network.predicted_ms for network in report.networks) > 0
+
+
+def test_a_correction_that_cannot_be_used_is_not_chosen() -> None:
+    checks = networks(0.7, 0.0, 2.0)
+    correction, report = assess(checks, samples_of(checks), usable=lambda found: found.constant_ms == 0)
+    assert report.chosen in ("raw", "scale")
+    assert correction.constant_ms == 0

@@ -2,23 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from autocompress.cost import operation_cost
-from autocompress.errors import StorageError, TableError
+from autocompress.errors import NegativeLatencyError, StorageError, TableError
+from autocompress.latency.correction import Correction
 from autocompress.latency.plan import check_networks, distinct_blocks
 from autocompress.latency.profile import SAMPLES_FILE, TABLE_FILE, profile
-from autocompress.latency.runtime import Run
+from autocompress.latency.runtime import Blocks, Run
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.ops import Ops, block_key
-from autocompress.space import Block, SearchSpace
+from autocompress.space import Block, Codes, SearchSpace
 from search_spaces.mobilenet_v3 import mobilenet_v3
+from search_spaces.nas_bench_201 import nas_bench_201
+from search_spaces.nas_bench_201_ops import Cell
 
 TARGET = load_target()
+CELLS = nas_bench_201(channels=1, cells=1, resolution=4)
 
 
 def price_ms(ops: Ops) -> float:
@@ -294,3 +298,51 @@ def test_operations_alone_can_be_asked_for(space: SearchSpace, tmp_path: Path, c
     assert not any(" > " in key for key in table.rows)
     with pytest.raises(TableError, match="granularity must be one of auto, block, op, got 'layer'"):
         run(space, tmp_path, clock, granularity="layer")
+
+
+def test_check_networks_run_all_that_they_are_priced_for() -> None:
+    """Runtimes leave out what no output depends on: such networks tell nothing about prices."""
+    codes = check_networks(CELLS, 40)
+    assert len(codes) == 40
+    cells = [op for row in codes for _, ops in CELLS.operations(row) for op in ops if isinstance(op, Cell)]
+    assert all(cell.runs_all for cell in cells)
+    macs = operation_cost(CELLS, "macs").of(codes)
+    # The least that runs is a cell of identities, the most one of 3x3 convolutions.
+    assert macs[0] == operation_cost(CELLS, "macs").of(CELLS.smallest())[0]
+    assert (codes[-1] == CELLS.largest()).all()
+    nothing = nas_bench_201(operations=["none"], resolution=4)
+    assert check_networks(nothing, 5).shape == (0, 6)
+
+
+def test_no_network_is_predicted_to_take_less_than_no_time(tmp_path: Path) -> None:
+    """Whole networks take the sum of their rows less 5.5 ms: more than the fixed rows of a network take."""
+    operations = ("none", "nor_conv_1x1", "nor_conv_3x3")
+    space = nas_bench_201(channels=1, cells=1, resolution=4, operations=operations)
+
+    def prepare(blocks: Blocks, target: Target) -> Run:
+        return lambda: sum(price_ms(ops) for _, ops in blocks)
+
+    def prepare_network(codes: Codes) -> Run:
+        return lambda: sum(price_ms(ops) for _, ops in space.priced_operations(codes)) - 5.5
+
+    table = profile(
+        space,
+        TARGET,
+        folder=tmp_path,
+        timer=lambda run: float(cast(float, run())),
+        prepare=prepare,
+        prepare_network=prepare_network,
+        networks=30,
+        granularity="block",
+        min_rounds=6,
+        max_rounds=6,
+    )
+    report = table.error_report
+    assert report is not None
+    # The right form for the networks that were measured, and useless for one that has the fixed rows alone.
+    assert report.forms["affine"].mape_percent == pytest.approx(0, abs=1e-6)
+    assert report.chosen != "affine"
+    assert table.cost(space).minimum >= 0
+    wrong = replace(table, correction=Correction("affine", 1.0, 0.0, -5.5))
+    with pytest.raises(NegativeLatencyError, match=r"predicts -1\.\d+ ms for the smallest network"):
+        wrong.cost(space)

@@ -4,11 +4,14 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autocompress.cost import operation_cost
@@ -66,6 +69,32 @@ def test_a_cell_says_whether_its_output_depends_on_its_input(cell: str, connecte
     module = op.module().eval()
     outputs = [module(torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(i))) for i in (0, 1)]
     assert torch.equal(*outputs) == (not connected)
+
+
+@given(st.tuples(*[st.sampled_from(OPERATIONS)] * 6))
+@settings(max_examples=60, deadline=None)
+def test_a_cell_says_whether_a_runtime_runs_all_of_it(operations: tuple[str, ...]) -> None:
+    """A second implementation: what each edge gives follows the image, and the output follows the edge."""
+    op = Cell(4, 6, cell_text(list(operations)))
+    torch.manual_seed(0)
+    module = op.module().eval()
+    images = torch.randn(2, 1, 4, 6, 6)
+    plain = module(images[0])
+    needed = True
+    for edge in module.children():
+        given_off: list[torch.Tensor] = []
+
+        def disturb(
+            _: Any, __: Any, output: torch.Tensor, seen: list[torch.Tensor] = given_off
+        ) -> torch.Tensor:
+            seen.append(output)
+            return output + 1 + torch.rand_like(output)
+
+        handle = edge.register_forward_hook(disturb)
+        outputs = [module(image) for image in images]
+        handle.remove()
+        needed &= not torch.equal(*given_off) and not torch.equal(outputs[0], plain)
+    assert op.runs_all == (needed and op.connected)
 
 
 # Counts -----------------------------------------------------------------------------------------------
