@@ -13,6 +13,10 @@ COMPOUND_STEPS = 200
 MAX_COMPOUND_EXPONENT = 10.0
 
 
+# Draws of random networks before cells that are cut in two are given up on.
+MAX_ROUNDS = 100
+
+
 def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -92,3 +96,21 @@ def uniform_candidates(constraints: Constraints) -> Codes:
         if len(fitting):
             best.append(fitting[int(constraints.violation(fitting).argmax())])
     return _distinct(np.array(best)) if best else np.zeros((0, len(space.choices)), dtype=np.int64)
+
+
+def random_networks(constraints: Constraints, n: int, rng: np.random.Generator, *, at_least: float) -> Codes:
+    """Draw networks as `Constraints.sample` does, again where the output does not depend on the input.
+
+    Nobody would train a network that is cut in two: beside it, any search looks good.
+
+    Returns:
+        Canonical codes `(n, choices)`; networks that are cut in two only where nothing else was drawn.
+    """
+    space = constraints.space
+    drawn = constraints.sample(n, rng, at_least=at_least)
+    for _ in range(MAX_ROUNDS):
+        cut = [row for row in range(len(drawn)) if not space.connected(drawn[row])]
+        if not cut:
+            break
+        drawn[cut] = constraints.sample(len(cut), rng, at_least=at_least)
+    return drawn

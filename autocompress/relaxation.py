@@ -22,7 +22,7 @@ from autocompress.cost import AdditiveCost, Cost
 from autocompress.elastic.marginal import width_choices
 from autocompress.errors import BudgetError, SpaceError, TrainingError
 from autocompress.exact import Optimum, separable, solve
-from autocompress.ops import CellSpec, Ops
+from autocompress.ops import Ops
 from autocompress.proposals import every_feasible
 from autocompress.space import Choice, Codes, Option, SearchSpace
 
@@ -244,15 +244,10 @@ class Relaxation(nn.Module):
         refused = list(forbidden)
         while True:
             found = solve(value, constraints, sense="maximize", forbidden=refused)
-            if self.connects(found.codes):
+            if self.space.connected(found.codes):
                 return found
             (arch,) = self.space.decode(found.codes)
             refused.append(dict(arch.settings))
-
-    def connects(self, codes: Codes) -> bool:
-        """Return whether the output of a network depends on its input: cells can be cut in two."""
-        cells = (op for _, ops in self.space.operations(codes) for op in ops if isinstance(op, CellSpec))
-        return all(cell.connected for cell in cells)
 
     def most_probable(self, weights: Mapping[str, Tensor]) -> Codes:
         """Return the network of the most probable options, `(1, choices)`, whatever it costs."""
@@ -287,7 +282,7 @@ class Relaxation(nn.Module):
         filling = np.any(uses, axis=0) if uses and at_least > 0 else np.ones(len(codes), dtype=np.bool_)
         for wanted in (allowed & filling, allowed):
             for index in order[wanted[order]]:
-                if self.connects(codes[[index]]):
+                if self.space.connected(codes[[index]]):
                     top = float(values[index])
                     seconds = time.perf_counter() - start
                     return Optimum(codes[[index]], top, top, 0.0, True, "enumeration", seconds)

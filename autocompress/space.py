@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.errors import SpaceError
-from autocompress.ops import Ops, block_key
+from autocompress.ops import CellSpec, Ops, block_key
 
 if TYPE_CHECKING:
     from autocompress.elastic.supernet import Supernet
@@ -533,6 +533,29 @@ class SearchSpace:
     def priced_operations(self, codes: Codes) -> list[tuple[str, Ops]]:
         """Return name and operations of every active priced block of one architecture, see `operations`."""
         return self._operations(self.priced_blocks, codes)
+
+    def cells(self, codes: Codes) -> list[CellSpec]:
+        """Return the cells of one architecture, in order; most spaces have none."""
+        return [
+            op
+            for _, ops in self._operations(self._cell_blocks, codes)
+            for op in ops
+            if isinstance(op, CellSpec)
+        ]
+
+    def connected(self, codes: Codes) -> bool:
+        """Return whether the output of an architecture depends on its input: cells can be cut in two."""
+        return all(cell.connected for cell in self.cells(codes))
+
+    @cached_property
+    def _cell_blocks(self) -> tuple[Block, ...]:
+        """Blocks that are cells."""
+        found = []
+        for block in self.blocks:
+            settings = (block.operations(*setting) for setting in self.block_settings(block))
+            if any(isinstance(op, CellSpec) for op in next((ops for ops in settings if ops), ())):
+                found.append(block)
+        return tuple(found)
 
     def _operations(self, blocks: Sequence[Block], codes: Codes) -> list[tuple[str, Ops]]:
         row = codes.reshape(-1)

@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given
 from small_spaces import spaces
 
-from autocompress.baselines import compound_networks, relative_networks, uniform_candidates
+from autocompress.baselines import compound_networks, random_networks, relative_networks, uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.cost import OPERATION_METRICS, operation_cost
 from autocompress.space import Choice, Codes, Option, SearchSpace
 from autocompress.testing.toys import toy_constraints, toy_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
+from search_spaces.nas_bench_201 import nas_bench_201
 
 
 def choices(**options: tuple[Option, ...]) -> SearchSpace:
@@ -150,3 +151,22 @@ def test_without_limits_the_largest_network_is_the_candidate() -> None:
     space = toy_space(2)
     constraints = Constraints(space, {"macs": operation_cost(space, "macs")}, {})
     assert space.largest()[0].tolist() in uniform_candidates(constraints).tolist()
+
+
+def test_random_networks_are_draws_that_are_not_cut_in_two() -> None:
+    space = nas_bench_201(channels=2, cells=1, resolution=8, operations=("none", "nor_conv_1x1"))
+    macs = operation_cost(space, "macs")
+    limits = Constraints(space, {"macs": macs}, {"macs": 0.9 * macs.maximum})
+    plain = limits.sample(40, np.random.default_rng(0))
+    drawn = random_networks(limits, 40, np.random.default_rng(0), at_least=0.0)
+    whole = np.array([space.connected(row) for row in plain])
+    assert 0 < whole.sum() < 40
+    np.testing.assert_array_equal(drawn[whole], plain[whole])
+    assert all(space.connected(row) for row in drawn)
+    assert limits.feasible(drawn).all()
+
+
+def test_random_networks_of_a_space_that_is_cut_in_two_are_drawn_all_the_same() -> None:
+    space = nas_bench_201(channels=2, cells=1, resolution=8, operations=("none",))
+    drawn = random_networks(Constraints(space, {}, {}), 3, np.random.default_rng(0), at_least=0.9)
+    np.testing.assert_array_equal(drawn, np.zeros((3, 6)))

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.cost import AdditiveCost, operation_cost
 from autocompress.errors import TableError
 from autocompress.latency.runtime import Blocks
 from autocompress.latency.widths import Steps, WidthGrid, family_of, make_grid
-from autocompress.ops import CellSpec, Ops, block_key
+from autocompress.ops import Ops, block_key
 from autocompress.space import Codes, SearchSpace
 
 CANDIDATES: Final = 2000
@@ -77,7 +76,7 @@ def check_networks(
     share = rng.random((CANDIDATES // 2, 1))
     moved = np.where(rng.random(towards.shape) < share, towards, drawn[: len(towards)])
     pool = np.unique(space.canonical(np.concatenate([extremes, drawn, moved])), axis=0)
-    pool = pool[_run_all(space, pool)]
+    pool = pool[[all(cell.runs_all for cell in space.cells(row)) for row in pool]]
     if not len(pool):
         return pool
     spread = (cost or operation_cost(space, "macs")).of(pool)
@@ -93,19 +92,6 @@ def check_networks(
         free[index] = False
         chosen.append(index)
     return pool[sorted(chosen, key=lambda index: float(spread[index]))]
-
-
-def _run_all(space: SearchSpace, codes: Codes) -> NDArray[np.bool_]:
-    """Return which networks run all that they are priced for; only cells can hold more."""
-    if not any(block.parts for block in space.blocks):
-        return np.ones(len(codes), dtype=np.bool_)
-    return np.array(
-        [
-            all(op.runs_all for _, ops in space.operations(row) for op in ops if isinstance(op, CellSpec))
-            for row in codes
-        ],
-        dtype=np.bool_,
-    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from autocompress.atomic import read_json, write_json
-from autocompress.baselines import uniform_candidates
+from autocompress.baselines import random_networks, uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
@@ -52,8 +52,8 @@ UNIFORM_RULE = (
     "compound scaling of depth, width and resolution, each as large as fits"
 )
 RANDOM_RULE = (
-    "random: uniform over genes, given that the network fits the budget and uses at least "
-    f"{RANDOM_AT_LEAST:.0%} of it"
+    "random: uniform over genes, given that the network's output depends on its input, and that it fits the "
+    f"budget and uses at least {RANDOM_AT_LEAST:.0%} of it"
 )
 
 Compared = tuple[str, Architecture, nn.Module]
@@ -112,7 +112,8 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     limits = constraints(run, shown)
     score = evaluator(run, supernet)
     uniform = run.space.decode(_best_uniform(run, limits, score))
-    drawn = limits.sample(
+    drawn = random_networks(
+        limits,
         run.recipe.random_networks,
         np.random.default_rng((run.recipe.search.seed, 3)),
         at_least=RANDOM_AT_LEAST,

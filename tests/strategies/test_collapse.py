@@ -284,7 +284,7 @@ def test_derived_networks_have_at_most_so_many_skips(most: int, budget: str) -> 
     favour(strategy)
     rows = every_network(CELLS)
     few = (rows == OPERATIONS.index(SKIP)).sum(axis=1) <= most
-    few &= [strategy.relaxation.connects(row[None]) for row in rows]
+    few &= [strategy.relaxation.space.connected(row[None]) for row in rows]
     logs = [p.detach().log().numpy() for p in strategy.relaxation.probabilities().values()]
     values = sum(log[rows[:, at]] for at, log in enumerate(logs))
     order = np.argsort(-np.where(few & constraints.feasible(rows), values, -np.inf))
