@@ -92,6 +92,14 @@ class OpSpec(ABC):
         return None
 
     @property
+    def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
+        """Which entries of shared parameters this operation uses, where these are not the leading ones.
+
+        Name of the parameter to axis to positions along it; other axes are used as a whole.
+        """
+        return {}
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the parameters in 32-bit floats."""
         return BYTES_PER_PARAMETER * self.params

@@ -1,0 +1,103 @@
+"""A user's model with some of its channels as one operation of a space, priced layer by layer."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from autocompress.ops import OpSpec, Shape
+from autocompress.prune.source import Source, Widths, at_widths
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class NarrowNetwork(OpSpec):
+    """A whole model with so many units of each group of channels.
+
+    Attributes:
+        name: Of the model's class.
+        digest: Of its weights and groups: equal networks of equal models are equal.
+        widths: Units kept of each group.
+        source: The model.
+    """
+
+    name: str
+    digest: str
+    widths: Widths
+    source: Source = field(compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        """Model and widths."""
+        return f"{type(self).__name__}(name={self.name},digest={self.digest},widths={self.widths})"
+
+    @property
+    def ops(self) -> tuple[OpSpec, ...]:
+        """The operations of the narrow model that cost something."""
+        return tuple(at_widths(priced, self.source, self.widths) for priced in self.source.trace.priced)
+
+    @property
+    def in_shape(self) -> Shape:
+        """Channels, height and width of the images."""
+        return self.source.trace.in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        """The output, filled up to three axes with ones."""
+        shape = (*self.source.trace.out_shape, 1, 1)
+        return shape[0], shape[1], shape[2]
+
+    @property
+    def macs(self) -> int:
+        """Of all operations."""
+        return sum(op.macs for op in self.ops)
+
+    @property
+    def params(self) -> int:
+        """Of all operations."""
+        return sum(op.params for op in self.ops)
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """Of all operations."""
+        return tuple(tensor for op in self.ops for tensor in op.weight_tensors)
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """Of all operations."""
+        return tuple(tensor for op in self.ops for tensor in op.other_tensors)
+
+    @property
+    def peak_elements(self) -> int:
+        """The largest input and output of an operation: what a chain of them would hold."""
+        return max(math.prod(op.in_shape) + math.prod(op.out_shape) for op in self.ops)
+
+    @property
+    def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
+        """Which channels of each parameter are kept."""
+        found: dict[str, dict[int, Sequence[int]]] = {}
+        for name, axis, kept in self.source.positions(self.widths):
+            found.setdefault(name, {})[axis] = kept.tolist()
+        return found
+
+    def module(self) -> "nn.Module":
+        """Build the narrow model with random weights, as its own layers initialise themselves."""
+        import torch
+
+        empty = self.source.empty(self.widths)
+        if torch.get_default_device().type == "meta":
+            return empty.train()
+        return self.source.filled(empty, self.widths).train()
+
+    @classmethod
+    def shared_module(cls, ops: Sequence[OpSpec]) -> "nn.Module":
+        """Return the model with its trained weights: what a search starts from."""
+        (source,) = {id(op.source): op.source for op in ops if isinstance(op, NarrowNetwork)}.values()
+        return source.narrowed(source.full)
+
+    def at(self, widths: Widths) -> "NarrowNetwork":
+        """Return the same model at other widths."""
+        return dataclasses.replace(self, widths=widths)
