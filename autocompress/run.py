@@ -293,7 +293,8 @@ def make_space(
 
     Args:
         recipe: Names it and its arguments.
-        data: Asked for channels and classes if the constructor takes them and the recipe leaves them open.
+        data: Asked for channels, classes and images if the constructor takes them and the recipe leaves
+            them open.
         others: Arguments instead of those of the recipe.
         key: What errors call the arguments.
 
@@ -310,6 +311,8 @@ def make_space(
             raise RecipeError(f"{key}.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
     if "in_channels" in parameters and "in_channels" not in arguments:
         arguments["in_channels"] = data().in_shape[0]
+    if "image" in parameters and "image" not in arguments:
+        arguments["image"] = list(data().in_shape)
     if "classes" in parameters and "classes" not in arguments:
         arguments["classes"] = data().classes or _outputs(data())
     try:

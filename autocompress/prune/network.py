@@ -1,11 +1,11 @@
 """A user's model with some of its channels as one operation of a space, priced layer by layer."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from autocompress.errors import CostError
 from autocompress.ops import OpSpec, Shape
 from autocompress.prune.source import Source, Widths, at_widths
 
@@ -72,8 +72,12 @@ class NarrowNetwork(OpSpec):
 
     @property
     def peak_elements(self) -> int:
-        """The largest input and output of an operation: what a chain of them would hold."""
-        return max(math.prod(op.in_shape) + math.prod(op.out_shape) for op in self.ops)
+        """Not known: what is alive at once depends on the order in which a runtime runs the graph.
+
+        Raises:
+            CostError: Always.
+        """
+        raise CostError("the peak of activations of a user's model is not computed: measure the process")
 
     @property
     def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
