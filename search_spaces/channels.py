@@ -1,8 +1,8 @@
 """The channels of a user's own model: how many of each group are kept.
 
-A group is what has to be cut together: the outputs of one layer, or of several that additions and the like tie
-(`autocompress.prune`). An option is how many units of it are kept, the most important ones first. Nothing is
-built to price a network; what is built is the user's own model with fewer channels.
+A group is what has to be cut together: the outputs of one layer, or of several that additions and the like
+tie (`autocompress.prune`). An option is how many units of it are kept, the most important ones first. Nothing
+is built to price a network; what is built is the user's own model with fewer channels.
 """
 
 import dataclasses
@@ -92,7 +92,9 @@ def channel_space(source: Source, *, steps: int = 10, align: int = 1) -> SearchS
         Choice(group.name, _options(len(group), least, steps, align))
         for group, least in zip(source.groups, source.least, strict=True)
     )
-    parts = [part for number, priced in enumerate(source.trace.priced) for part in _parts(source, number, priced)]
+    parts = [
+        part for number, priced in enumerate(source.trace.priced) for part in _parts(source, number, priced)
+    ]
     names = tuple(choice.name for choice in choices)
     whole = NarrowNetwork(type(source.model).__name__, source.digest, source.full, source)
     block = Block("network", names, partial(_network, whole), tuple(parts))
@@ -114,7 +116,7 @@ def _network(whole: NarrowNetwork, *widths: Option) -> Ops:
 
 
 Counts = tuple[int, tuple[tuple[int, tuple[int, ...]], ...]]
-"""Channels that always stay; position of a choice of the block, and how many more each number of units adds."""
+"""Channels that always stay; place of a choice of the block, and how many more each number of units adds."""
 
 
 def _parts(source: Source, number: int, priced: Priced) -> list[Block]:
@@ -140,7 +142,9 @@ def _bare(op: OpSpec) -> OpSpec:
     return dataclasses.replace(op, bias=False, norm=False)  # type: ignore[call-arg]
 
 
-def _block(source: Source, name: str, op: OpSpec, found: Mapping[str, tuple[int, Mapping[int, Any]]]) -> Block:
+def _block(
+    source: Source, name: str, op: OpSpec, found: Mapping[str, tuple[int, Mapping[int, Any]]]
+) -> Block:
     groups = sorted({group for _, added in found.values() for group in added})
     places = {group: place for place, group in enumerate(groups)}
     counts = {

@@ -21,6 +21,7 @@ NORM_EPS = 1e-5
 MAX_STATICS = 256
 """Modules without values that a layer keeps for operations it has run: a cell may have thousands."""
 
+
 class Normalise(Protocol):
     """Batch norm as a function; whoever gives it decides the statistics."""
 
@@ -365,7 +366,7 @@ class ElasticModule(ElasticLayer):
         return SharedParts(self.module, normalise)
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the entries of each parameter that the operation uses: the leading ones, or those it names."""
+        """Return the entries of each parameter that the operation uses: leading ones, or those it names."""
         own = dict(self.named_parameters()) if parameters is None else parameters
         shapes = {name: p.shape for name, p in self._static(op)[0].named_parameters()}
         named = op.entries

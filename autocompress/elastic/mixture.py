@@ -111,8 +111,8 @@ class Mixture(nn.Module):
         return run_mixture(self.supernet, x, self._arch, self._gates, affine=False, channels=self._channels)
 
 
-def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.batch_norm(x, None, None, None, None, training=True, eps=NORM_EPS)
+def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return F.batch_norm(x, None, None, None, None, training=True, eps=eps)
 
 
 def _check(supernet: Supernet, gates: Gates) -> None:

@@ -1,9 +1,9 @@
 """Labels of channels: which channels of a network must be kept or removed together.
 
-Every channel that a layer makes gets a label, a positive integer; 0 is what has to stay. Labels travel with the
-channels through the network. An addition makes pairs of them one (a union); a concatenation puts them side by
-side; flattening repeats them. In the end a unit is a set of joined labels, and units that some layer makes side
-by side are a group: one width decides how many of them are kept.
+Every channel that a layer makes gets a label, a positive integer; 0 is what has to stay. Labels travel with
+the channels through the network. An addition makes pairs of them one (a union); a concatenation puts them
+side by side; flattening repeats them. In the end a unit is a set of joined labels, and units that some layer
+makes side by side are a group: one width decides how many of them are kept.
 """
 
 from collections.abc import Iterable

@@ -93,9 +93,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the libraries raise errors of every kind
+    except Exception as error:  # noqa: BLE001  (the libraries raise errors of every kind)
         raise ConversionError(
-            f"weights {path} cannot be read: {error}; a state dict is expected, as safetensors or by torch.save"
+            f"weights {path} cannot be read: {error}; a state dict is expected, as safetensors or by "
+            "torch.save"
         ) from None
     # Training scripts keep it beside other things.
     for key in ("state_dict", "model"):

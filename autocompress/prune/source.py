@@ -1,4 +1,4 @@
-"""A model that can be narrowed: its groups of channels, what each width of them costs, and the narrow model."""
+"""A model that can be narrowed: its groups of channels, how many are kept, and the narrow model."""
 
 import copy
 import dataclasses
@@ -242,12 +242,10 @@ class Source:
         replaced = {id(tensors[name]): cut for name, cut in cuts.items()}
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for own, tensor in list(module._parameters.items()):
-                if tensor is not None and id(tensor) in replaced:
-                    new = made.setdefault(
-                        id(tensor), nn.Parameter(replaced[id(tensor)], requires_grad=tensor.requires_grad)
-                    )
-                    module._parameters[own] = new
+            for own, old in list(module._parameters.items()):
+                if old is not None and id(old) in replaced:
+                    new = nn.Parameter(replaced[id(old)], requires_grad=old.requires_grad)
+                    module._parameters[own] = made.setdefault(id(old), new)
             for own, buffer in list(module._buffers.items()):
                 if buffer is not None and id(buffer) in replaced:
                     module._buffers[own] = replaced[id(buffer)]

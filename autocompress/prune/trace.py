@@ -1,15 +1,15 @@
 """Which channels of a PyTorch model hang together, read off its exported graph.
 
-The graph is run once with labels instead of numbers (`labels.py`): operations that only move channels about
-(views, concatenations, chunks) are run on the labels as they are, convolutions and linear layers make new ones.
-What is not understood keeps its channels, and is reported.
+The graph is run once with labels instead of numbers (`labels.py`): operations that only move channels
+about (views, concatenations, chunks) are run on the labels as they are, convolutions and linear layers make
+new ones. What is not understood keeps its channels, and is reported.
 """
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,11 +77,12 @@ class Trace:
 
 # Of these the output has the labels of the only tensor among the inputs.
 _SAME = {
-    "relu", "relu_", "relu6", "relu6_", "silu", "silu_", "gelu", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_",
-    "hardswish", "hardswish_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "tanh", "tanh_",
-    "mish", "mish_", "softplus", "dropout", "dropout_", "feature_dropout", "clone", "contiguous", "detach", "alias",
-    "to", "_to_copy", "neg", "exp", "sqrt", "rsqrt", "abs", "clamp", "clamp_", "clamp_min", "pow", "threshold",
-    "lift_fresh_copy", "rrelu", "celu", "selu", "hardshrink",
+    "relu", "relu_", "relu6", "relu6_", "silu", "silu_", "gelu", "sigmoid", "sigmoid_", "hardsigmoid",
+    "hardsigmoid_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_",
+    "elu", "elu_", "tanh", "tanh_", "mish", "mish_", "softplus", "dropout", "dropout_",
+    "feature_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg", "exp", "sqrt",
+    "rsqrt", "abs", "clamp", "clamp_", "clamp_min", "pow", "threshold", "lift_fresh_copy", "rrelu",
+    "celu", "selu", "hardshrink",
 }  # fmt: skip
 # These act on each channel alone and change the size of the image.
 _SPATIAL = {
@@ -90,16 +91,16 @@ _SPATIAL = {
 }  # fmt: skip
 # These move channels about: they are run on the labels.
 _MOVES = {
-    "view", "reshape", "flatten", "permute", "transpose", "cat", "chunk", "split", "split_with_sizes", "slice",
-    "select", "unsqueeze", "squeeze", "expand", "unbind", "stack", "pixel_shuffle", "_unsafe_view", "unflatten",
-    "numpy_T", "t", "movedim", "narrow", "channel_shuffle",
+    "view", "reshape", "flatten", "permute", "transpose", "cat", "chunk", "split", "split_with_sizes",
+    "slice", "select", "unsqueeze", "squeeze", "expand", "unbind", "stack", "pixel_shuffle",
+    "_unsafe_view", "unflatten", "numpy_T", "t", "movedim", "narrow", "channel_shuffle",
 }  # fmt: skip
 _PAIRS = {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum"}
 _REDUCES = {"mean", "sum", "amax", "amin"}
 _ACTIVATIONS = {
-    "relu": "relu", "relu_": "relu", "silu": "silu", "silu_": "silu", "hardswish": "hard_swish",
-    "hardswish_": "hard_swish", "hardsigmoid": "hard_sigmoid", "hardsigmoid_": "hard_sigmoid", "sigmoid": "sigmoid",
-    "relu6": "relu6", "relu6_": "relu6",
+    "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "silu": "silu", "silu_": "silu",
+    "hardswish": "hard_swish", "hardswish_": "hard_swish", "hardsigmoid": "hard_sigmoid",
+    "hardsigmoid_": "hard_sigmoid", "sigmoid": "sigmoid",
 }  # fmt: skip
 
 
@@ -124,8 +125,8 @@ def trace(model: nn.Module, image: Tensor) -> Trace:
     except Exception as error:
         raise ConversionError(
             f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; control flow that depends on "
-            "values has to go, or be moved out of the network"
+            f"{next(iter(str(error).strip().splitlines()), '')}; control flow that depends on values has to "
+            "go, or be moved out of the network"
         ) from error
     return _Tracer(still, program).run(image)
 
@@ -191,8 +192,8 @@ class _Tracer:
         name = _name(node)
         inputs = [n for n in _tensors(node) if n in self.labels]
         if name == "getitem":
-            source = self.labels[node.args[0]]  # type: ignore[index]
-            self.labels[node] = source[node.args[1]] if isinstance(source, tuple | list) else source
+            source = self.labels[_args(node)[0]]
+            self.labels[node] = source[_args(node)[1]] if isinstance(source, tuple | list) else source
         elif name == "conv2d":
             self._convolution(node)
         elif name == "linear":
@@ -200,12 +201,12 @@ class _Tracer:
         elif name == "batch_norm":
             self._batch_norm(node)
         elif name == "prelu":
-            self._scaled(node, inputs[0], node.args[1])
+            self._scaled(node, inputs[0], _args(node)[1])
         elif name in _SAME and len(inputs) == 1:
             self.labels[node] = self.labels[inputs[0]]
         elif name in _SPATIAL and len(inputs) == 1:
             self._pool(node, name, inputs[0])
-        elif name == "pad" and len(inputs) == 1 and len(node.args[1]) <= 4:  # type: ignore[arg-type]
+        elif name == "pad" and len(inputs) == 1 and len(_args(node)[1]) <= 4:
             self.labels[node] = _resized(self.labels[inputs[0]], _shape(node))
         elif name in _MOVES:
             self._move(node, name)
@@ -234,7 +235,7 @@ class _Tracer:
 
     def _convolution(self, node: Node) -> None:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given = dict(zip(names, _args(node), strict=False)) | dict(node.kwargs)
         weight_name, bias_name = self._stored(given["weight"]), self._stored(given.get("bias"))
         source = self.labels[given["input"]]
         groups = int(given.get("groups", 1))
@@ -270,8 +271,8 @@ class _Tracer:
     def _price_convolution(
         self, node: Node, owner: str, given: Mapping[str, Any], entering: Labels, leaving: Labels, bias: bool
     ) -> None:
-        weight = self.tensors[self._stored(given["weight"])]  # type: ignore[index]
-        groups, kernel = int(given.get("groups", 1)), tuple(weight.shape[2:])
+        weight = self.tensors[str(self._stored(given["weight"]))]
+        groups, kernel = int(given.get("groups", 1)), _two(tuple(weight.shape[2:]))
         stride, dilation = _two(given.get("stride", 1)), _two(given.get("dilation", 1))
         padding = given.get("padding", 0)
         height, width = _shape(given["input"])[2:]
@@ -285,13 +286,13 @@ class _Tracer:
         widths = {"in_channels": entering, "out_channels": leaving}
         if groups > 1:
             widths["groups"] = entering if groups == len(entering) else np.zeros(groups, dtype=np.int64)
-        common = {"bias": bias, "norm": norm, "activation": activation, "groups": groups}
+        common: dict[str, Any] = {"bias": bias, "norm": norm, "activation": activation, "groups": groups}
         shape = (len(entering), len(leaving), height, width)
         op: OpSpec
         if usual:
-            op = Conv2d(*shape, kernel=kernel[0], stride=stride[0], **common)  # type: ignore[arg-type]
+            op = Conv2d(*shape, kernel=kernel[0], stride=stride[0], **common)
         else:
-            op = Convolution(*shape, kernel, stride, padding, dilation, **common)  # type: ignore[arg-type]
+            op = Convolution(*shape, kernel, stride, padding, dilation, **common)
         self.priced.append(Priced(owner, op, widths))
         self._count([self._stored(given["weight"]), self._stored(given.get("bias"))])
 
@@ -300,7 +301,7 @@ class _Tracer:
         following = _only_user(node)
         norm = following is not None and _name(following) == "batch_norm"
         if norm and following is not None:
-            weight, bias = (self._stored(following.args[at]) for at in (1, 2))
+            weight, bias = (self._stored(_args(following)[at]) for at in (1, 2))
             norm = weight is not None and bias is not None
             if norm:
                 self.absorbed.add(following)
@@ -309,15 +310,17 @@ class _Tracer:
         activation = "none"
         if following is not None:
             activation = _ACTIVATIONS.get(_name(following), "none")
-            if _name(following) in ("hardtanh", "hardtanh_") and tuple(following.args[1:]) == (0.0, 6.0):
+            if _name(following) in ("hardtanh", "hardtanh_") and tuple(_args(following)[1:]) == (0.0, 6.0):
                 activation = "relu6"
         return norm, activation
 
     def _linear(self, node: Node) -> None:
-        source, weight_name = node.args[0], self._stored(node.args[1])
-        bias_name = self._stored(node.args[2]) if len(node.args) > 2 else None
+        source, weight_name = _args(node)[0], self._stored(_args(node)[1])
+        bias_name = self._stored(_args(node)[2]) if len(_args(node)) > 2 else None
         if weight_name is None or not isinstance(source, Node):
-            self._unknown(node, "a linear layer with computed weights", [n for n in _tensors(node) if n in self.labels])
+            self._unknown(
+                node, "a linear layer with computed weights", [n for n in _tensors(node) if n in self.labels]
+            )
             return
         shape = _shape(source)
         entering = self._channels(self.labels[source], len(shape) - 1, node)
@@ -348,18 +351,18 @@ class _Tracer:
         return labels
 
     def _batch_norm(self, node: Node) -> None:
-        source = node.args[0]
+        source = _args(node)[0]
         if not isinstance(source, Node):
             return
         labels = self.labels[source]
         channels = self._channels(labels, 1, node)
         for at in (1, 2, 3, 4):
-            name = self._stored(node.args[at])
+            name = self._stored(_args(node)[at])
             if name is not None:
                 self._slice(name, 0, channels)
         self.labels[node] = labels
         if node not in self.absorbed:
-            names = [name for at in (1, 2) if (name := self._stored(node.args[at]))]
+            names = [name for at in (1, 2) if (name := self._stored(_args(node)[at]))]
             shape = _shape(node)
             size = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
             op = BatchNorm(len(channels), *size, affine=bool(names))
@@ -384,7 +387,10 @@ class _Tracer:
         if name == "adaptive_avg_pool2d" and after[2:] == (1, 1):
             self.priced.append(Priced(node.name, GlobalAvgPool(*before[1:]), {"channels": channels}))
         elif name == "max_pool2d":
-            kernel, stride = _two(node.args[1]), _two(node.args[2] if len(node.args) > 2 else node.args[1])
+            kernel, stride = (
+                _two(_args(node)[1]),
+                _two(_args(node)[2] if len(_args(node)) > 2 else _args(node)[1]),
+            )
             if kernel[0] == kernel[1] and stride[0] == stride[1]:
                 op = MaxPool(*before[1:], kernel=kernel[0], stride=stride[0])
                 if op.out_shape[1:] == after[2:]:
@@ -392,10 +398,10 @@ class _Tracer:
 
     def _move(self, node: Node, name: str) -> None:
         """Run the operation on the labels; parts of equal size are kept equal."""
-        args = torch.fx.map_arg(node.args, lambda n: self.labels.get(n, n))
+        args = torch.fx.map_arg(_args(node), lambda n: self.labels.get(n, n))
         kwargs = torch.fx.map_arg(dict(node.kwargs), lambda n: self.labels.get(n, n))
         try:
-            found = node.target(*args, **kwargs)  # type: ignore[operator]
+            found = cast(Any, node.target)(*args, **kwargs)
         except Exception:  # noqa: BLE001  (whatever it is, its channels stay)
             self._unknown(node, name, [n for n in _tensors(node) if n in self.labels])
             return
@@ -406,11 +412,13 @@ class _Tracer:
                 for part in parts[1:]:
                     self.unions.join(parts[0], part)
             else:
-                self._fix(args[0], f"{name} in {_module(node) or 'the model'} makes parts of unequal size", "")
+                self._fix(
+                    args[0], f"{name} in {_module(node) or 'the model'} makes parts of unequal size", ""
+                )
 
     def _pair(self, node: Node, name: str, inputs: Sequence[Node]) -> None:
         shape = _shape(node)
-        parameters = [found for arg in node.args if (found := self._stored(arg)) is not None]
+        parameters = [found for arg in _args(node) if (found := self._stored(arg)) is not None]
         if not inputs:
             self.labels[node] = torch.zeros((), dtype=torch.long).expand(shape)
             return
@@ -453,8 +461,8 @@ class _Tracer:
 
     def _reduce(self, node: Node, source: Node) -> None:
         labels, shape = self.labels[source], _shape(node)
-        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        listed = [axes] if isinstance(axes, int) else list(axes or range(labels.dim()))  # type: ignore[call-overload]
+        axes: Any = _args(node)[1] if len(_args(node)) > 1 else node.kwargs.get("dim")
+        listed = [axes] if isinstance(axes, int) else list(axes or range(labels.dim()))
         first = labels
         for axis in sorted({int(axis) % labels.dim() for axis in listed}):
             if bool((labels != labels.select(axis, 0).unsqueeze(axis)).any()):
@@ -514,11 +522,7 @@ class _Tracer:
             if not fixed.any():
                 continue
             reason, advice = next(
-                (
-                    (why, what)
-                    for members, why, what in self.reasons
-                    if np.intersect1d(members, labels).size
-                ),
+                ((why, what) for members, why, what in self.reasons if np.intersect1d(members, labels).size),
                 ("it is tied to channels that have to stay", ""),
             )
             found.append(Kept(name, int(fixed.sum()), reason, advice))
@@ -536,6 +540,10 @@ def _module(node: Node) -> str:
     """Return the name of the innermost module that a node ran in."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _shape(node: Any) -> tuple[int, ...]:
