@@ -252,6 +252,11 @@ def train(run: Run, shown: Shown) -> Supernet:
             supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return supernet.eval()
     check(run)
+    if not run.recipe.train.epochs and not run.space.settings.get("weights"):
+        raise RecipeError(
+            f"train.epochs 0 leaves the supernet of {run.space.name!r} as it was made, with random weights: "
+            "train at least 1 epoch; only a model that brings weights needs none (space.arguments.weights)"
+        )
     with shown.stage("train the supernet") as progress:
         position = train_supernet(
             supernet, run.data, run.task, run.recipe.train, checkpoint=path, progress=progress
@@ -259,7 +264,8 @@ def train(run: Run, shown: Shown) -> Supernet:
     write_json(report, vars(position))
     last = {name: score for _, name, score in position.scores}
     scores = ", ".join(f"{name} {score:.4f}" for name, score in last.items())
-    shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
+    if scores:
+        shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
     return supernet.eval()
 
 
