@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autocompress.errors import CostError
+from autocompress.errors import ConversionError, CostError
 from autocompress.ops import OpSpec, Shape
 from autocompress.prune.source import Source, Widths, at_widths
+from autocompress.space import SearchSpace
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,3 +106,16 @@ class NarrowNetwork(OpSpec):
     def at(self, widths: Widths) -> "NarrowNetwork":
         """Return the same model at other widths."""
         return dataclasses.replace(self, widths=widths)
+
+
+def source_of(space: SearchSpace) -> Source:
+    """Return the model that a space narrows.
+
+    Raises:
+        ConversionError: It narrows none.
+    """
+    for _, ops in space.operations(space.smallest()):
+        for op in ops:
+            if isinstance(op, NarrowNetwork):
+                return op.source
+    raise ConversionError(f"space {space.name!r} does not narrow a model; space channels does")
