@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from autocompress.errors import SpaceError
 from autocompress.ops import Ops, OpSpec
@@ -61,7 +60,9 @@ def channels(
         if name in taken and name not in given and value is not None:
             given[name] = value
     found = load_model(model, given, weights)
-    space = channel_space(Source(found, torch.zeros(1, *image), ignore=ignore), steps=steps, align=align)
+    source = Source(found, torch.zeros(1, *image), ignore=ignore)
+    source.origin = {"model": model, "arguments": given}
+    space = channel_space(source, steps=steps, align=align)
     settings = {
         "model": model,
         "image": list(image),
@@ -99,11 +100,6 @@ def channel_space(source: Source, *, steps: int = 10, align: int = 1) -> SearchS
     whole = NarrowNetwork(type(source.model).__name__, source.digest, source.full, source)
     block = Block("network", names, partial(_network, whole), tuple(parts))
     return SearchSpace("channels", choices, (block,))
-
-
-def model_of(network: nn.Module) -> nn.Module:
-    """Return the user's own model out of a network of the space."""
-    return network.get_submodule("network.0")
 
 
 def _options(units: int, least: int, steps: int, align: int) -> tuple[int, ...]:

@@ -119,3 +119,8 @@ def source_of(space: SearchSpace) -> Source:
             if isinstance(op, NarrowNetwork):
                 return op.source
     raise ConversionError(f"space {space.name!r} does not narrow a model; space channels does")
+
+
+def model_of(network: "nn.Module") -> "nn.Module":
+    """Return the user's own model out of a network of the space."""
+    return network.get_submodule("network.0")

@@ -74,6 +74,8 @@ class Source:
         groups: What can be narrowed.
         ranking: Units of each group, from the most to the least important.
         least: How many units of each group have to stay.
+        origin: How the model is made again: `model`, the name of its factory, and `arguments`; empty if it
+            was given as an object.
 
     Raises:
         ConversionError: The model cannot be traced, has a weight that is not finite, or nothing of it can be
@@ -82,6 +84,7 @@ class Source:
 
     def __init__(self, model: nn.Module, image: Tensor, *, ignore: Sequence[str] = ()) -> None:
         """Trace the model, and try out that what is left of it computes the same."""
+        self.origin: Mapping[str, Any] = {}
         self.model = copy.deepcopy(model).eval()
         for name, tensor in self.model.named_parameters():
             if not bool(torch.isfinite(tensor).all()):
