@@ -59,6 +59,17 @@ def moved(node: Node, labels: Callable[[Node], Any], unions: Unions) -> Any:
     return _run(node, labels)
 
 
+def cuts_channels(node: Node, labels: Callable[[Node], Any]) -> bool:
+    """Return whether a call says positions of channels, as `x[:, :4]` does, or how many are added."""
+    name = function_name(node)
+    if name not in ("select", "slice", "narrow", "pad", "constant_pad_nd"):
+        return False
+    given: Tensor = labels(cast(Node, node.args[0]))
+    if name == "select":
+        return int(argument(node, 1, "dim", 0)) % given.dim() in axes_of(given)
+    return any(given.shape[axis] != shape_of(node)[axis] for axis in axes_of(given))
+
+
 def _run(node: Node, labels: Callable[[Node], Any]) -> Any:
     args, kwargs = map_arg((node.args, dict(node.kwargs)), labels)
     found = cast(Any, node.target)(*args, **kwargs)

@@ -31,7 +31,7 @@ from autocompress.prune.graph import (
 )
 from autocompress.prune.label_tensor import axes_of, compact, fixed, resized, rows, spread, values
 from autocompress.prune.labels import FIXED, Labels, Reason, Unions
-from autocompress.prune.moves import MOVES, moved
+from autocompress.prune.moves import MOVES, cuts_channels, moved
 from autocompress.prune.pricing import Priced, Pricer
 
 
@@ -46,6 +46,7 @@ class Trace:
         slices: Name of a parameter or buffer to its axes that hold channels, with their labels.
         reads: Those axes of parameters along which a layer reads its input.
         priced: The operations that cost something, in order.
+        is_cut: Whether some operation takes a part of the channels by its position, or puts zeros between.
         in_shape: Channels, height, width of the images.
         out_shape: Of an output, without the batch.
     """
@@ -56,6 +57,7 @@ class Trace:
     slices: Mapping[str, Mapping[int, Labels]]
     reads: frozenset[tuple[str, int]]
     priced: tuple[Priced, ...]
+    is_cut: bool
     in_shape: tuple[int, int, int]
     out_shape: tuple[int, ...]
 
@@ -149,6 +151,7 @@ class _Tracer:
         self.made: dict[str, Labels] = {}
         self.slices: dict[str, dict[int, Labels]] = {}
         self.reads: set[tuple[str, int]] = set()
+        self.is_cut = False
         self.pricer = Pricer(graph, self.slices, len(image))
 
     def run(self) -> Trace:
@@ -169,8 +172,8 @@ class _Tracer:
         )
         channels, height, width = self.image.shape[1:]
         raw = Trace(
-            units, units, {}, slices, frozenset(self.reads), priced, (channels, height, width),
-            shape_of(output)[1:],
+            units, units, {}, slices, frozenset(self.reads), priced, self.is_cut,
+            (channels, height, width), shape_of(output)[1:],
         )  # fmt: skip
         return raw.without(self.unions.stays)
 
@@ -199,6 +202,7 @@ class _Tracer:
             found = self._elementwise(node, name)
         elif name in MOVES:
             found = moved(node, self._held, self.unions)
+            self.is_cut |= cuts_channels(node, self._held)
         elif name in _SPATIAL:
             found = self._pool(node, _SPATIAL[name])
         elif name in _REDUCES:

@@ -1,14 +1,17 @@
 """Small networks that are awkward to prune, each with what is awkward; all take images of 8 or 16 pixels."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.models.mobilenet_v2 import mobilenet_v2_cifar
 from autocompress.models.resnet_cifar import ResNetCifar, resnet20
 from autocompress.models.vgg import vgg16_bn_cifar
+from autocompress.prune.source import Source
 
 
 def conv(entering: int, leaving: int, kernel: int = 3, **settings: int | str) -> nn.Sequential:
@@ -473,3 +476,40 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "geometry": (Geometry, 16),
 }  # fmt: skip
 """Name to what makes the model and the side of its images."""
+
+
+@cache
+def model(name: str) -> nn.Module:
+    """Return a network of the zoo, in training mode."""
+    return seeded(ZOO[name][0])
+
+
+@cache
+def source(name: str) -> Source:
+    """Return it with its groups."""
+    return Source(model(name), torch.zeros(1, 3, ZOO[name][1], ZOO[name][1]))
+
+
+def images(name: str, batch: int = 2) -> Tensor:
+    """Return random images for it."""
+    side = ZOO[name][1]
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+def run(network: nn.Module, batch: Tensor) -> Tensor:
+    """Run a network without gradients."""
+    with torch.no_grad():
+        return network(batch)
+
+
+def macs_of(network: nn.Module, image: Tensor) -> int:
+    """Count multiply-accumulates by PyTorch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        run(network, image)
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+def params_of(network: nn.Module) -> int:
+    """Count the elements of all parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
