@@ -6,6 +6,7 @@ finetuned and exported, `report.json` and `report.md`; `searches/N/` for searche
 """
 
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -27,9 +28,13 @@ from autocompress.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
     from autocompress.strategy import Strategy
-    from autocompress.training.data import DataSet
-    from autocompress.training.task import Task
+    from torch import Tensor
 
+    from autocompress.training.data import DataSet
+    from autocompress.training.task import Loss, Task
+
+SAMPLE_BATCH, SAMPLE_BATCHES = 64, 8
+"""Training images that a space may look at, to see which channels of a model matter."""
 SEARCHED = ("trials.log", "result.json")
 # What says that a stage has begun: its part of the recipe can be changed until then.
 BEGUN = {
@@ -313,6 +318,8 @@ def make_space(
         arguments["in_channels"] = data().in_shape[0]
     if "image" in parameters and "image" not in arguments:
         arguments["image"] = list(data().in_shape)
+    if "sample" in parameters:
+        arguments["sample"] = lambda: _sample(recipe, data())
     if "classes" in parameters and "classes" not in arguments:
         arguments["classes"] = data().classes or _outputs(data())
     try:
@@ -322,6 +329,15 @@ def make_space(
     if not isinstance(space, SearchSpace):
         raise RecipeError(f"space.name: {recipe.space.name} must return a SearchSpace, got {space!r}")
     return space
+
+
+def _sample(recipe: Recipe, data: "DataSet") -> "tuple[list[tuple[Tensor, Tensor]], Loss]":
+    """Return some training images with their targets, in evaluation order, and the loss of the task."""
+    from autocompress.training.data import batches
+    from autocompress.training.task import load_task
+
+    some = itertools.islice(batches(data.train, SAMPLE_BATCH, seed=recipe.search.seed), SAMPLE_BATCHES)
+    return list(some), load_task(recipe.task).training_loss(0.0)
 
 
 def _outputs(data: "DataSet") -> int:
