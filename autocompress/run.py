@@ -27,9 +27,9 @@ from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
 from autocompress.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
-    from autocompress.strategy import Strategy
     from torch import Tensor
 
+    from autocompress.strategy import Strategy
     from autocompress.training.data import DataSet
     from autocompress.training.task import Loss, Task
 
@@ -251,6 +251,12 @@ class Run:
 
 def _made_again(message: str) -> StorageError:
     return StorageError(f"{message}; remove it, and its stage makes it again")
+
+
+def trains_anew(recipe: Recipe) -> bool:
+    """Whether what the strategy finds is no slice that was trained: then it is trained anew."""
+    sliced = hasattr(load_strategy(recipe.search.strategy), "taught_gates")  # `differentiable.Sandwiched`
+    return is_differentiable(recipe) and not sliced
 
 
 def is_differentiable(recipe: Recipe) -> bool:

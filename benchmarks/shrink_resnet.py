@@ -15,6 +15,7 @@ Latency budgets are of a table that is measured first on this machine (ONNX Runt
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -31,9 +32,11 @@ from autocompress.atomic import read_json, write_json, write_text
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import operation_cost
+from autocompress.differentiable import Differentiable
 from autocompress.distill.finetune import finetune
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
+from autocompress.elastic.supernet import resize
 from autocompress.engine import search
 from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
@@ -44,12 +47,14 @@ from autocompress.models.resnet_cifar import resnet20
 from autocompress.plugins import load_strategy
 from autocompress.prune.importance import comparable, importance
 from autocompress.prune.source import Source
-from autocompress.recipe import FinetuneSettings, TaskSettings
+from autocompress.recipe import FinetuneSettings, TaskSettings, TrainSettings
 from autocompress.space import Codes, SearchSpace
 from autocompress.strategy import WarmStart
+from autocompress.training.bilevel import train_relaxed
 from autocompress.training.data import DataSet, load_data
 from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.loop import training_batches
+from autocompress.training.supernet import train_supernet
 from autocompress.training.task import load_task
 from search_spaces.channels import channel_space
 
@@ -68,6 +73,8 @@ class Method:
         options: Of the strategy.
         evaluations: Networks that it may look at.
         warm: Whether it starts from the uniform-scaled networks.
+        trained: Epochs in which slices of the network are trained before or in the search; what is found
+            starts finetuning from the weights before that, like all others.
     """
 
     criterion: str
@@ -75,6 +82,7 @@ class Method:
     options: Mapping[str, Any] | None = None
     evaluations: int = 1
     warm: bool = False
+    trained: int = 0
 
 
 METHODS: dict[str, Method] = {
@@ -88,7 +96,9 @@ METHODS: dict[str, Method] = {
     "PEEL-style, Taylor": Method("taylor", "peel"),
     "PEEL-style, uniform backbone": Method("taylor", "peel", {"backbone": "uniform"}),
     "PEEL-style, shift": Method("taylor", "peel", {"sharing": "shift"}),
-    "AutoSlim's greedy": Method("l2", "slimming", {"per_cost": True}, 1000),
+    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, 1000),
+    "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, 1000, trained=2),
+    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4),
     "evolution": Method("l2", "evolution", None, 200, True),
 }
 
@@ -107,7 +117,7 @@ class Size:
     learning_rate: float = 0.1
     finetune_rate: float = 0.02
     steps: int = 8
-    judged: int = 1000
+    judged: int = 500
     checked_networks: int = 20
 
 
@@ -153,7 +163,9 @@ class Benchmark:
             seed=seed,
         )
 
-    def train(self, network: nn.Module, epochs: int, rate: float, seed: int, teacher: nn.Module | None) -> float:
+    def train(
+        self, network: nn.Module, epochs: int, rate: float, seed: int, teacher: nn.Module | None
+    ) -> float:
         """Train, and return the score on the validation part."""
         scored = finetune(
             network,
@@ -177,13 +189,14 @@ class Benchmark:
         validation = self.train(model, self.size.epochs, self.size.learning_rate, 0, None)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
-        self._note("trained", {"validation": validation, "test": self.test(model), "seconds": time.process_time() - start})
+        self._note(
+            "trained",
+            {"validation": validation, "test": self.test(model), "seconds": time.process_time() - start},
+        )
         return model.eval()
 
     def test(self, network: nn.Module) -> float:
         """Return the accuracy on the test part, in percent."""
-        from autocompress.elastic.supernet import resize
-
         return 100 * evaluate(lambda x: network(resize(x, self.side)), self.data.test, self.task.score).mean
 
     def space(self, criterion: str, seed: int) -> SearchSpace:
@@ -191,9 +204,7 @@ class Benchmark:
         key = (criterion, seed if criterion in ("taylor", "random") else 0)
         if key not in self._spaces:
             batches = training_batches(self.data, self.settings(1, 0.1, seed), epoch=0, seed=seed)
-            from autocompress.elastic.supernet import resize
-
-            some = [(resize(x, self.side), y) for x, y in (next(batches) for _ in range(8))]
+            some = [(resize(x, self.side), y) for x, y in itertools.islice(batches, 8)]
             scores = importance(
                 self.source, criterion, batches=some, loss=self.task.training_loss(0.0), seed=seed
             )
@@ -229,10 +240,18 @@ class Benchmark:
             return space, uniform_candidates(limits)[:1], 0
         if name == RANDOM:
             return space, limits.sample(1, np.random.default_rng(seed), at_least=0.95), 0
-        strategy = load_strategy(method.strategy)(limits, seed=seed, **(method.options or {}))
+        strategy: Any = load_strategy(method.strategy)(limits, seed=seed, **(method.options or {}))
         if method.warm:
             strategy = WarmStart(strategy, uniform_candidates(limits))
         supernet = space.supernet()
+        if method.trained:
+            shared = self.settings(method.trained, self.size.finetune_rate, seed).model_dump()
+            fields = set(TrainSettings.model_fields) & set(shared)
+            settings = TrainSettings(**{field: shared[field] for field in fields})
+            if isinstance(strategy, Differentiable):
+                train_relaxed(supernet, strategy, self.data, self.task, settings, seed=seed)
+            else:
+                train_supernet(supernet, self.data, self.task, settings)
         images = calibration_batches(self.data, 256, seed=seed)
         judge = SupernetEvaluator(supernet, self._judged(), self.task, images)
         if method.evaluations == 1:
@@ -252,7 +271,9 @@ class Benchmark:
         """Return the network with these widths, with the weights that were trained."""
         (arch,) = space.decode(codes)
         supernet = space.supernet().eval()
-        return extract(supernet, arch, recalibrate(supernet, arch, calibration_batches(self.data, 256, seed=0)))
+        return extract(
+            supernet, arch, recalibrate(supernet, arch, calibration_batches(self.data, 256, seed=0))
+        )
 
     def run(self, name: str, budget: str, seed: int) -> dict[str, Any]:
         """Find widths, finetune, test."""
@@ -319,7 +340,11 @@ class Benchmark:
         network = op.module()
         start = time.process_time()
         validation = self.train(network, self.size.epochs, self.size.learning_rate, seed, None)
-        return {"validation": 100 * validation, "test": self.test(network), "seconds": time.process_time() - start}
+        return {
+            "validation": 100 * validation,
+            "test": self.test(network),
+            "seconds": time.process_time() - start,
+        }
 
     def everything(self, methods: list[str], budgets: list[str], scratch: list[str]) -> None:
         """Do what is missing."""
@@ -351,13 +376,14 @@ class Benchmark:
         lines = [
             "# ResNet-20 made narrower",
             "",
-            f"{self.size}. The trained network: test {trained.get('test', float('nan')):.2f} %. Test accuracy in "
-            "percent after finetuning, mean ± standard deviation over seeds.",
+            f"{self.size}. The trained network: test {trained.get('test', float('nan')):.2f} %. Test "
+            "accuracy in percent after finetuning, mean ± standard deviation over seeds.",
         ]
         for budget in budgets:
             lines += ["", f"## {budget}", ""]
             lines += [
-                "| method | test | each | against uniform, paired | use of the budget | networks looked at | search s |",
+                "| method | test | each | against uniform, paired | use of the budget | networks looked at "
+                "| search s |",
                 "|---|---|---|---|---|---|---|",
             ]
             base = self._tests(UNIFORM, budget)
@@ -370,8 +396,8 @@ class Benchmark:
                 values = list(tests.values())
                 pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
                 lines.append(
-                    f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | {_spread(pairs, '+')} | "
-                    f"{np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
+                    f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
+                    f"{_spread(pairs, '+')} | {np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
                     f"{np.mean([r.get('networks looked at', 0) for r in runs]):.0f} | "
                     f"{np.mean([r.get('search seconds', r.get('seconds', 0)) for r in runs]):.0f} |"
                 )

@@ -133,6 +133,11 @@ class Source:
             for place, unit in enumerate(order)
         }
 
+    def places(self, labels: Labels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the group of each channel, -1 for what always stays, and its unit's place in the ranking."""
+        found = [self._places.get(label, (-1, 0)) for label in labels.tolist()]
+        return np.array([number for number, _ in found]), np.array([place for _, place in found])
+
     def counts(self, labels: Labels) -> tuple[int, dict[int, NDArray[np.int64]]]:
         """Return how many of some channels are kept.
 
