@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autocompress.errors import ConversionError
 from autocompress.prune.layers import Layer, is_depthwise, layer_of, names_of, run, tensors_of
 from autocompress.prune.samples import POSITIONS, inputs_at, sample
 from autocompress.prune.scores import Given, Scores, over_units
@@ -76,7 +77,9 @@ def _by_readers(given: Given, products: Products, order: Callable[[Matrix], Matr
     """
     source = given.source
     names, tensors = names_of(source.model), tensors_of(source.model)
-    readers = {layer.weight for layer in given.structure.layers if not is_depthwise(source, layer)}
+    readers = {
+        layer.weight: layer.name for layer in given.structure.layers if not is_depthwise(source, layer)
+    }
     generator = torch.Generator().manual_seed(given.seed)
     totals: dict[str, Tensor] = {}
 
@@ -95,6 +98,8 @@ def _by_readers(given: Given, products: Products, order: Callable[[Matrix], Matr
         run(source.model, images, see)
     scores = []
     for name, total in totals.items():
+        if not bool(total.isfinite().all()):
+            raise ConversionError(f"layer {readers[name]} reads nan or infinity")
         labels = source.trace.slices[name][1]
         for group in source.groups:
             units = group.units[np.isin(group.units, labels)]
