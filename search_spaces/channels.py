@@ -98,6 +98,7 @@ def channel_space(
     steps: int = 10,
     align: int = 1,
     scores: Mapping[str, NDArray[np.float64]] | None = None,
+    widths: Callable[[int], Iterable[int]] | None = None,
 ) -> SearchSpace:
     """Make the space of a model that is at hand.
 
@@ -107,6 +108,7 @@ def channel_space(
         align: Options are rounded to multiples of so many units, but for all of them.
         scores: Name of a group to one number a unit, 0 or more; what matters more stays longer. The options
             are worth the sum of what they keep (`SearchSpace.worth`).
+        widths: Gives the options of a group of so many units, instead of `steps` and `align`.
 
     Raises:
         SpaceError: `steps` or `align` is below 1.
@@ -117,7 +119,7 @@ def channel_space(
     if scores is not None:
         source = source.ranked(scores)
     choices = tuple(
-        Choice(group.name, _options(len(group), least, steps, align))
+        Choice(group.name, _options(len(group), least, widths or partial(_shares, steps=steps, align=align)))
         for group, least in zip(source.groups, source.least, strict=True)
     )
     worth = {}
@@ -135,9 +137,13 @@ def channel_space(
     return SearchSpace("channels", choices, (block,), worth=worth)
 
 
-def _options(units: int, least: int, steps: int, align: int) -> tuple[int, ...]:
-    rounded = (max(least, align * round(units * step / steps / align)) for step in range(1, steps + 1))
-    return tuple(sorted({*(count for count in rounded if 0 < count < units), units}))
+def _options(units: int, least: int, widths: Callable[[int], Iterable[int]]) -> tuple[int, ...]:
+    """Return the options of a group, ascending; all of its units are one of them."""
+    return tuple(sorted({*(max(least, count) for count in widths(units) if 0 < count < units), units}))
+
+
+def _shares(units: int, *, steps: int, align: int) -> list[int]:
+    return [max(1, align * round(units * step / steps / align)) for step in range(1, steps)]
 
 
 def _network(whole: NarrowNetwork, *widths: Option) -> Ops:
