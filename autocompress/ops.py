@@ -218,6 +218,27 @@ class CellSpec(OpSpec):
         """
 
 
+class GatedSpec(OpSpec):
+    """An operation in which many choices decide widths; mixtures run it once, at its full width.
+
+    It is alone in its block, whose choices are widths, in the order of `kept`.
+    """
+
+    @abstractmethod
+    def full(self) -> "GatedSpec":
+        """Return the operation at its full width."""
+
+    @abstractmethod
+    def channel_gate(self, norm: str, kept: "Sequence[Tensor | None]") -> "Tensor | None":
+        """Return what the outputs of a batch norm inside are multiplied by, `(channels,)`; `None` for 1.
+
+        Args:
+            norm: Path of the batch norm in the module.
+            kept: For each choice the probability that the unit at each place of its ranking is kept,
+                `(units,)`; `None` where all are.
+        """
+
+
 @dataclass(frozen=True)
 class Conv2d(OpSpec):
     """A convolution with 'same' padding (`kernel // 2`), then batch norm, then an activation."""

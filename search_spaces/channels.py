@@ -7,19 +7,27 @@ is built to price a network; what is built is the user's own model with fewer ch
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from autocompress.errors import SpaceError
 from autocompress.ops import Ops, OpSpec
 from autocompress.prune.check import check_buffers
+from autocompress.prune.importance import CRITERIA, comparable
+from autocompress.prune.importance import importance as importance_of
 from autocompress.prune.load import load_model, takes
 from autocompress.prune.network import NarrowNetwork
 from autocompress.prune.source import Source, Table
 from autocompress.space import Block, Choice, Option, SearchSpace
+
+Sample = tuple[Iterable[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+"""Batches of training images with their targets, and the loss of the task."""
 
 MAX_SETTINGS = 20_000
 """Settings of one operation that are priced together; a concatenation of more is priced part by part."""
@@ -32,6 +40,8 @@ def channels(
     weights: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     classes: int | None = None,
+    importance: str = "l2",
+    sample: Callable[[], Sample] | None = None,
     steps: int = 10,
     align: int = 1,
     ignore: Sequence[str] = (),
@@ -44,9 +54,12 @@ def channels(
         weights: File of its trained weights.
         arguments: Of the factory.
         classes: Given to the factory if it takes `classes` or `num_classes` and `arguments` has none.
+        importance: Which channels stay: a criterion of `autocompress.prune.importance`.
+        sample: Gives training images with their targets, and the loss, to criteria that look at some; a
+            recipe leaves it out.
         steps: See `channel_space`.
         align: See `channel_space`.
-        ignore: See `channel_space`.
+        ignore: Layers that keep their channels, by name or pattern.
 
     Raises:
         ConversionError: The model cannot be made, traced or narrowed.
@@ -62,26 +75,40 @@ def channels(
     found = load_model(model, given, weights)
     source = Source(found, torch.zeros(1, *image), ignore=ignore)
     source.origin = {"model": model, "arguments": given}
-    space = channel_space(source, steps=steps, align=align)
+    looks = importance in CRITERIA and CRITERIA[importance].batches
+    batches, loss = sample() if sample is not None and looks else (None, None)
+    scores = comparable(importance_of(source, importance, batches=batches, loss=loss), importance)
+    space = channel_space(source, steps=steps, align=align, scores=scores)
     settings = {
         "model": model,
         "image": list(image),
         "weights": weights,
         "arguments": given,
+        "importance": importance,
         "steps": steps,
         "align": align,
         "ignore": list(ignore),
     }
-    return SearchSpace(space.name, space.choices, space.blocks, settings=settings)
+    return dataclasses.replace(space, settings=settings)
 
 
-def channel_space(source: Source, *, steps: int = 10, align: int = 1) -> SearchSpace:
+def channel_space(
+    source: Source,
+    *,
+    steps: int = 10,
+    align: int = 1,
+    scores: Mapping[str, NDArray[np.float64]] | None = None,
+    widths: Callable[[int], Iterable[int]] | None = None,
+) -> SearchSpace:
     """Make the space of a model that is at hand.
 
     Args:
-        source: The model; its ranking says which channels stay.
+        source: The model; without scores its ranking says which channels stay.
         steps: Options of a group: shares 1/steps, 2/steps, ... of its units.
         align: Options are rounded to multiples of so many units, but for all of them.
+        scores: Name of a group to one number a unit, 0 or more; what matters more stays longer. The options
+            are worth the sum of what they keep (`SearchSpace.worth`).
+        widths: Gives the options of a group of so many units, instead of `steps` and `align`.
 
     Raises:
         SpaceError: `steps` or `align` is below 1.
@@ -91,20 +118,32 @@ def channel_space(source: Source, *, steps: int = 10, align: int = 1) -> SearchS
     for name, value in {"steps": steps, "align": align}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SpaceError(f"{name} must be an integer >= 1, got {value!r}")
+    if scores is not None:
+        source = source.ranked(scores)
     choices = tuple(
-        Choice(group.name, _options(len(group), least, steps, align))
+        Choice(group.name, _options(len(group), least, widths or partial(_shares, steps=steps, align=align)))
         for group, least in zip(source.groups, source.least, strict=True)
     )
+    worth = {}
+    for group, order, choice in zip(source.groups, source.ranking, choices, strict=True):
+        if scores is not None:
+            of_unit = dict(zip(group.units.tolist(), scores[group.name].tolist(), strict=True))
+            kept = np.cumsum([of_unit[unit] for unit in order.tolist()])
+            worth[choice.name] = tuple(float(kept[int(option) - 1]) for option in choice.options)
     parts = [part for number in range(len(source.trace.priced)) for part in _parts(source, number, choices)]
     names = tuple(choice.name for choice in choices)
     whole = NarrowNetwork(type(source.model).__name__, source.digest, source.full, source)
     block = Block("network", names, partial(_network, whole), tuple(parts))
-    return SearchSpace("channels", choices, (block,))
+    return SearchSpace("channels", choices, (block,), worth=worth)
 
 
-def _options(units: int, least: int, steps: int, align: int) -> tuple[int, ...]:
-    rounded = (max(least, align * round(units * step / steps / align)) for step in range(1, steps + 1))
-    return tuple(sorted({*(count for count in rounded if 0 < count < units), units}))
+def _options(units: int, least: int, widths: Callable[[int], Iterable[int]]) -> tuple[int, ...]:
+    """Return the options of a group, ascending; all of its units are one of them."""
+    return tuple(sorted({*(max(least, count) for count in widths(units) if 0 < count < units), units}))
+
+
+def _shares(units: int, *, steps: int, align: int) -> list[int]:
+    return [max(1, align * round(units * step / steps / align)) for step in range(1, steps)]
 
 
 def _network(whole: NarrowNetwork, *widths: Option) -> Ops:

@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from autocompress.errors import ConversionError, CostError
-from autocompress.ops import OpSpec, Shape
+from autocompress.ops import GatedSpec, OpSpec, Shape
 from autocompress.prune.source import Source, Widths
 from autocompress.space import SearchSpace
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class NarrowNetwork(OpSpec):
+class NarrowNetwork(GatedSpec):
     """A whole model with so many units of each group of channels.
 
     Attributes:
@@ -110,6 +112,25 @@ class NarrowNetwork(OpSpec):
         """Return the model with its trained weights: what a search starts from."""
         (source,) = {id(op.source): op.source for op in ops if isinstance(op, NarrowNetwork)}.values()
         return source.narrowed(source.full)
+
+    def full(self) -> "NarrowNetwork":
+        """Return the whole model."""
+        return self.at(self.source.full)
+
+    def channel_gate(self, norm: str, kept: "Sequence[Tensor | None]") -> "Tensor | None":
+        """Return the probability that each channel of a batch norm is kept, see `GatedSpec`."""
+        import torch
+
+        labels = self.source.trace.slices.get(f"{norm}.weight", {}).get(0)
+        if labels is None:
+            return None
+        numbers, places = self.source.places(labels)
+        # One entry more, a 1, for channels that always stay.
+        whole = torch.cat([*(torch.ones(1) if k is None else k for k in kept), torch.ones(1)])
+        sizes = [1 if k is None else len(k) for k in kept]
+        starts = np.concatenate([np.cumsum([0, *sizes]), [0]])
+        at = np.where(numbers < 0, len(whole) - 1, starts[numbers] + places)
+        return whole[torch.from_numpy(at)]
 
     def at(self, widths: Widths) -> "NarrowNetwork":
         """Return the same model at other widths."""

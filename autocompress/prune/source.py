@@ -125,7 +125,8 @@ class Source:
             place[order] = np.arange(len(order))
         return number, place
 
-    def _placed(self, labels: Labels) -> tuple[Labels, Labels]:
+    def places(self, labels: Labels) -> tuple[Labels, Labels]:
+        """Return the group of each channel, -1 for what always stays, and its place in the ranking."""
         number, place = self._places
         # Labels above those of all groups have to stay too.
         known = np.where(labels < len(number), labels, FIXED)
@@ -133,7 +134,7 @@ class Source:
 
     def counts(self, labels: Labels) -> Table:
         """Return how many of some channels are kept."""
-        number, place = self._placed(labels)
+        number, place = self.places(labels)
         found = {
             group: np.cumsum(np.bincount(place[number == group] + 1, minlength=len(self.ranking[group]) + 1))
             for group in np.unique(number[number >= 0]).tolist()
@@ -163,7 +164,7 @@ class Source:
 
     def kept_positions(self, labels: Labels, widths: Widths) -> NDArray[np.int64]:
         """Return which of some channels are kept, ascending."""
-        number, place = self._placed(labels)
+        number, place = self.places(labels)
         found: NDArray[np.int64] = np.flatnonzero((number < 0) | (place < np.array(widths)[number]))
         return found
 
