@@ -88,10 +88,12 @@ def kept_of(trace: Trace, groups: tuple[Group, ...]) -> Iterator[Kept]:
     narrowed = {layer for group in groups for layer in group.layers}
     for layer, units in trace.units.items():
         stays = [unit for unit in units.tolist() if unit in trace.stays]
-        if stays:
-            yield Kept(layer, len(stays), *trace.stays[stays[0]])
-        elif layer not in narrowed:
-            yield Kept(layer, len(units), *_whole(units))
+        if stays or layer not in narrowed:
+            reason = trace.stays[stays[0]] if stays else _whole(units)
+            text = reason.text
+            if reason.layer:
+                text = f"{'it' if reason.layer == layer else f'{reason.layer}, tied to it,'} {text}"
+            yield Kept(layer, len(stays) or len(units), text, reason.advice)
 
 
 def _whole(units: Labels) -> Reason:

@@ -24,10 +24,12 @@ class Reason(NamedTuple):
     Attributes:
         text: What stands against removing them.
         advice: What the user can do; empty where that is nothing.
+        layer: The layer that the text is the predicate of; empty if it is a sentence.
     """
 
     text: str
     advice: str = ""
+    layer: str = ""
 
 
 class Unions:

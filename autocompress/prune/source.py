@@ -231,7 +231,7 @@ def _ignoring(found: Trace, patterns: Sequence[str]) -> Trace:
                 f"there are, the nearest are {', '.join(near)}"
             )
         for layer in layers:
-            reason = Reason(f"{layer} is on the list of those to ignore")
+            reason = Reason("is on the list of those to ignore", layer=layer)
             for unit in found.made[layer].tolist():
                 reasons.setdefault(unit, reason)
     reasons.pop(FIXED, None)

@@ -162,7 +162,7 @@ class _Tracer:
             elif node.op == "call_function" and function_name(node) not in _CHECKS:
                 self._call(node)
         (output,) = self.graph.nodes[-1].all_input_nodes
-        self.unions.fix(values(self._held(output)), Reason("its channels are the output of the model"))
+        self.unions.fix(values(self._held(output)), Reason("it is an output of the model"))
         self.pricer.rest()
         roots = self.unions.roots
         units = {name: roots(labels) for name, labels in self.made.items()}
