@@ -24,12 +24,9 @@ _SHAPES = {
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split"}
 _OTHERS = {
     "permute", "transpose", "slice", "select", "expand", "expand_as", "unbind", "stack", "numpy_T", "t",
-    "movedim", "narrow", "flip", "roll", "repeat", "swapaxes",
+    "movedim", "narrow", "flip", "roll", "repeat", "swapaxes", "swapdims",
+    "moveaxis", "mT", "diagonal",
 }  # fmt: skip
-_SPECIAL = {"cat", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "glu", "pad", "constant_pad_nd"}
-
-MOVES = _SHAPES | _PARTS | _OTHERS | _SPECIAL
-"""Names of the functions that `moved` knows."""
 
 
 def moved(node: Node, labels: Callable[[Node], Any], unions: Unions) -> Any:
@@ -48,15 +45,15 @@ def moved(node: Node, labels: Callable[[Node], Any], unions: Unions) -> Any:
     if name == "cat":
         parts = [labels(part) for part in cast(Sequence[Node], source)]
         return compact(concatenated(parts, int(argument(node, 1, "dim", 0)), shape_of(node)))
+    if name in _OTHERS:
+        return _run(node, labels)
     given: Tensor = labels(cast(Node, source))
     if name in _SHAPES:
         _tie_split(given, shape_of(node), node, unions)
         return compact(given.reshape(shape_of(node)))
     if name in _PARTS:
         return _parts(node, given, int(argument(node, 2, "dim", 0)), labels, unions)
-    if name in _SPECIAL:
-        return _SPECIALS[name](node, given, unions)
-    return _run(node, labels)
+    return _SPECIALS[name](node, given, unions)
 
 
 def cuts_channels(node: Node, labels: Callable[[Node], Any]) -> bool:
@@ -174,3 +171,6 @@ _SPECIALS = {
     "pad": _pad,
     "constant_pad_nd": _pad,
 }
+
+MOVES = {"cat"} | _SHAPES | _PARTS | _OTHERS | _SPECIALS.keys()
+"""Names of the functions that `moved` knows."""

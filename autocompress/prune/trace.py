@@ -196,8 +196,8 @@ class _Tracer:
             return
         if name == "getitem":
             found = self.labels[node.all_input_nodes[0]][node.args[1]]
-        elif name in _SAME and len(node.all_input_nodes) == 1:
-            found = self._held(node.all_input_nodes[0])
+        elif name in _SAME and (len(node.all_input_nodes) == 1 or name == "type_as"):
+            found = self._held(node.args[0])
         elif name in _ELEMENTWISE:
             found = self._elementwise(node, name)
         elif name in MOVES:
@@ -306,7 +306,7 @@ class _Tracer:
     def _unknown(self, node: Node, name: str, inputs: Sequence[Node]) -> None:
         """Keep all channels that enter."""
         text = f"{name} in {place(node)} is an operation that pruning does not follow"
-        advice = "it stays as it is; where it acts on each channel alone, write it with functions that do"
+        advice = "a 1x1 convolution before it would set the layers above free"
         if name in _NORMS:
             text = f"{_NORMS[name]} in {place(node)} computes its statistics over several channels together"
             advice = "batch norm, which looks at each channel alone, can be narrowed"
