@@ -87,10 +87,10 @@ def _check_finite(model: nn.Module, kind: str) -> None:
     for name, module in model.named_modules():
         # Of other buffers, infinity may be meant: masks.
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            for own, tensor in module.named_buffers(prefix=name, recurse=False):
-                tensors[f"buffer {own}"] = tensor
-    for what, tensor in tensors.items():
-        if not _finite(tensor.detach()):
+            for own, buffer in module.named_buffers(prefix=name, recurse=False):
+                tensors[f"buffer {own}"] = buffer
+    for what, values in tensors.items():
+        if not _finite(values.detach()):
             raise ConversionError(f"{what} of {kind} holds nan or infinity: its training failed")
 
 
