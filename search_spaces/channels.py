@@ -65,7 +65,7 @@ def channels(
         ConversionError: The model cannot be made, traced or narrowed.
         SpaceError: An argument is out of its range.
     """
-    if len(image) != 3 or not all(isinstance(size, int) and size > 0 for size in image):
+    if len(image) != 3 or not all(type(size) is int and size > 0 for size in image):
         raise SpaceError(f"image must be channels, height and width, integers >= 1, got {image!r}")
     given = dict(arguments or {})
     taken = takes(model)
@@ -139,11 +139,11 @@ def channel_space(
 
 def _options(units: int, least: int, widths: Callable[[int], Iterable[int]]) -> tuple[int, ...]:
     """Return the options of a group, ascending; all of its units are one of them."""
-    return tuple(sorted({*(max(least, count) for count in widths(units) if 0 < count < units), units}))
+    return tuple(sorted({*(count for count in widths(units) if least <= count < units), units}))
 
 
 def _shares(units: int, *, steps: int, align: int) -> list[int]:
-    return [max(1, align * round(units * step / steps / align)) for step in range(1, steps)]
+    return [align * max(1, round(units * step / steps / align)) for step in range(1, steps)]
 
 
 def _network(whole: NarrowNetwork, *widths: Option) -> Ops:

@@ -68,7 +68,7 @@ def masked(model: nn.Module, cuts: Iterable[Cut]) -> nn.Module:
             return tensor
         new = tensor.clone()
         for axis, positions in kept[name].items():
-            gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
+            gone = torch.ones(tensor.shape[axis], dtype=torch.bool, device=positions.device)
             gone[positions] = False
             new.index_fill_(axis, gone.nonzero().flatten().to(tensor.device), 0.0)
         return new

@@ -15,7 +15,7 @@ from autocompress.prune.labels import FIXED, Labels
 
 def fixed(shape: Sequence[int]) -> Tensor:
     """Return labels of what has to stay."""
-    return torch.full((), FIXED, dtype=torch.long).expand(tuple(shape))
+    return torch.full((), FIXED, dtype=torch.long, device="cpu").expand(tuple(shape))
 
 
 def spread(labels: Labels, axis: int, shape: Sequence[int]) -> Tensor:

@@ -51,7 +51,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._image = torch.randn(image.shape, generator=generator).to(image)
+        self._image = torch.randn(image.shape, generator=generator, device="cpu").to(image)
         self._own, self._tried = model, _randomised(model, generator)
 
     def failure(self, source: "Source") -> Failure | None:
@@ -144,7 +144,7 @@ def _randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     def made(name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or (name not in parameters and name not in variances):
             return tensor
-        new = torch.empty(tensor.shape, dtype=tensor.dtype)
+        new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         if sum(size > 1 for size in tensor.shape) <= 1:
             return new.uniform_(0.5, 1.5, generator=generator).to(tensor)
         bound = (6 / max(1, new[0].numel())) ** 0.5
