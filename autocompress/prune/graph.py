@@ -22,6 +22,7 @@ class Graph:
         constants: Names of nodes that are other tensors of the model, or written down in its `forward()`.
         tensors: Name of a parameter or buffer to it.
         first_names: Name of a parameter or buffer to the first name of the same tensor.
+        unused: Names of the parameters that are not read.
     """
 
     nodes: tuple[Node, ...]
@@ -29,6 +30,7 @@ class Graph:
     constants: frozenset[str]
     tensors: Mapping[str, Tensor]
     first_names: Mapping[str, str]
+    unused: tuple[str, ...]
 
 
 def export(model: nn.Module, image: Tensor) -> Graph:
@@ -75,7 +77,12 @@ def export(model: nn.Module, image: Tensor) -> Graph:
         frozenset(signature.inputs_to_lifted_tensor_constants),
         tensors,
         {name: firsts[id(tensor)] for name, tensor in tensors.items()},
+        tuple(signature.inputs_to_parameters[node.name] for node in nodes if _is_unused(node, signature)),
     )
+
+
+def _is_unused(node: Node, signature: Any) -> bool:
+    return not node.users and node.name in signature.inputs_to_parameters
 
 
 def function_name(node: Node) -> str:

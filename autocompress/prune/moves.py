@@ -73,20 +73,19 @@ def _run(node: Node, labels: Callable[[Node], Any]) -> Any:
 
 
 def _tie_split(given: Tensor, after: Sequence[int], node: Node, unions: Unions) -> None:
-    """Join the rows where a view cuts channels into rows, `(n, c, h, w)` to `(n, g, c / g, h, w)`.
+    """Join what stays together where a view cuts channels in two, `(n, c, h, w)` to `(n, g, c / g, h, w)`.
 
-    As in ShuffleNet, the number of rows is taken as what stays. Without axes behind the channels it is a
-    vector that becomes a map, of which later layers say what its channels are.
+    The smaller of both is taken as the number that stays, the groups of a shuffle. Without axes behind the
+    channels it is a vector that becomes a map, of which later layers say what its channels are.
     """
     for axis in axes_of(given):
         before, size = math.prod(given.shape[:axis]), given.shape[axis]
-        starts = [at for at in range(len(after)) if math.prod(after[:at]) == before and after[at] > 1]
-        if not starts or axis == given.dim() - 1:
-            continue
-        inner = after[starts[0] + 1] if starts[0] + 1 < len(after) else 1
-        if after[starts[0]] * inner == size and inner > 1:
-            table = rows(given, axis)[:, 0].reshape(after[starts[0]], inner)
-            unions.join(table[:1].repeat(len(table), axis=0), table, _unequal(node))
+        for at in range(len(after) - 1):
+            found = math.prod(after[:at]) == before and after[at] * after[at + 1] == size
+            if found and min(after[at : at + 2]) > 1 and axis < given.dim() - 1:
+                table = rows(given, axis)[:, 0].reshape(after[at], after[at + 1])
+                table = table if after[at] <= after[at + 1] else table.T
+                unions.join(table[:1].repeat(len(table), axis=0), table, _unequal(node))
 
 
 def _parts(

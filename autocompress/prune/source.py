@@ -67,6 +67,8 @@ class Source:
                 "write sizes in views and slices of forward() as x.shape, not as numbers",
             )
             self._hold(self.trace.without(dict.fromkeys(group.units.tolist(), reason)))
+        if self.trace.unused:
+            trial.check_training(self)
 
     def _hold(self, found: Trace) -> None:
         self.trace = found

@@ -7,32 +7,23 @@ not understood keeps its channels, and is reported.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils import _pytree
 
 from autocompress.errors import ConversionError
 from autocompress.prune.elementwise import combined
-from autocompress.prune.graph import (
-    Graph,
-    argument,
-    arguments,
-    export,
-    function_name,
-    module_name,
-    place,
-    shape_of,
-)
-from autocompress.prune.label_tensor import axes_of, compact, fixed, resized, rows, spread, values
-from autocompress.prune.labels import FIXED, Labels, Reason, Unions
+from autocompress.prune.graph import Graph, argument, export, function_name, place, shape_of
+from autocompress.prune.label_tensor import axes_of, compact, resized, values
+from autocompress.prune.labels import FIXED, Labels, Reason
+from autocompress.prune.ledger import Ledger, unlabelled
 from autocompress.prune.moves import MOVES, cuts_channels, moved
-from autocompress.prune.pricing import Priced, Pricer
+from autocompress.prune.pricing import Priced
+from autocompress.prune.weighted import LAYERS, other_layer
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,7 @@ class Trace:
         reads: Those axes of parameters along which a layer reads its input.
         priced: The operations that cost something, in order.
         is_cut: Whether some operation takes a part of the channels by its position, or puts zeros between.
+        unused: Parameters that are not read in evaluation mode.
         in_shape: Channels, height, width of the images.
         out_shape: Of an output, without the batch.
     """
@@ -58,6 +50,7 @@ class Trace:
     reads: frozenset[tuple[str, int]]
     priced: tuple[Priced, ...]
     is_cut: bool
+    unused: tuple[str, ...]
     in_shape: tuple[int, int, int]
     out_shape: tuple[int, ...]
 
@@ -115,9 +108,6 @@ _NORMS = {
     "rms_norm": "RMS norm",
     "native_layer_norm": "layer norm",
 }
-# Axis of the weight that makes channels; of all of these the output has them along axis 1.
-_OTHER_LAYERS = {"conv1d": 0, "conv3d": 0, "conv_transpose1d": 1, "conv_transpose3d": 1}
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding")
 
 
 def trace(model: nn.Module, image: Tensor) -> Trace:
@@ -145,232 +135,122 @@ class _Tracer:
     """One run over a graph."""
 
     def __init__(self, graph: Graph, image: Tensor) -> None:
-        self.graph, self.image = graph, image
-        self.unions = Unions()
-        self.labels: dict[Node, Any] = {}
-        self.made: dict[str, Labels] = {}
-        self.slices: dict[str, dict[int, Labels]] = {}
-        self.reads: set[tuple[str, int]] = set()
+        self.image = image
+        self.ledger = Ledger(graph, len(image))
         self.is_cut = False
-        self.pricer = Pricer(graph, self.slices, len(image))
 
     def run(self) -> Trace:
         """Follow all nodes in order."""
-        for node in self.graph.nodes:
-            if node.op == "placeholder" and node.name not in self.graph.stored:
-                self.labels[node] = _unlabelled(node)
+        ledger, graph = self.ledger, self.ledger.graph
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name not in graph.stored:
+                ledger.labels[node] = unlabelled(node)
             elif node.op == "call_function" and function_name(node) not in _CHECKS:
-                self._call(node)
-        (output,) = self.graph.nodes[-1].all_input_nodes
-        self.unions.fix(values(self._held(output)), Reason("it is an output of the model"))
-        self.pricer.rest()
-        roots = self.unions.roots
-        units = {name: roots(labels) for name, labels in self.made.items()}
-        slices = {n: {axis: roots(v) for axis, v in axes.items()} for n, axes in self.slices.items()}
+                # What works in place has the same name with an underscore behind it.
+                name = function_name(node)
+                name = name if name.startswith("_") else name.removesuffix("_")
+                found = self._labels(node, name)
+                ledger.labels[node] = self._unknown(node, name) if found is None else found
+        (output,) = graph.nodes[-1].all_input_nodes
+        ledger.unions.fix(values(ledger.held(output)), Reason("it is an output of the model"))
+        ledger.pricer.rest()
+        roots = ledger.unions.roots
+        units = {name: roots(labels) for name, labels in ledger.made.items()}
+        slices = {n: {axis: roots(v) for axis, v in axes.items()} for n, axes in ledger.slices.items()}
         priced = tuple(
-            Priced(p.name, p.op, {f: roots(v) for f, v in p.widths.items()}) for p in self.pricer.found
+            Priced(p.name, p.op, {f: roots(v) for f, v in p.widths.items()}) for p in ledger.pricer.found
         )
         channels, height, width = self.image.shape[1:]
         raw = Trace(
-            units, units, {}, slices, frozenset(self.reads), priced, self.is_cut,
+            units, units, {}, slices, frozenset(ledger.reads), priced, self.is_cut, graph.unused,
             (channels, height, width), shape_of(output)[1:],
         )  # fmt: skip
-        return raw.without(self.unions.stays)
+        return raw.without(ledger.unions.stays)
 
-    def _call(self, node: Node) -> None:
-        name = function_name(node)
-        # What works in place has the same name with an underscore behind it.
-        name = name if name.startswith("_") else name.removesuffix("_")
-        inputs = [given for given in node.all_input_nodes if self._held(given) is not None]
-        layers: dict[str, Callable[[Node], None]] = {
-            "conv2d": self._convolution,
-            "conv_transpose2d": self._convolution,
-            "linear": self._linear,
-            "batch_norm": self._norm,
-            "instance_norm": self._norm,
-            "prelu": self._prelu,
-        }
-        found: Any = None
-        if name in layers:
-            layers[name](node)
-            return
+    def _labels(self, node: Node, name: str) -> Any:
+        """Return the labels of what a node gives; `None` if it does what is not followed."""
+        held, source = self.ledger.held, node.args[0] if node.args else None
+        if name in LAYERS:
+            return LAYERS[name](self.ledger, node)
         if name == "getitem":
-            found = self.labels[node.all_input_nodes[0]][node.args[1]]
-        elif name in _SAME and (len(node.all_input_nodes) == 1 or name == "type_as"):
-            found = self._held(node.args[0])
-        elif name in _ELEMENTWISE:
-            found = self._elementwise(node, name)
-        elif name in MOVES:
-            found = moved(node, self._held, self.unions)
-            self.is_cut |= cuts_channels(node, self._held)
-        elif name in _SPATIAL:
-            found = self._pool(node, _SPATIAL[name])
-        elif name in _REDUCES:
-            found = self._reduce(node, _REDUCES[name])
-        elif name in _ALONG and self._free(node, [argument(node, 1, "dim")]):
-            found = self._held(node.all_input_nodes[0])
-        if found is None:
-            self._unknown(node, name, inputs)
-        else:
-            self.labels[node] = found
+            return held(source)[node.args[1]]
+        if name in _SAME and (len(node.all_input_nodes) == 1 or name == "type_as"):
+            return held(source)
+        if name in _ELEMENTWISE or (name in ("max", "min") and len(node.all_input_nodes) > 1):
+            return self._elementwise(node, name)
+        if name in MOVES:
+            self.is_cut |= cuts_channels(node, held)
+            return moved(node, held, self.ledger.unions)
+        if name in _SPATIAL:
+            return self._pool(node, _SPATIAL[name])
+        if name in _REDUCES:
+            return self._reduce(node, _REDUCES[name])
+        if name in _ALONG and self._free(node, [argument(node, 1, "dim")]):
+            return held(source)
+        return None
 
-    # Layers ------------------------------------------------------------------------------------------
-
-    def _convolution(self, node: Node) -> None:
-        transposed = function_name(node) == "conv_transpose2d"
-        rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-        given = arguments(node, *_CONVOLUTION, *rest)
-        weight, bias = self._stored(given["weight"]), self._stored(given.get("bias"))
-        if weight is None or (bias is None and given.get("bias") is not None):
-            self._unknown(node, function_name(node), node.all_input_nodes)
-            return
-        name, groups = self._layer(weight), int(given.get("groups", 1))
-        entering = self._channels(self._held(given["input"]), 1, node)
-        shape = self.graph.tensors[weight].shape
-        out = shape[1] * groups if transposed else shape[0]
-        if groups > 1 and groups == len(entering):
-            leaving = entering.repeat(out // groups)
-            self._slice(weight, 0, entering if transposed else leaving)
-        else:
-            # As many channels have to stay in each group.
-            blocks = entering.reshape(groups, -1)
-            self.unions.join(blocks[:1].repeat(groups, axis=0), blocks, _grouped(name))
-            made = self._leaving(name, weight, int(transposed), out // groups)
-            leaving = np.tile(made, groups)
-            self._slice(weight, int(transposed), made if transposed else leaving)
-            self._slice(weight, int(not transposed), entering if transposed else blocks[0])
-            self.reads.add((self.graph.first_names[weight], int(not transposed)))
-            self.made.setdefault(name, leaving)
-        if bias is not None:
-            self._slice(bias, 0, leaving)
-        self.labels[node] = spread(leaving, 1, shape_of(node))
-        self.pricer.convolution(node, name, given, entering, leaving)
-
-    def _linear(self, node: Node) -> None:
-        source, bias = node.args[0], argument(node, 2, "bias")
-        weight = self._stored(node.args[1])
-        if weight is None or not isinstance(source, Node) or (bias is not None and not self._stored(bias)):
-            self._unknown(node, "linear", node.all_input_nodes)
-            return
-        name, labels, last = self._layer(weight), self._held(source), len(shape_of(source)) - 1
-        held = axes_of(labels)
-        if len(held) == 1 and held != [last]:
-            self._mixing(node, name, labels, held[0])
-            return
-        entering = self._channels(labels, last, node)
-        leaving = self._leaving(name, weight, 0, self.graph.tensors[weight].shape[0])
-        self.made.setdefault(name, leaving)
-        self._slice(weight, 0, leaving)
-        self._slice(weight, 1, entering)
-        self.reads.add((self.graph.first_names[weight], 1))
-        if bias is not None:
-            self._slice(self.graph.stored[bias.name], 0, leaving)
-        self.labels[node] = spread(leaving, last, shape_of(node))
-        self.pricer.linear(node, name, entering, leaving)
-
-    def _mixing(self, node: Node, name: str, labels: Tensor, axis: int) -> None:
-        """Treat a linear layer along another axis than that of channels: it makes positions of them."""
-        self._stuck(node, name, Reason("it makes positions of a map, not channels"))
-        self.labels[node] = labels.narrow(-1, 0, 1).expand(shape_of(node))
-        self.pricer.mixing(node, name, rows(labels, axis)[:, 0])
-
-    def _leaving(self, name: str, weight: str, axis: int, count: int) -> Labels:
-        """Return the labels of what a layer makes; of weights that are used twice, the same ones."""
-        known = self.slices.get(self.graph.first_names[weight], {}).get(axis)
-        return self.unions.fresh(count) if known is None else known[:count]
-
-    def _norm(self, node: Node) -> None:
-        """Treat batch norm and instance norm: both look at each channel alone."""
-        labels = self._held(node.args[0])
-        name = module_name(node) or node.name
-        channels = np.full(labels.shape[1], FIXED, dtype=np.int64)
-        if 1 in axes_of(labels):
-            channels = self._channels(labels, 1, node)
-            for at in range(1, 5):
-                stored = self._stored(node.args[at])
-                if stored is not None:
-                    self._slice(stored, 0, channels)
-        self.labels[node] = labels
-        if function_name(node) == "batch_norm":
-            self.pricer.norm(node, name, channels)
-
-    def _prelu(self, node: Node) -> None:
-        labels, name = self._held(node.args[0]), self._stored(node.args[1])
-        if name is None:
-            self._unknown(node, "prelu", node.all_input_nodes)
-            return
-        if self.graph.tensors[name].numel() > 1 and 1 in axes_of(labels):
-            self._slice(name, 0, self._channels(labels, 1, node))
-        self.labels[node] = labels
-
-    def _unknown(self, node: Node, name: str, inputs: Sequence[Node]) -> None:
-        """Keep all channels that enter."""
-        text = f"{name} in {place(node)} is an operation that pruning does not follow"
-        advice = "a 1x1 convolution before it would set the layers above free"
+    def _unknown(self, node: Node, name: str) -> Any:
+        """Keep all channels that enter, and those that leave."""
+        reason = Reason(
+            f"{name} in {place(node)} is an operation that pruning does not follow",
+            "a 1x1 convolution before it would set the layers above free",
+        )
         if name in _NORMS:
-            text = f"{_NORMS[name]} in {place(node)} computes its statistics over several channels together"
-            advice = "batch norm, which looks at each channel alone, can be narrowed"
+            reason = Reason(
+                f"{_NORMS[name]} in {place(node)} computes its statistics over several channels together",
+                "batch norm, which looks at each channel alone, can be narrowed",
+            )
         elif name in ("conv2d", "conv_transpose2d", "linear"):
-            text = f"the weights of {place(node)} are computed, not stored"
-            advice = "remove weight norm and other parametrizations before"
-        for given in inputs:
-            held = self._held(given)
+            reason = Reason(
+                f"the weights of {place(node)} are computed, not stored",
+                "remove weight norm and other parametrizations before",
+            )
+        for given in node.all_input_nodes:
+            held = self.ledger.held(given)
             for part in held if isinstance(held, list) else [held]:
                 if isinstance(part, Tensor):
-                    self.unions.fix(values(part), Reason(text, advice))
-        if name in (*_OTHER_LAYERS, "conv2d", "conv_transpose2d", "linear"):
-            weight = self._stored(node.args[1])
-            layer = (self._layer(weight) if weight else module_name(node)) or node.name
-            self._stuck(node, layer, Reason(text, advice))
-        self.labels[node] = _unlabelled(node)
-        self.pricer.unknown(node)
-
-    def _stuck(self, node: Node, name: str, reason: Reason) -> None:
-        """Note a layer whose channels have to stay."""
-        axis = -1 if function_name(node) == "linear" else 1
-        self.made.setdefault(name, self.unions.fresh(shape_of(node)[axis]))
-        self.unions.fix(self.made[name], reason)
-
-    # Other operations --------------------------------------------------------------------------------
+                    self.ledger.unions.fix(values(part), reason)
+        other_layer(self.ledger, node, reason)
+        self.ledger.pricer.unknown(node)
+        return unlabelled(node)
 
     def _elementwise(self, node: Node, name: str) -> Tensor | None:
-        shape = shape_of(node)
-        given = [self._held(one) for one in node.all_input_nodes if not self._is_matrix(one)]
-        labels = combined(given, shape, node, self.unions)
+        ledger, shape = self.ledger, shape_of(node)
+        matrices = [one for one in node.all_input_nodes if ledger.is_matrix(one)]
+        given = [ledger.held(one) for one in node.all_input_nodes if one not in matrices]
+        labels = combined(given, shape, node, ledger.unions)
         if labels is None:
             return None
-        for one in node.all_input_nodes:
-            if self._is_matrix(one):
-                self._along(one, labels, node)
+        for one in matrices:
+            self._along(one, labels, node)
         maps = [one for one in node.all_input_nodes if shape_of(one) == shape and len(shape) == 4]
         if name == "add" and len(maps) == 2 and 1 in axes_of(labels):
-            self.pricer.addition(node, self._channels(labels, 1, node))
+            ledger.pricer.addition(node, ledger.channels(labels, 1, node))
         return labels
 
     def _along(self, parameter: Node, labels: Tensor, node: Node) -> None:
         """Slice a parameter of several axes, such as a position embedding, along that of the channels."""
-        name = self.graph.stored[parameter.name]
+        name = self.ledger.graph.stored[parameter.name]
         held, shape = axes_of(labels), shape_of(parameter)
         axis = held[0] - (labels.dim() - len(shape)) if held else -1
         if len(held) > 1:
             text = f"{name} is combined with channels that are mixed with positions"
-            self.unions.fix(values(labels), Reason(text))
+            self.ledger.unions.fix(values(labels), Reason(text))
         elif axis >= 0 and shape[axis] > 1:
-            self._slice(name, axis, self._channels(labels, held[0], node))
+            self.ledger.slice(name, axis, self.ledger.channels(labels, held[0], node))
 
     def _pool(self, node: Node, sizes: int) -> Any:
-        labels = self._held(node.args[0])
-        after = node.meta["val"]
-        shape = tuple((after[0] if isinstance(after, tuple | list) else after).shape)
+        labels, after = self.ledger.held(node.args[0]), node.meta["val"]
+        several = isinstance(after, tuple | list)
         if any(axis >= labels.dim() - sizes for axis in axes_of(labels)):
             return None
-        found = resized(labels, shape)
-        if found is not None and not isinstance(after, tuple | list):
-            self.pricer.pool(node, self._channels(labels, 1, node))
-        return [found] * len(after) if isinstance(after, tuple | list) else found
+        found = resized(labels, (after[0] if several else after).shape)
+        if found is not None and not several:
+            self.ledger.pricer.pool(node, self.ledger.channels(labels, 1, node))
+        return [found] * len(after) if several else found
 
     def _reduce(self, node: Node, at: int) -> Any:
-        labels, after = self._held(node.args[0]), node.meta["val"]
+        labels, after = self.ledger.held(node.args[0]), node.meta["val"]
         given: Any = argument(node, at, "dim")
         listed = [given] if isinstance(given, int) else list(given or range(labels.dim()))
         if not self._free(node, listed):
@@ -381,60 +261,10 @@ class _Tracer:
         if isinstance(after, tuple | list):
             return [compact(first.reshape(part.shape)) for part in after]
         if 1 in axes_of(labels):
-            self.pricer.pool(node, self._channels(labels, 1, node))
+            self.ledger.pricer.pool(node, self.ledger.channels(labels, 1, node))
         return compact(first.reshape(after.shape))
 
     def _free(self, node: Node, axes: Sequence[Any]) -> bool:
         """Return whether no axis of these holds channels."""
-        labels = self._held(node.args[0])
+        labels = self.ledger.held(node.args[0])
         return not {axis % labels.dim() for axis in axes} & set(axes_of(labels))
-
-    # Bookkeeping -------------------------------------------------------------------------------------
-
-    def _held(self, node: Any) -> Any:
-        """Return the labels of what a node gives; a stored vector gets some when it is first asked for."""
-        if node not in self.labels and node.name in self.graph.stored:
-            shape = shape_of(node)
-            axes = [axis for axis, size in enumerate(shape) if size > 1]
-            self.labels[node] = fixed(shape)
-            if len(axes) == 1:
-                own = self.unions.fresh(shape[axes[0]])
-                self._slice(self.graph.stored[node.name], axes[0], own)
-                self.labels[node] = spread(own, axes[0], shape)
-        return self.labels.get(node)
-
-    def _stored(self, value: Any) -> str | None:
-        """Return the name of a parameter or buffer that is an input of the graph."""
-        return self.graph.stored.get(value.name) if isinstance(value, Node) else None
-
-    def _layer(self, weight: str) -> str:
-        """Return the name of a layer: that of its module, or of its weight in a module that has several."""
-        return self.graph.first_names[weight].removesuffix(".weight")
-
-    def _is_matrix(self, node: Node) -> bool:
-        return self._stored(node) is not None and sum(size > 1 for size in shape_of(node)) > 1
-
-    def _channels(self, labels: Tensor, axis: int, node: Node) -> Labels:
-        """Return the labels along one axis; those that meet at one position of it become the same."""
-        table = rows(labels, axis)
-        if table.shape[1] > 1:
-            text = f"{place(node)} reads what channels and positions have been mixed into"
-            self.unions.join(table[:, :1].repeat(table.shape[1], axis=1), table, Reason(text))
-        return table[:, 0].copy()
-
-    def _slice(self, name: str, axis: int, labels: Labels) -> None:
-        """Note that an axis of a parameter holds channels; of a parameter used twice they are the same."""
-        axes = self.slices.setdefault(self.graph.first_names[name], {})
-        known = axes.setdefault(axis, labels)
-        if known is not labels:
-            self.unions.join(known, labels, Reason(f"{name} is also used with channels that have to stay"))
-
-
-def _unlabelled(node: Node) -> Any:
-    return _pytree.tree_map_only(torch.Tensor, lambda part: fixed(part.shape), node.meta.get("val"))
-
-
-def _grouped(name: str) -> Reason:
-    return Reason(
-        f"{name} is a grouped convolution, and another of its groups has channels that have to stay"
-    )

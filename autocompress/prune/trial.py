@@ -73,6 +73,29 @@ class Trial:
         self._tried = self._own
         return self.failure(source)
 
+    def check_training(self, source: "Source") -> None:
+        """Check that a narrow model still runs in training mode, where that runs more than evaluation.
+
+        Raises:
+            ConversionError: It does not: an auxiliary head reads what was removed.
+        """
+        halves = tuple(max(*both) for both in zip(source.least, (n // 2 for n in source.full), strict=True))
+        whole, narrow = source.narrowed(source.full).train(), source.narrowed(halves).train()
+        batch = torch.cat([self._image, self._image])
+        with torch.random.fork_rng(devices=[]):
+            try:
+                _run(whole, batch)
+            except Exception:  # noqa: BLE001  (in training it wants something else than images)
+                return
+            try:
+                _run(narrow, batch)
+            except Exception as error:
+                raise ConversionError(
+                    f"{type(self._own).__name__} has parameters that only training uses, such as "
+                    f"{source.trace.unused[0]}, and without some of its channels it does not run in training "
+                    f"mode: {error}; remove these layers, or ignore those whose channels they read"
+                ) from error
+
     def _failure(self, source: "Source") -> Failure | None:
         for draw in range(DRAWS + source.trace.is_cut * CUT_DRAWS):
             rng = np.random.default_rng(draw)

@@ -230,6 +230,26 @@ def test_repeated_channels_are_one_unit_each() -> None:
     assert found.narrowed((8, 2, 4)).three.in_channels == 4
 
 
+# Rows and columns of a view: the smaller number is that of the groups.
+@pytest.mark.parametrize(("shape", "units"), [((3, 4), 4), ((2, 6), 6), ((6, 2), 6)])
+def test_shuffled_channels_are_removed_from_each_group(shape: tuple[int, int], units: int) -> None:
+    def shuffled(x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        first = shape[0] if shape[0] < shape[1] else c // shape[1]
+        return x.view(n, first, -1, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    found = chain(shuffled, channels=12, after=12)
+    assert len(found.groups[1]) == units
+    batch, widths = torch.randn(2, 3, 8, 8), (8, units // 2, 4)
+    torch.testing.assert_close(run(found.narrowed(widths), batch), run(found.masked(widths), batch))
+
+
+def test_a_shuffle_of_which_the_groups_grow_with_the_channels_keeps_them() -> None:
+    """Here c / 4 groups of 4 are taken for 3 groups: the trial finds that they are not."""
+    found = chain(lambda x: x.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2), channels=12, after=12)
+    assert [group.name for group in found.groups] == ["one", "three"]
+
+
 # Against Torch-Pruning -----------------------------------------------------------------------------------
 
 

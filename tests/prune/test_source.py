@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from prune.zoo import ZOO, Head, Norms, Own, conv, model, run, seeded
+from prune.zoo import ZOO, Head, Norms, Own, conv, model, params_of, run, seeded
 from torch import Tensor, nn
 
 from autocompress.errors import ConversionError
@@ -304,6 +304,38 @@ def test_exactly_the_groups_that_fail_are_found(bound: set[int]) -> None:
     assert {group.name for group in found.groups} == {f"layers.{n}" for n in range(10) if n not in bound}
     advice = "write sizes in views and slices of forward() as x.shape, not as numbers"
     assert {kept.layer for kept in found.kept if kept.advice == advice} == {f"layers.{n}" for n in bound}
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training uses, as in GoogLeNet; of a width of its own or of the network's."""
+
+    def __init__(self, bound: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.head = conv(3, 8), conv(8, 6), Head(6)
+        self.aux = Head(8 if bound else 3)
+        self.bound = bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        out = self.head(self.second(y))
+        return out + self.aux(y if self.bound else x) if self.training else out
+
+
+def test_what_only_training_uses_must_not_read_what_is_removed() -> None:
+    text = (
+        "parameters that only training uses, such as aux.fc.weight, .* ignore those whose channels they read"
+    )
+    with pytest.raises(ConversionError, match=text):
+        Source(Auxiliary(bound=True), IMAGE)
+    assert [group.name for group in Source(Auxiliary(bound=True), IMAGE, ignore=["first"]).groups] == [
+        "second.0"
+    ]
+    own = Auxiliary(bound=False)
+    state = torch.get_rng_state()
+    found = Source(own, IMAGE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [group.name for group in found.groups] == ["first.0", "second.0"]
+    assert params_of(found.narrowed((8, 6))) == sum(p.op.params for p in found.trace.priced)
 
 
 # Buffers that widths cannot share --------------------------------------------------------------------------
