@@ -62,13 +62,9 @@ class Source:
         trial = Trial(self.model, image)
         while (failure := trial.failure(self)) is not None:
             group = self.groups[failure.group]
-            reason = Reason(
-                f"without some channels of {group.name} the model {failure.text}",
-                "write sizes in views and slices of forward() as x.shape, not as numbers",
-            )
+            text = f"without some channels of {group.name} the model {failure.text}"
+            reason = Reason(text, failure.advice)
             self._hold(self.trace.without(dict.fromkeys(group.units.tolist(), reason)))
-        if self.trace.unused:
-            trial.check_training(self)
 
     def _hold(self, found: Trace) -> None:
         self.trace = found

@@ -4,8 +4,9 @@ The graph does not tell a number in `forward()` from `x.shape`: `x.view(n, 64, h
 and fails in the narrow model. So groups are tried before they are offered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,8 @@ from autocompress.prune.cut import copied
 if TYPE_CHECKING:
     from autocompress.prune.source import Source
 
+Widths = tuple[int, ...]
+
 TOLERANCE = 1e-3
 """Greatest difference of the narrow model from the masked one, in parts of the greatest output."""
 
@@ -28,6 +31,10 @@ CUT_DRAWS = 12
 """Further choices, of random width, for models that take slices of channels: some widths may fit by luck."""
 
 
+Differs = Callable[[Widths], str]
+"""Of widths, what goes wrong with them; empty if nothing does."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """A group that cannot be narrowed after all.
@@ -35,10 +42,12 @@ class Failure:
     Attributes:
         group: Its number.
         text: What goes wrong.
+        advice: What the user can do.
     """
 
     group: int
     text: str
+    advice: str
 
 
 class Trial:
@@ -63,40 +72,19 @@ class Trial:
             ConversionError: The model does not even repeat what it computes, or that is not finite.
         """
         try:
-            return self._failure(source)
+            found = self._evaluation_failure(source)
         except FloatingPointError:
             if self._tried is self._own:
                 raise ConversionError(
                     f"{type(self._own).__name__} returns nan or infinity for random images"
                 ) from None
-        # Some weights have to be small, or positive: the model's own are what it can be tried with.
-        self._tried = self._own
-        return self.failure(source)
+            # Some weights have to be small, or positive: the model's own are what it can be tried with.
+            self._tried = self._own
+            return self.failure(source)
+        return found or (self._training_failure(source) if source.trace.unused else None)
 
-    def check_training(self, source: "Source") -> None:
-        """Check that a narrow model still runs in training mode, where that runs more than evaluation.
-
-        Raises:
-            ConversionError: It does not: an auxiliary head reads what was removed.
-        """
-        halves = tuple(max(*both) for both in zip(source.least, (n // 2 for n in source.full), strict=True))
-        whole, narrow = source.narrowed(source.full).train(), source.narrowed(halves).train()
-        batch = torch.cat([self._image, self._image])
-        with torch.random.fork_rng(devices=[]):
-            try:
-                _run(whole, batch)
-            except Exception:  # noqa: BLE001  (in training it wants something else than images)
-                return
-            try:
-                _run(narrow, batch)
-            except Exception as error:
-                raise ConversionError(
-                    f"{type(self._own).__name__} has parameters that only training uses, such as "
-                    f"{source.trace.unused[0]}, and without some of its channels it does not run in training "
-                    f"mode: {error}; remove these layers, or ignore those whose channels they read"
-                ) from error
-
-    def _failure(self, source: "Source") -> Failure | None:
+    def _evaluation_failure(self, source: "Source") -> Failure | None:
+        advice = "write sizes in views and slices of forward() as x.shape, not as numbers"
         for draw in range(DRAWS + source.trace.is_cut * CUT_DRAWS):
             rng = np.random.default_rng(draw)
             orders = []
@@ -112,41 +100,67 @@ class Trial:
                 max(least, len(order) // 2 if draw < DRAWS else int(rng.integers(len(order))))
                 for order, least in orders
             ]
-            if (found := self._first_failing(trial, widths)) is not None:
+            found = _first_failing(partial(self._difference, trial), widths, source.full, advice)
+            if found is not None:
+                self._check_repeats(trial)
                 return found
         return None
 
-    def _first_failing(self, trial: "Source", narrow: Sequence[int]) -> Failure | None:
-        def difference(count: int) -> str:
-            """Return what goes wrong if the first so many groups are narrow; empty if nothing does."""
-            widths = (*narrow[:count], *trial.full[count:])
-            expected = _run(trial.masked(widths), self._image)
-            if not expected.isfinite().all():
-                raise FloatingPointError
-            try:
-                found = _run(trial.narrowed(widths), self._image)
-            except Exception as error:  # noqa: BLE001  (whatever forward() raises)
-                return f"does not run: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
-            scale = float(expected.abs().max()) or 1.0
-            if found.shape != expected.shape:
-                return f"returns shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-            worst = float((found - expected).abs().max())
-            return "" if worst <= TOLERANCE * scale else f"differs by {worst / scale:.1%} of its output"
+    def _difference(self, trial: "Source", widths: Widths) -> str:
+        expected = _run(trial.masked(widths), self._image)
+        if not expected.isfinite().all():
+            raise FloatingPointError
+        try:
+            found = _run(trial.narrowed(widths), self._image)
+        except Exception as error:  # noqa: BLE001  (whatever forward() raises)
+            return f"does not run: {_first_line(error)}"
+        scale = float(expected.abs().max()) or 1.0
+        if found.shape != expected.shape:
+            return f"returns shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+        worst = float((found - expected).abs().max())
+        return "" if worst <= TOLERANCE * scale else f"differs by {worst / scale:.1%} of its output"
 
-        text = difference(len(narrow))
-        if not text:
-            return None
-        if difference(0):
+    def _check_repeats(self, trial: "Source") -> None:
+        if self._difference(trial, trial.full):
             raise ConversionError(
                 f"{type(self._own).__name__} gives different outputs for the same images in evaluation mode; "
                 "random operations in forward() must depend on self.training, as nn.Dropout does"
             )
-        good, bad = 0, len(narrow)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            found = difference(middle)
-            good, bad, text = (good, middle, found) if found else (middle, bad, text)
-        return Failure(bad - 1, text)
+
+    def _training_failure(self, source: "Source") -> Failure | None:
+        """Return a group whose channels are read by what only training runs, such as an auxiliary head."""
+        batch = torch.cat([self._image, self._image])
+
+        def difference(widths: Widths) -> str:
+            with torch.random.fork_rng(devices=[]):
+                try:
+                    _run(source.narrowed(widths).train(), batch)
+                except Exception as error:  # noqa: BLE001  (whatever forward() raises)
+                    return f"does not run in training mode: {_first_line(error)}"
+            return ""
+
+        if difference(source.full):
+            return None  # In training it wants something else than images.
+        widths = [max(least, full // 2) for least, full in zip(source.least, source.full, strict=True)]
+        advice = f"remove the layers that only training uses, such as that of {source.trace.unused[0]}"
+        return _first_failing(difference, widths, source.full, advice)
+
+
+def _first_failing(differs: Differs, narrow: Sequence[int], full: Widths, advice: str) -> Failure | None:
+    """Return the group with which the narrow groups before it fail, by bisection."""
+    text = differs(tuple(narrow))
+    if not text:
+        return None
+    good, bad = 0, len(narrow)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        found = differs((*narrow[:middle], *full[middle:]))
+        good, bad, text = (good, middle, found) if found else (middle, bad, text)
+    return Failure(bad - 1, text, advice)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _run(model: nn.Module, image: Tensor) -> Tensor:

@@ -321,21 +321,24 @@ class Auxiliary(nn.Module):
         return out + self.aux(y if self.bound else x) if self.training else out
 
 
-def test_what_only_training_uses_must_not_read_what_is_removed() -> None:
-    text = (
-        "parameters that only training uses, such as aux.fc.weight, .* ignore those whose channels they read"
-    )
-    with pytest.raises(ConversionError, match=text):
-        Source(Auxiliary(bound=True), IMAGE)
-    assert [group.name for group in Source(Auxiliary(bound=True), IMAGE, ignore=["first"]).groups] == [
-        "second.0"
-    ]
-    own = Auxiliary(bound=False)
+def test_what_only_training_reads_stays() -> None:
+    own = Auxiliary(bound=True)
     state = torch.get_rng_state()
     found = Source(own, IMAGE)
     assert torch.equal(torch.get_rng_state(), state)
+    assert [group.name for group in found.groups] == ["second.0"]
+    (kept, _) = found.kept
+    assert kept.layer == "first.0"
+    assert kept.reason.startswith("without some channels of first.0 the model does not run in training mode")
+    assert kept.advice == "remove the layers that only training uses, such as that of aux.fc.weight"
+    narrow = found.narrowed((3,)).train()
+    assert narrow(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    assert params_of(narrow) == sum(op.params for op in found.operations((3,)))
+
+
+def test_what_only_training_runs_is_left_alone_where_it_reads_nothing_that_is_removed() -> None:
+    found = Source(Auxiliary(bound=False), IMAGE)
     assert [group.name for group in found.groups] == ["first.0", "second.0"]
-    assert params_of(found.narrowed((8, 6))) == sum(p.op.params for p in found.trace.priced)
 
 
 # Buffers that widths cannot share --------------------------------------------------------------------------
