@@ -1,6 +1,6 @@
 """Your own trained network made narrower, from Python: here a ResNet-20 on the bundled digits.
 
-    python examples/06_shrink.py            # a minute
+    python examples/06_shrink.py            # two minutes
     python examples/06_shrink.py --smoke    # checks that it runs
 
 The network is any `torch.nn.Module` of yours. Which channels hang together is read off its graph; importance
@@ -43,7 +43,7 @@ trained = finetune(
     model,
     data,
     task,
-    FinetuneSettings(epochs=1 if smoke else 15, learning_rate=0.1, batch_size=32),
+    FinetuneSettings(epochs=1 if smoke else 10, learning_rate=0.1, batch_size=32),
     resolution=size,
 )
 
@@ -74,7 +74,7 @@ found: dict[str, Codes] = {
 # Remove them, fit the weights to the original's outputs, finetune with it as teacher ----------------------
 
 print(f"the network: validation accuracy {trained.mean:.3f}, {limits.costs['macs'].maximum:,.0f} MACs")
-settings = FinetuneSettings(epochs=1 if smoke else 5, learning_rate=0.02, batch_size=32)
+settings = FinetuneSettings(epochs=1 if smoke else 3, learning_rate=0.02, batch_size=32)
 for name, codes in found.items():
     (widths,) = space.decode(codes)
     kept_units = tuple(int(widths[choice.name]) for choice in space.choices)
