@@ -18,12 +18,12 @@ from torch import Tensor
 
 from autocompress.errors import SpaceError
 from autocompress.ops import Ops, OpSpec
+from autocompress.prune.check import check_buffers
 from autocompress.prune.importance import CRITERIA, comparable
 from autocompress.prune.importance import importance as importance_of
 from autocompress.prune.load import load_model, takes
 from autocompress.prune.network import NarrowNetwork
-from autocompress.prune.source import Source
-from autocompress.prune.trace import Priced
+from autocompress.prune.source import Source, Table
 from autocompress.space import Block, Choice, Option, SearchSpace
 
 Sample = tuple[Iterable[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
@@ -112,7 +112,9 @@ def channel_space(
 
     Raises:
         SpaceError: `steps` or `align` is below 1.
+        ConversionError: The model has buffers that networks of different widths cannot share.
     """
+    check_buffers(source.model)
     for name, value in {"steps": steps, "align": align}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SpaceError(f"{name} must be an integer >= 1, got {value!r}")
@@ -128,9 +130,7 @@ def channel_space(
             of_unit = dict(zip(group.units.tolist(), scores[group.name].tolist(), strict=True))
             kept = np.cumsum([of_unit[unit] for unit in order.tolist()])
             worth[choice.name] = tuple(float(kept[int(option) - 1]) for option in choice.options)
-    parts = [
-        part for number, priced in enumerate(source.trace.priced) for part in _parts(source, number, priced)
-    ]
+    parts = [part for number in range(len(source.trace.priced)) for part in _parts(source, number, choices)]
     names = tuple(choice.name for choice in choices)
     whole = NarrowNetwork(type(source.model).__name__, source.digest, source.full, source)
     block = Block("network", names, partial(_network, whole), tuple(parts))
@@ -154,32 +154,33 @@ Counts = tuple[int, tuple[tuple[int, tuple[int, ...]], ...]]
 """Channels that always stay; place of a choice of the block, and how many more each number of units adds."""
 
 
-def _parts(source: Source, number: int, priced: Priced) -> list[Block]:
+def _parts(source: Source, number: int, choices: Sequence[Choice]) -> list[Block]:
     """Return the blocks that price an operation: one, or of a wide concatenation one a group."""
-    found = {name: source.counts(labels) for name, labels in priced.widths.items()}
-    groups = sorted({group for _, added in found.values() for group in added})
-    settings = math.prod(len(source.groups[group]) + 1 for group in groups)
+    priced, found = source.trace.priced[number], source.tables[number]
     name = f"{number}.{priced.name}"
-    if settings <= MAX_SETTINGS or len(groups) <= 2 or "in_channels" not in found:
+    groups = sorted({group for _, added in found.values() for group in added})
+    settings = math.prod(len(choices[group].options) for group in groups)
+    # Each channel adds the same to the cost, which is the sum over the groups that channels come from. Inputs
+    # and outputs of a depthwise convolution come from the same ones.
+    wide = [field for field, (_, added) in found.items() if len(added) > 1]
+    if settings <= MAX_SETTINGS or not (len(wide) == 1 or "groups" in wide):
         return [_block(source, name, priced.op, found)]
-    always, added = found["in_channels"]
-    rest = {field: counts for field, counts in found.items() if field != "in_channels"}
-    blocks = []
-    for at, group in enumerate(added):
-        entering = (always if at == 0 else 0, {group: added[group]})
-        # Bias and norm belong to the whole: they are counted once.
-        op = priced.op if at == 0 else _bare(priced.op)
-        blocks.append(_block(source, f"{name}.{at}", op, {**rest, "in_channels": entering}))
+    blocks: list[Block] = []
+    for group in sorted({group for field in wide for group in found[field][1]}):
+        own: dict[str, Table] = {}
+        for field, (always, added) in found.items():
+            own[field] = (
+                (0 if blocks else always, {group: added[group]}) if field in wide else (always, added)
+            )
+        # Bias and norm of a layer that reads several groups belong to none of them: they are counted once.
+        once = {"bias", "norm"} if blocks and "groups" not in wide else set()
+        fields = {field.name for field in dataclasses.fields(priced.op)}
+        op = dataclasses.replace(priced.op, **dict.fromkeys(once & fields, False))
+        blocks.append(_block(source, f"{name}.{len(blocks)}", op, own))
     return blocks
 
 
-def _bare(op: OpSpec) -> OpSpec:
-    return dataclasses.replace(op, bias=False, norm=False)  # type: ignore[call-arg]
-
-
-def _block(
-    source: Source, name: str, op: OpSpec, found: Mapping[str, tuple[int, Mapping[int, Any]]]
-) -> Block:
+def _block(source: Source, name: str, op: OpSpec, found: Mapping[str, Table]) -> Block:
     groups = sorted({group for _, added in found.values() for group in added})
     places = {group: place for place, group in enumerate(groups)}
     counts = {

@@ -110,10 +110,12 @@ def _prefix(tensor: Tensor, *sizes: int) -> Tensor:
 
 
 def _entries(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
-    """Return the named entries along some axes."""
+    """Return the named entries along some axes, laid out as the tensor is."""
+    # By its strides: a 1x1 kernel counts as contiguous in both formats, and runs differently.
+    last = tensor.dim() == 4 and tensor.stride()[1::2] == (1, tensor.shape[1])
     for axis, entries in axes.items():
         tensor = tensor.index_select(axis, torch.as_tensor(entries, device=tensor.device))
-    return tensor
+    return tensor.clone(memory_format=torch.channels_last) if last and axes else tensor
 
 
 def memory_format(weights: Iterable[Tensor]) -> torch.memory_format:

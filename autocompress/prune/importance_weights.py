@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autocompress.prune.group import Group
 from autocompress.prune.labels import Labels
 from autocompress.prune.layers import Layer, Norm, is_depthwise, leaving, tensors_of
 from autocompress.prune.scores import Given, Scores, over_units
-from autocompress.prune.source import Group
 
 Matrix = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from autocompress.errors import ConversionError, CostError
 from autocompress.ops import GatedSpec, OpSpec, Shape
-from autocompress.prune.source import Source, Widths, at_widths
+from autocompress.prune.source import Source, Widths
 from autocompress.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class NarrowNetwork(GatedSpec):
     @property
     def ops(self) -> tuple[OpSpec, ...]:
         """The operations of the narrow model that cost something."""
-        return tuple(at_widths(priced, self.source, self.widths) for priced in self.source.trace.priced)
+        return self.source.operations(self.widths)
 
     @property
     def in_shape(self) -> Shape:
@@ -91,13 +91,21 @@ class NarrowNetwork(GatedSpec):
         return found
 
     def module(self) -> "nn.Module":
-        """Build the narrow model with random weights, as its own layers initialise themselves."""
+        """Build the narrow model with random weights, as its own layers initialise themselves.
+
+        What no layer initialises (parameters of the user's own modules, buffers) is as in the model.
+        """
         import torch
 
-        empty = self.source.empty(self.widths)
-        if torch.get_default_device().type == "meta":
-            return empty.train()
-        return self.source.filled(empty, self.widths).train()
+        device = torch.get_default_device()
+        if device.type == "meta":
+            return self.source.empty(self.widths).train()
+        narrow = self.source.narrowed(self.widths).to(device)
+        for module in narrow.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        return narrow.train()
 
     @classmethod
     def shared_module(cls, ops: Sequence[OpSpec]) -> "nn.Module":

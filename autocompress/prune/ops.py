@@ -19,7 +19,9 @@ class Convolution(OpSpec):
     """A convolution of any geometry, then batch norm, then an activation; `Conv2d` is the usual one.
 
     Attributes:
-        padding: On each side.
+        padding: On each side; of a transposed convolution, what is cut off there.
+        transposed: Whether each input pixel adds a kernel to the output, as where maps grow.
+        output_padding: Of a transposed convolution, rows and columns added at the end.
     """
 
     in_channels: int
@@ -34,6 +36,8 @@ class Convolution(OpSpec):
     bias: bool = False
     norm: bool = True
     activation: Activation = "none"
+    transposed: bool = False
+    output_padding: Pair = (0, 0)
 
     @property
     def in_shape(self) -> Shape:
@@ -43,18 +47,20 @@ class Convolution(OpSpec):
     @property
     def out_shape(self) -> Shape:
         """Channels, height and width of the output."""
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        height, width = (self._side(axis, size) for axis, size in enumerate((self.height, self.width)))
         return self.out_channels, height, width
+
+    def _side(self, axis: int, size: int) -> int:
+        stride, padding = self.stride[axis], self.padding[axis]
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        if self.transposed:
+            return (size - 1) * stride - 2 * padding + reach + self.output_padding[axis]
+        return (size + 2 * padding - reach) // stride + 1
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the convolution; a bias counts zero."""
-        _, height, width = self.out_shape
+        _, height, width = self.in_shape if self.transposed else self.out_shape
         return self.weight_tensors[0] * height * width
 
     @property
@@ -77,16 +83,14 @@ class Convolution(OpSpec):
         from torch import nn
 
         parts: OrderedDict[str, nn.Module] = OrderedDict()
-        parts["conv"] = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias,
-        )
+        channels = self.in_channels, self.out_channels
+        geometry = self.kernel, self.stride, self.padding
+        if self.transposed:
+            parts["conv"] = nn.ConvTranspose2d(
+                *channels, *geometry, self.output_padding, self.groups, self.bias, self.dilation
+            )
+        else:
+            parts["conv"] = nn.Conv2d(*channels, *geometry, self.dilation, self.groups, self.bias)
         if self.norm:
             parts["bn"] = nn.BatchNorm2d(self.out_channels)
         if self.activation != "none":
@@ -176,6 +180,45 @@ class Parameters(OpSpec):
 
     def module(self) -> "nn.Module":
         """Build what does nothing."""
+        from torch import nn
+
+        return nn.Identity()
+
+
+@dataclass(frozen=True)
+class Product(OpSpec):
+    """Products of matrices in what pruning does not follow, such as attention; it has no parameters.
+
+    Attributes:
+        each: Multiply-accumulates of each channel.
+        channels: How many.
+    """
+
+    each: int
+    channels: int = 1
+
+    @property
+    def in_shape(self) -> Shape:
+        """The channels."""
+        return self.channels, 1, 1
+
+    @property
+    def out_shape(self) -> Shape:
+        """The channels."""
+        return self.channels, 1, 1
+
+    @property
+    def macs(self) -> int:
+        """Of all channels."""
+        return self.each * self.channels
+
+    @property
+    def params(self) -> int:
+        """None."""
+        return 0
+
+    def module(self) -> "nn.Module":
+        """Build what does nothing: the operation is part of the user's own model."""
         from torch import nn
 
         return nn.Identity()
