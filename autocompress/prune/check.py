@@ -42,10 +42,7 @@ def check(model: nn.Module, image: Tensor) -> nn.Module:
                 f"parameter {name} of {kind} is on {tensor.device}, the image on {image.device}; both must "
                 "be on one device"
             )
-        if not _finite(tensor.detach()):
-            raise ConversionError(
-                f"parameter {name} of {kind} holds nan or infinity; the weights are of a training that failed"
-            )
+    _check_finite(model, kind)
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
@@ -81,6 +78,20 @@ def check_buffers(model: nn.Module) -> None:
                 "shared by networks of different widths; compute it in forward(), or make it a parameter "
                 "with requires_grad=False if it is constant"
             )
+
+
+def _check_finite(model: nn.Module, kind: str) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.named_parameters():
+        tensors[f"parameter {name}"] = tensor
+    for name, module in model.named_modules():
+        # Of other buffers, infinity may be meant: masks.
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for own, buffer in module.named_buffers(prefix=name, recurse=False):
+                tensors[f"buffer {own}"] = buffer
+    for what, values in tensors.items():
+        if not _finite(values.detach()):
+            raise ConversionError(f"{what} of {kind} holds nan or infinity: its training failed")
 
 
 def _finite(tensor: Tensor) -> bool:

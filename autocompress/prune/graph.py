@@ -47,13 +47,15 @@ def export(model: nn.Module, image: Tensor) -> Graph:
             f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}; images must be of "
             "the shape the model takes, and control flow that depends on values has to be moved out of it"
         ) from error
-    if not program.call_spec.out_spec.is_leaf():
-        raise ConversionError(
-            f"{kind} must return one tensor, got {program.call_spec.out_spec.type.__name__}; wrap it in a "
-            "module that returns the tensor you need"
-        )
     signature = program.graph_signature
     nodes = tuple(program.graph.nodes)
+    returned, spec = nodes[-1].args[0], program.call_spec.out_spec
+    if not spec.is_leaf() or not isinstance(returned[0], Node):
+        got = type(returned[0]) if spec.is_leaf() else spec.type
+        raise ConversionError(
+            f"{kind} must return one tensor, got {got.__name__}; wrap it in a module that returns the tensor "
+            "you need"
+        )
     for node in nodes:
         if isinstance(node.target, HigherOrderOperator):
             raise ConversionError(

@@ -24,8 +24,7 @@ _SHAPES = {
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split"}
 _OTHERS = {
     "permute", "transpose", "slice", "select", "expand", "expand_as", "unbind", "stack", "numpy_T", "t",
-    "movedim", "narrow", "flip", "roll", "repeat", "swapaxes", "swapdims",
-    "moveaxis", "mT", "diagonal",
+    "movedim", "narrow", "flip", "roll", "repeat", "swapaxes", "swapdims", "moveaxis", "mT",
 }  # fmt: skip
 
 
