@@ -58,8 +58,8 @@ def lasso(given: Given) -> Scores:
 
     Source: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.1,
     equation 2. The whole path is computed, by least angle regression (Efron et al., Annals of Statistics
-    2004), in the place of a search for the penalty of one width; for 1,024 units and one layer that reads them
-    it takes 7 s on a core, growing with the third power.
+    2004), in the place of a search for the penalty of one width; for 1,024 units and one layer that reads
+    them it takes 7 s on a core, growing with the third power.
     """
 
     def of_all(layer: Layer, weight: Tensor, read: Tensor, _: torch.Generator) -> Tensor:
