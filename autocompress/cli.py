@@ -17,9 +17,11 @@ from autocompress.console import (
     on_screen,
     read_recipe,
     stage,
+    whole,
     with_changes,
 )
 from autocompress.errors import AutocompressError, RecipeError
+from autocompress.shrink_command import shrink
 from autocompress.table_commands import table_commands
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ app = typer.Typer(
 
 app.add_typer(table_commands, name="table")
 app.command()(compare)
+app.command()(shrink)
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one
 # takes longer than most operations of a small network; to spin for long, the default, holds up other
@@ -106,7 +109,7 @@ def demo(
     if dry_run:
         _forecast(recipe)
         return
-    _whole(_open(run, recipe))
+    whole(_open(run, recipe))
 
 
 @app.command("run")
@@ -121,13 +124,13 @@ def run_(
     if dry_run:
         _forecast(parsed)
         return
-    _whole(_open(run or Path("runs") / recipe.stem, parsed))
+    whole(_open(run or Path("runs") / recipe.stem, parsed))
 
 
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Continue a run that was stopped or killed, at any stage."""
-    _whole(_open(run, None))
+    whole(_open(run, None))
 
 
 @app.command()
@@ -422,27 +425,6 @@ def _target_line(target: "Target") -> str:
     widths = ", ".join(str(bits) for bits in target.bit_widths) or "none"
     how = f"{target.runtime}, {target.device}, {target.number_format}" if target.runtime else "capabilities"
     return f"{target.name}  {how}; integer bits: {widths}; {target.description}"
-
-
-def _whole(run: "Run") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from autocompress.atomic import write_text
-    from autocompress.report.comparison import report
-    from autocompress.report.show import markdown, notes, table
-
-    with run.locked():
-        content = report(run, on_screen())
-        write_text(run.path("report.md"), markdown(content))
-    headers, rows = table(content)
-    shown = Table(*headers)
-    for row in rows:
-        shown.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(shown)
-    for note in notes(content):
-        typer.echo(note)
 
 
 def _forecast(recipe: "Recipe | None") -> None:

@@ -1,5 +1,6 @@
 """What commands share: bars and lines on the screen, and recipes from files and options."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from autocompress.errors import RecipeError
 if TYPE_CHECKING:
     from autocompress.progress import Progress
     from autocompress.recipe import Recipe
-    from autocompress.run import Shown
+    from autocompress.run import Run, Shown
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
 RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
@@ -22,6 +23,28 @@ SECONDS_A_LINE = 20.0
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set search.seed=1.")
 ]
+
+
+def whole(run: "Run") -> None:
+    """Run every stage, show the comparison, and write it as `report.md`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from autocompress.atomic import write_text
+    from autocompress.report.comparison import report
+    from autocompress.report.show import markdown, notes, table
+
+    with run.locked():
+        content = report(run, on_screen())
+        write_text(run.path("report.md"), markdown(content))
+    headers, rows = table(content)
+    shown = Table(*headers)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(shown)
+    for note in notes(content):
+        typer.echo(note)
 
 
 @contextmanager

@@ -123,3 +123,15 @@ class Differentiable(Strategy, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` returned."""
+
+
+@runtime_checkable
+class Sandwiched(Protocol):
+    """A differentiable strategy whose weights are trained as slices, so that slices are worth something.
+
+    The network that is derived is a slice of the supernet like any other: it is finetuned, not trained anew.
+    The networks of `weight_gates` learn the labels; batch norms keep their scales and shifts.
+    """
+
+    def taught_gates(self, moment: Moment) -> "Sequence[Gates]":
+        """Return the gates of networks that the one of `weight_gates` teaches in this step."""

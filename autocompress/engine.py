@@ -24,7 +24,7 @@ from autocompress.proposals import check_count
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.storage import TrialStorage, plain_identity
-from autocompress.strategy import Noted, Strategy, name_of
+from autocompress.strategy import Noted, Strategy, beyond_budget, name_of
 from autocompress.trial import Batch, Outcome, Trial
 
 DEFAULT_BATCH = 100
@@ -54,8 +54,9 @@ def search(
 ) -> SearchResult:
     """Search with any strategy, from where an earlier call with the same arguments stopped.
 
-    Proposals that break the budget are told as infeasible and cost no evaluation; proposals that were
-    evaluated before are told again from memory. A search always ends: with its evaluations, or when the
+    Proposals that break the budget are told as infeasible and cost no evaluation, unless the strategy goes
+    beyond the budget on its way (`strategy.beyond_budget`); proposals that were evaluated before are told
+    again from memory. A search always ends: with its evaluations, or when the
     strategy has nothing new to propose.
 
     Args:
@@ -108,7 +109,7 @@ def search(
         stored = TrialStorage(storage, study=study, identity=belongs)
     with nullcontext() if stored is None else stored.claimed():
         if evaluator.paid:
-            memory: _Memory = _Paid(constraints, evaluator, objective, stored)
+            memory: _Memory = _Paid(constraints, evaluator, objective, stored, beyond_budget(strategy))
         else:
             kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
             memory = _Free(constraints, evaluator, objective, kept, batch)
@@ -221,9 +222,15 @@ class _Paid:
     """Every evaluation is a trial, in storage too; a network is paid for once, now or earlier."""
 
     def __init__(
-        self, constraints: Constraints, evaluator: Evaluator, objective: str, storage: TrialStorage | None
+        self,
+        constraints: Constraints,
+        evaluator: Evaluator,
+        objective: str,
+        storage: TrialStorage | None,
+        beyond: bool,
     ) -> None:
         self.constraints, self.evaluator, self.objective = constraints, evaluator, objective
+        self._beyond = beyond
         self.at_once = evaluator.workers if isinstance(evaluator, ParallelEvaluator) else 1
         self.trials: list[Trial] = []
         self.evaluated = 0
@@ -239,7 +246,7 @@ class _Paid:
     def evaluate(self, codes: Codes) -> Iterator[Batch]:
         """Yield the outcome of every row, in order, each as soon as it is known."""
         costs = self.constraints.price(codes)
-        feasible = _within(self.constraints, costs, len(codes))
+        feasible = self._evaluated(costs, len(codes))
         keys = [row.tobytes() for row in codes]
         unknown = {
             key: index
@@ -263,6 +270,10 @@ class _Paid:
             else:
                 values = {name: np.array([value]) for name, value in metrics.items()}
                 yield Batch(row, its_costs, values, np.array([Outcome.MEASURED], dtype=np.int8))
+
+    def _evaluated(self, costs: Mapping[str, Values], count: int) -> NDArray[np.bool_]:
+        """Return which of some networks are evaluated: those that fit, for most strategies."""
+        return np.ones(count, dtype=np.bool_) if self._beyond else _within(self.constraints, costs, count)
 
     def _results(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
         """Yield what the evaluator says of each row, in order; a row it fails on costs only itself."""
@@ -302,8 +313,9 @@ class _Paid:
         self._known[key] = None if error else metrics
         if not error:
             score = metrics[self.objective]
-            self.best = score if self.best is None else max(self.best, score)
-        elif store and self.best is None and self.evaluated >= MAX_FAILURES:
+            if _within(self.constraints, costs, 1)[0]:
+                self.best = score if self.best is None else max(self.best, score)
+        elif store and not any(self._known.values()) and self.evaluated >= MAX_FAILURES:
             raise EvaluationError(
                 f"the first {self.evaluated} evaluations all failed, the last one with: {error}; the "
                 "evaluator is broken, not a network"

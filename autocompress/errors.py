@@ -37,6 +37,10 @@ class TableError(AutocompressError, ValueError):
     """A latency table is damaged, is of another target, or lacks rows."""
 
 
+class ConversionError(AutocompressError, ValueError):
+    """A model of the user cannot be looked into, or cannot be narrowed."""
+
+
 class NegativeLatencyError(TableError):
     """By a latency table some network of a space would take less than no time."""
 

@@ -92,6 +92,14 @@ class OpSpec(ABC):
         return None
 
     @property
+    def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
+        """Which entries of shared parameters this operation uses, where these are not the leading ones.
+
+        Name of the parameter to axis to positions along it; other axes are used as a whole.
+        """
+        return {}
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the parameters in 32-bit floats."""
         return BYTES_PER_PARAMETER * self.params
@@ -207,6 +215,27 @@ class CellSpec(OpSpec):
             edges: One a choice of the block.
             channels: Operations see one in so many channels; the others are passed on, and channels are
                 shuffled (Xu et al., PC-DARTS, ICLR 2020).
+        """
+
+
+class GatedSpec(OpSpec):
+    """An operation in which many choices decide widths; mixtures run it once, at its full width.
+
+    It is alone in its block, whose choices are widths, in the order of `kept`.
+    """
+
+    @abstractmethod
+    def full(self) -> "GatedSpec":
+        """Return the operation at its full width."""
+
+    @abstractmethod
+    def channel_gate(self, norm: str, kept: "Sequence[Tensor | None]") -> "Tensor | None":
+        """Return what the outputs of a batch norm inside are multiplied by, `(channels,)`; `None` for 1.
+
+        Args:
+            norm: Path of the batch norm in the module.
+            kept: For each choice the probability that the unit at each place of its ranking is kept,
+                `(units,)`; `None` where all are.
         """
 
 

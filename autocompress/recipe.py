@@ -146,6 +146,8 @@ class Phase(_Settings):
 class TrainSettings(OptimizerSettings):
     """How the supernet is trained."""
 
+    epochs: Count = 30
+    """0 leaves the weights as they are: for a model that brings trained ones (space `channels`)."""
     schedule: Literal["sandwich", "progressive", "single_path", "fair"] = "sandwich"
     """`single_path` trains one uniformly random network a step (SPOS), `fair` as many as the choice with the
     most options has, with each option of a choice equally often (FairNAS); both on the labels alone."""
@@ -161,6 +163,8 @@ class TrainSettings(OptimizerSettings):
     def _phases(self) -> Self:
         if (self.schedule == "progressive") != bool(self.phases):
             raise ValueError("phases belong to schedule 'progressive', which needs at least one")
+        if self.phases and not self.epochs:
+            raise ValueError("epochs must be at least 1 with schedule 'progressive'")
         return self
 
     @model_validator(mode="after")

@@ -50,7 +50,14 @@ class Relaxation(nn.Module):
         kept: `(options,)` a variable: which options are left; those that were dropped have probability 0.
     """
 
-    def __init__(self, space: SearchSpace, *, seed: int, fixed: Mapping[str, Option] | None = None) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        seed: int,
+        fixed: Mapping[str, Option] | None = None,
+        chained: bool = False,
+    ) -> None:
         """Draw the logits.
 
         Args:
@@ -59,12 +66,16 @@ class Relaxation(nn.Module):
             fixed: Choices that are not relaxed, with their options. Choices that change more of the shapes
                 of whole blocks than channels (resolution) cannot be mixed: they are always fixed, by default
                 at their largest option. So are choices of one option.
+            chained: Whether options of a choice follow one another in a Markov chain (DMCP): logit k is of
+                the probability of going on from option k to the next; the last one has no meaning. Otherwise
+                probabilities are the softmax of the logits.
 
         Raises:
             SpaceError: A fixed choice or option is not of the space, or nothing is left to relax.
         """
         super().__init__()
         self.space = space
+        self.chained = chained
         given = dict(fixed or {})
         for name, option in given.items():
             if name not in space.positions:
@@ -96,7 +107,9 @@ class Relaxation(nn.Module):
         self._places = {choice.name: self._places_of(choice) for choice in free if choice.terms}
 
     def probabilities(self) -> dict[str, Tensor]:
-        """Return the softmax over the options that are left, name of a variable to `(options,)`."""
+        """Return the probabilities of the options that are left, name of a variable to `(options,)`."""
+        if self.chained:
+            return {name: _chain(vector) for name, vector in zip(self.relaxed, self.logits, strict=True)}
         return {
             name: vector.masked_fill(~kept, -torch.inf).softmax(0)
             for name, vector, kept in zip(self.relaxed, self.logits, self.kept, strict=True)
@@ -349,6 +362,17 @@ def _filled(constraints: Constraints, share: float) -> Iterator[Constraints]:
                 costs={**constraints.costs, name: replace(turned, metric=name)},
                 limits={**constraints.limits, name: top - share * limit},
             )
+
+
+def _chain(logits: Tensor) -> Tensor:
+    """Return the probabilities of ending at each state of a chain that goes on with `sigmoid(logit)`.
+
+    Source: Guo et al., DMCP, CVPR 2020, equations 2 and 3: there of keeping a group of channels, here of the
+    options.
+    """
+    on = logits[:-1].sigmoid()
+    reached = torch.cat([torch.ones_like(logits[:1]), on.cumprod(0)])
+    return reached * torch.cat([1 - on, torch.ones_like(logits[:1])])
 
 
 def shape_changing(space: SearchSpace) -> tuple[str, ...]:

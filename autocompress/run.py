@@ -6,6 +6,7 @@ finetuned and exported, `report.json` and `report.md`; `searches/N/` for searche
 """
 
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -26,10 +27,14 @@ from autocompress.recipe import Recipe, load_recipe, with_absolute_paths
 from autocompress.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from autocompress.strategy import Strategy
     from autocompress.training.data import DataSet
-    from autocompress.training.task import Task
+    from autocompress.training.task import Loss, Task
 
+SAMPLE_BATCH, SAMPLE_BATCHES = 64, 8
+"""Training images that a space may look at, to see which channels of a model matter."""
 SEARCHED = ("trials.log", "result.json")
 # What says that a stage has begun: its part of the recipe can be changed until then.
 BEGUN = {
@@ -248,6 +253,12 @@ def _made_again(message: str) -> StorageError:
     return StorageError(f"{message}; remove it, and its stage makes it again")
 
 
+def trains_anew(recipe: Recipe) -> bool:
+    """Whether what the strategy finds is no slice that was trained: then it is trained anew."""
+    sliced = hasattr(load_strategy(recipe.search.strategy), "taught_gates")  # `differentiable.Sandwiched`
+    return is_differentiable(recipe) and not sliced
+
+
 def is_differentiable(recipe: Recipe) -> bool:
     """Whether the strategy of a recipe is trained together with the supernet."""
     return hasattr(load_strategy(recipe.search.strategy), "architecture_step")
@@ -293,7 +304,8 @@ def make_space(
 
     Args:
         recipe: Names it and its arguments.
-        data: Asked for channels and classes if the constructor takes them and the recipe leaves them open.
+        data: Asked for channels, classes and images if the constructor takes them and the recipe leaves
+            them open.
         others: Arguments instead of those of the recipe.
         key: What errors call the arguments.
 
@@ -310,6 +322,10 @@ def make_space(
             raise RecipeError(f"{key}.{name}: {recipe.space.name} takes {allowed}, not {name!r}")
     if "in_channels" in parameters and "in_channels" not in arguments:
         arguments["in_channels"] = data().in_shape[0]
+    if "image" in parameters and "image" not in arguments:
+        arguments["image"] = list(data().in_shape)
+    if "sample" in parameters:
+        arguments["sample"] = lambda: _sample(recipe, data())
     if "classes" in parameters and "classes" not in arguments:
         arguments["classes"] = data().classes or _outputs(data())
     try:
@@ -319,6 +335,15 @@ def make_space(
     if not isinstance(space, SearchSpace):
         raise RecipeError(f"space.name: {recipe.space.name} must return a SearchSpace, got {space!r}")
     return space
+
+
+def _sample(recipe: Recipe, data: "DataSet") -> "tuple[list[tuple[Tensor, Tensor]], Loss]":
+    """Return some training images with their targets, in evaluation order, and the loss of the task."""
+    from autocompress.training.data import batches
+    from autocompress.training.task import load_task
+
+    some = itertools.islice(batches(data.train, SAMPLE_BATCH, seed=recipe.search.seed), SAMPLE_BATCHES)
+    return list(some), load_task(recipe.task).training_loss(0.0)
 
 
 def _outputs(data: "DataSet") -> int:

@@ -162,6 +162,8 @@ class SearchSpace:
         settings: What the constructor was called with, for files that must say which space they are of.
         supernet_factory: Makes the space's supernet; `None` is the generic one built from the blocks.
         edges: What the terms of choices speak of, and mixtures decide: each with its options.
+        worth: By name of a choice, what its options are worth by some criterion, without any evaluation: of
+            channels, the sum of the importance of those that are kept.
     """
 
     name: str
@@ -170,6 +172,7 @@ class SearchSpace:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     supernet_factory: Callable[["SearchSpace"], "Supernet"] | None = field(default=None, compare=False)
     edges: tuple[Choice, ...] = ()
+    worth: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Check that names are unique and that every reference resolves."""

@@ -54,7 +54,7 @@ from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
-from autocompress.run import Run, Shown, is_differentiable, strategy_factory
+from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
 from autocompress.space import Architecture, Codes, SearchSpace
 from autocompress.strategy import Strategy, WarmStart
 from autocompress.training.bilevel import train_relaxed
@@ -252,6 +252,11 @@ def train(run: Run, shown: Shown) -> Supernet:
             supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return supernet.eval()
     check(run)
+    if not run.recipe.train.epochs and not run.space.settings.get("weights"):
+        raise RecipeError(
+            f"train.epochs 0 leaves the supernet of {run.space.name!r} as it was made, with random weights: "
+            "train at least 1 epoch; only a model that brings weights needs none (space.arguments.weights)"
+        )
     with shown.stage("train the supernet") as progress:
         position = train_supernet(
             supernet, run.data, run.task, run.recipe.train, checkpoint=path, progress=progress
@@ -259,7 +264,8 @@ def train(run: Run, shown: Shown) -> Supernet:
     write_json(report, vars(position))
     last = {name: score for _, name, score in position.scores}
     scores = ", ".join(f"{name} {score:.4f}" for name, score in last.items())
-    shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
+    if scores:
+        shown.say(f"supernet: validation {run.task.metric} {scores} ({position.choices['precision']})")
     return supernet.eval()
 
 
@@ -384,7 +390,8 @@ def search(run: Run, shown: Shown) -> SearchResult:
     score = f"validation {run.task.metric} {best.metrics[run.task.metric]:.4f}"
     found = f"best {score} of {len(result.trials)} evaluated networks"
     if together:
-        found = f"derived {best.architecture.key} ({score} as a slice of the mixture; it is trained anew)"
+        next_ = "of the mixture; it is trained anew" if trains_anew(run.recipe) else "that was trained along"
+        found = f"derived {best.architecture.key} ({score} as a slice {next_})"
     shown.say(
         f"search: {found}; {describe_costs(best.costs)}"
         f"{describe_error(profile(run, shown))}{describe_predictor(result.notes)}"
@@ -519,7 +526,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     with replacing(weights) as temporary:
         save_file(state, temporary)
     write_json(report, vars(scored))
-    done = "trained anew" if is_differentiable(run.recipe) else "finetuned"
+    done = "trained anew" if trains_anew(run.recipe) else "finetuned"
     shown.say(f"{done} {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before {before.mean:.4f}")
     return network, scored
 
@@ -533,7 +540,7 @@ def _start(
     is trained anew and taught by the mixture: no network alone was ever trained there, and slices of it are
     worth little (a cell on digits: mixture 98 %, slice 38 %).
     """
-    if not is_differentiable(run.recipe):
+    if not trains_anew(run.recipe):
         supernet = train(run, shown)
         largest = run.space.decode(run.space.largest())[0]
         teacher = extract_recalibrated(run, supernet, largest)

@@ -43,6 +43,17 @@ class Noted(Protocol):
         """What is worth knowing of the search, such as the quality of a predictor."""
 
 
+def beyond_budget(strategy: Strategy) -> bool:
+    """Whether paid evaluations of a strategy may be of networks that are larger than the budget.
+
+    It says so by an attribute of this name: a strategy that starts from the largest network has to see what
+    lies between. Such networks are trials, and never the result.
+    """
+    while (inner := getattr(strategy, "wrapped", None)) is not None:
+        strategy = inner
+    return bool(getattr(strategy, "beyond_budget", False))
+
+
 def name_of(strategy: Strategy) -> str:
     """Return the name of a strategy's class, or of that of the one it wraps (its attribute `wrapped`)."""
     while (inner := getattr(strategy, "wrapped", None)) is not None:

@@ -39,6 +39,8 @@ class RelaxedSearch(ABC):
 
     channels = 1
     phases: Sequence[Phase] = (Phase(),)
+    # Whether the options of a choice are states of a Markov chain.
+    chained = False
     # Whether every option is computed in training, so that the eigenvalue takes no memory that is not there.
     computes_all = False
 
@@ -117,7 +119,7 @@ class RelaxedSearch(ABC):
         for name, mapping in {"fixed": fixed, "penalty_options": penalty_options}.items():
             if mapping is not None and not isinstance(mapping, Mapping):
                 raise RecipeError(f"{name} must be a mapping from names to values, got {mapping!r}")
-        self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed)
+        self.relaxation = Relaxation(constraints.space, seed=seed, fixed=fixed, chained=self.chained)
         try:
             self.relaxation.derive(constraints, capped=self._capped)
         except BudgetError as error:
@@ -224,6 +226,10 @@ class RelaxedSearch(ABC):
         """Return what derivation and expected costs go by, variable to `(options,)`: probabilities."""
         return self.relaxation.probabilities()
 
+    def derived_from(self) -> dict[str, Tensor]:
+        """Return what networks are derived from, variable to `(options,)`: their product is maximised."""
+        return self.weights()
+
     def ratios(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the expected cost of every limited sum, divided by its limit."""
         given = self.weights() if weights is None else weights
@@ -276,7 +282,7 @@ class RelaxedSearch(ABC):
             try:
                 found = self.relaxation.derive(
                     self._constraints,
-                    weights=self.weights(),
+                    weights=self.derived_from(),
                     at_least=self._at_least,
                     capped=self._capped,
                     forbidden=self._asked,

@@ -51,9 +51,10 @@ CORE = (
 WITH_TORCH = {
     *(
         f"strategies.{name}"
-        for name in ("relaxed", "darts", "pc_darts", "p_darts", "collapse", "gumbel", "proxyless")
+        for name in ("relaxed", "darts", "pc_darts", "p_darts", "collapse", "gumbel", "proxyless", "dmcp")
     ),
     "search_spaces.darts_modules",
+    "search_spaces.channels",  # it is made of a user's PyTorch model
 }
 
 

@@ -7,7 +7,7 @@ smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 202
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,22 @@ NORM_EPS = 1e-5
 MAX_STATICS = 256
 """Modules without values that a layer keeps for operations it has run: a cell may have thousands."""
 
-Normalise = Callable[[str, Tensor, Tensor, Tensor], Tensor]
-"""Batch norm as a function: name of the layer, input, scale, shift; the caller decides the statistics."""
+
+class Normalise(Protocol):
+    """Batch norm as a function; whoever gives it decides the statistics."""
+
+    def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+        """Normalise `(batch, channels, ...)`.
+
+        Args:
+            name: Of the layer.
+            x: What comes in.
+            weight: Scale, `(channels,)`.
+            bias: Shift, `(channels,)`.
+            eps: What is added to the variance.
+        """
+        ...
+
 
 _ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -93,6 +107,15 @@ def _prefix(tensor: Tensor, *sizes: int) -> Tensor:
         if tensor.shape[axis] != size:
             tensor = tensor.narrow(axis, 0, size)
     return tensor
+
+
+def _entries(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
+    """Return the named entries along some axes, laid out as the tensor is."""
+    # By its strides: a 1x1 kernel counts as contiguous in both formats, and runs differently.
+    last = tensor.dim() == 4 and tensor.stride()[1::2] == (1, tensor.shape[1])
+    for axis, entries in axes.items():
+        tensor = tensor.index_select(axis, torch.as_tensor(entries, device=tensor.device))
+    return tensor.clone(memory_format=torch.channels_last) if last and axes else tensor
 
 
 def memory_format(weights: Iterable[Tensor]) -> torch.memory_format:
@@ -276,23 +299,18 @@ class _SharedNorm(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d, key: str) -> None:
         super().__init__()
         self.weight, self.bias = norm.weight, norm.bias
-        self.key = key
+        self.key, self.eps = key, norm.eps
         self.normalise: Normalise | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `(batch, channels, height, width)`."""
-        return cast(Normalise, self.normalise)(self.key, x, self.weight, self.bias)
+        return cast(Normalise, self.normalise)(self.key, x, self.weight, self.bias, self.eps)
 
 
 def _without_statistics(module: nn.Module, key: str) -> nn.Module:
     """Replace every batch norm inside, or the module itself; its statistics are called by its path."""
-    if (
-        type(module) is nn.BatchNorm2d
-        and module.affine
-        and module.track_running_stats
-        and module.eps == NORM_EPS
-    ):
-        return _SharedNorm(module, key)
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and module.affine and module.track_running_stats:
+        return _SharedNorm(cast(nn.BatchNorm2d, module), key)
     for name, child in list(module.named_children()):
         module.add_module(name, _without_statistics(child, f"{key}.{name}"))
     return module
@@ -315,8 +333,8 @@ class ElasticModule(ElasticLayer):
         if any(True for _ in self.module.buffers()):
             raise SpaceError(
                 f"{name}: the module of {kind} has buffers, which slices cannot share; leave normalisation "
-                f"to Conv2d(norm=True) or to nn.BatchNorm2d with scale, shift and eps {NORM_EPS}, which are "
-                "recalibrated for every sub-network"
+                "to Conv2d(norm=True) or to nn.BatchNorm2d with scale and shift, which are recalibrated for "
+                "every sub-network"
             )
         self._statics: dict[OpSpec, tuple[nn.Module, dict[str, _SharedNorm]]] = {}
 
@@ -350,10 +368,16 @@ class ElasticModule(ElasticLayer):
         return SharedParts(self.module, normalise)
 
     def sliced(self, op: OpSpec, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the leading entries of each parameter."""
+        """Return the entries of each parameter that the operation uses: leading ones, or those it names."""
         own = dict(self.named_parameters()) if parameters is None else parameters
         shapes = {name: p.shape for name, p in self._static(op)[0].named_parameters()}
-        return {name: _prefix(own[f"module.{name}"], *shape) for name, shape in shapes.items()}
+        named = op.entries
+        return {
+            name: _entries(own[f"module.{name}"], named[name])
+            if name in named
+            else _prefix(own[f"module.{name}"], *shape)
+            for name, shape in shapes.items()
+        }
 
     def norms(self, op: OpSpec) -> dict[str, tuple[str, int]]:
         """Return the batch norms inside the module."""
@@ -376,7 +400,7 @@ class SharedParts:
         """Run a batch norm on its leading channels, `(batch, channels, height, width)`."""
         norm = cast(_SharedNorm, self._module.get_submodule(path))
         width = x.shape[1]
-        return self._normalise(norm.key, x, norm.weight[:width], norm.bias[:width])
+        return self._normalise(norm.key, x, norm.weight[:width], norm.bias[:width], norm.eps)
 
 
 def slot(position: int, op: OpSpec) -> str:

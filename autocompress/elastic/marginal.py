@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autocompress.elastic.layers import ElasticLayer, ElasticSqueezeExcite, Normalise
-from autocompress.ops import Add, Conv2d, GlobalAvgPool, Linear, MaxPool, Ops, OpSpec, SqueezeExcite
+from autocompress.ops import (
+    Add,
+    Conv2d,
+    GatedSpec,
+    GlobalAvgPool,
+    Linear,
+    MaxPool,
+    Ops,
+    OpSpec,
+    SqueezeExcite,
+)
 from autocompress.space import Block, Option, SearchSpace
 
 if TYPE_CHECKING:
@@ -53,6 +63,8 @@ def width_choices(space: SearchSpace) -> tuple[str, ...]:
     """
     found = {name for block in space.blocks for name in block.choices}
     for block in space.blocks:
+        if gated_operation(space, block) is not None:
+            continue  # its choices are widths throughout
         operations = cache(block.operations)
         for position, name in enumerate(block.choices):
             if name in found and not all(
@@ -64,6 +76,20 @@ def width_choices(space: SearchSpace) -> tuple[str, ...]:
             ):
                 found.remove(name)
     return tuple(choice.name for choice in space.choices if choice.name in found)
+
+
+def gated_operation(space: SearchSpace, block: Block) -> GatedSpec | None:
+    """Return the operation of a block that is one whose widths its choices decide, at its full width."""
+    ops = block.operations(*next(iter(space.block_settings(block))))
+    return ops[0].full() if len(ops) == 1 and isinstance(ops[0], GatedSpec) else None
+
+
+def kept_units(gate: "Gate", options: Sequence[Option]) -> Tensor:
+    """Return the probability that each unit is kept, `(units,)`, of a choice of how many are."""
+    sizes = np.array([int(options[code]) for code in gate.codes])
+    larger = torch.from_numpy(sizes[:, None] > np.arange(int(options[-1])))
+    weights = gate.weights if gate.scale is None else gate.scale * gate.weights
+    return weights @ larger.to(weights)
 
 
 def _series(space: SearchSpace, block: Block, position: int) -> Iterator[list[tuple[Option, ...]]]:

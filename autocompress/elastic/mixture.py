@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import NORM_EPS, ElasticModule, Normalise
-from autocompress.elastic.marginal import run_gated
+from autocompress.elastic.marginal import kept_units, run_gated
 from autocompress.elastic.partial import weighted
 from autocompress.elastic.supernet import Supernet, batch_statistics, resize
 from autocompress.errors import SpaceError
-from autocompress.ops import CellSpec, EdgeMixture
+from autocompress.ops import CellSpec, EdgeMixture, GatedSpec
 from autocompress.space import Architecture, Block, Option
 
 
@@ -91,6 +92,8 @@ def run_mixture(
         edges = block.edges or block.choices
         if len(ops) == 1 and isinstance(ops[0], CellSpec) and any(name in gates for name in edges):
             x = _run_cell(supernet, block, ops[0], x, chosen, gates, normalise, channels)
+        elif len(ops) == 1 and isinstance(ops[0], GatedSpec) and any(name in gates for name in block.choices):
+            x = _run_whole(supernet, block, ops[0].full(), x, chosen, gates, normalise)
         else:
             x = _run_settings(supernet, block, x, chosen, gates, normalise)
     return x
@@ -111,8 +114,8 @@ class Mixture(nn.Module):
         return run_mixture(self.supernet, x, self._arch, self._gates, affine=False, channels=self._channels)
 
 
-def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.batch_norm(x, None, None, None, None, training=True, eps=NORM_EPS)
+def _plain(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return F.batch_norm(x, None, None, None, None, training=True, eps=eps)
 
 
 def _check(supernet: Supernet, gates: Gates) -> None:
@@ -158,6 +161,38 @@ def _run_cell(
             parts = [(str(options[code]), gate.weights[at]) for at, code in enumerate(gate.codes)]
             edges.append(EdgeMixture(parts, gate.scale, gate.dropout))
     return op.mixture(cast(ElasticModule, layer).parts(normalise), x, edges, channels)
+
+
+def _run_whole(
+    supernet: Supernet,
+    block: Block,
+    op: GatedSpec,
+    x: Tensor,
+    chosen: Mapping[str, Option],
+    gates: Gates,
+    normalise: Normalise,
+) -> Tensor:
+    """Run an operation once: a slice of it, or all of it with its channels times how probable they are."""
+    space = supernet.space
+    if all(len(gates[name].codes) == 1 for name in block.choices if name in gates):
+        options = {n: space.choices[space.positions[n]].options[gates[n].codes[0]] for n in gates}
+        (narrow,) = block.operations(*(options.get(name, chosen[name]) for name in block.choices))
+        ((layer, _),) = supernet.bind(block.name, (narrow,))
+        return cast(Tensor, cast(ElasticModule, layer)(x, narrow, normalise))
+    kept = []
+    for name in block.choices:
+        options_ = space.choices[space.positions[name]].options
+        code = options_.index(chosen[name])
+        gate = gates.get(name) or Gate((code,), torch.ones(1, dtype=torch.float64))
+        kept.append(kept_units(gate, options_))
+    ((layer, _),) = supernet.bind(block.name, (op,))
+
+    def gated(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
+        y = normalise(name, x, weight, bias, eps)
+        gate = op.channel_gate(name.removeprefix(f"{cast(ElasticModule, layer).name}."), kept)
+        return y if gate is None else y * gate.to(y).view(-1, *(1 for _ in y.shape[2:]))
+
+    return cast(Tensor, cast(ElasticModule, layer)(x, op, gated))
 
 
 def _run_settings(

@@ -57,10 +57,10 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
     """
     pooled: dict[str, _Pooled] = {}
 
-    def record(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def record(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
         # One pass gives the output and the batch's statistics together.
-        output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, NORM_EPS)
-        variance = inverse_std.double().pow(-2) - NORM_EPS
+        output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        variance = inverse_std.double().pow(-2) - eps
         pooled.setdefault(name, _Pooled(weight.dtype)).add(
             x.numel() // x.shape[1], mean, variance.clamp_min(0)
         )

@@ -146,17 +146,17 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def batch_statistics(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def batch_statistics(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
     """Batch norm with the statistics of the batch."""
-    return F.batch_norm(x, None, None, weight, bias, training=True, eps=NORM_EPS)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
 def fixed(statistics: Statistics) -> Normalise:
     """Return batch norm with given statistics."""
 
-    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:
         mean, variance = statistics_of(statistics, name, x.shape[1])
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=NORM_EPS)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     return normalise
 

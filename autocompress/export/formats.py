@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from autocompress.export import loader
+from autocompress.export import loader, narrow_loader
 from autocompress.export.quiet import quiet
 from autocompress.network import module_name
 from autocompress.ops import Ops, OpSpec, Shape
+from autocompress.prune.network import NarrowNetwork, model_of
 
 OPSET = 18
 """The exporter's own; a newer one gives the same graph and asks for a newer runtime."""
@@ -144,6 +145,10 @@ def _strip(graph: Any) -> None:
 
 def cannot_rebuild(blocks: Sequence[tuple[str, Ops]]) -> str:
     """Say why the loader cannot rebuild these blocks; empty when it can."""
+    narrow = _narrow(blocks)
+    if narrow is not None:
+        made = narrow.source.origin
+        return "" if made else "the model was given as an object: nothing says how to make it again"
     for name, ops in blocks:
         for op in ops:
             if type(op).__module__ != OpSpec.__module__ or type(op).__name__ not in KINDS:
@@ -154,21 +159,36 @@ def cannot_rebuild(blocks: Sequence[tuple[str, Ops]]) -> str:
     return ""
 
 
+def _narrow(blocks: Sequence[tuple[str, Ops]]) -> NarrowNetwork | None:
+    """Return the user's own model, made narrower, if that is what runs."""
+    found = [op for _, ops in blocks for op in ops if isinstance(op, NarrowNetwork)]
+    return found[0] if found else None
+
+
 def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[str, Ops]]) -> None:
-    """Write the weights, the operations, and the loader that makes a network of them."""
-    payload = {
-        "blocks": [
-            {
-                "name": module_name(name),
-                "ops": [{"kind": type(op).__name__, **dataclasses.asdict(op)} for op in ops],
-            }
-            for name, ops in blocks
-        ]
-    }
-    weights: Mapping[str, torch.Tensor] = network.state_dict()
+    """Write the weights, the operations, and the loader that makes a network of them.
+
+    Of a user's own model the weights have its own names, and the loader asks its own factory.
+    """
+    narrow = _narrow(blocks)
+    if narrow is not None:
+        payload: dict[str, Any] = dict(narrow.source.origin)
+        weights: Mapping[str, torch.Tensor] = model_of(network).state_dict()
+    else:
+        payload = {
+            "blocks": [
+                {
+                    "name": module_name(name),
+                    "ops": [{"kind": type(op).__name__, **dataclasses.asdict(op)} for op in ops],
+                }
+                for name, ops in blocks
+            ]
+        }
+        weights = network.state_dict()
     path = folder / "network.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     (folder / "network.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(loader.__file__, folder / "loader.py")
+    travels = narrow_loader if narrow else loader
+    shutil.copyfile(str(travels.__file__), folder / "loader.py")

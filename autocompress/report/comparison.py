@@ -26,7 +26,7 @@ from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
-from autocompress.run import Run, Shown, is_differentiable
+from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
     constraints,
@@ -122,7 +122,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     baselines = [("uniform-scaled", a) for a in uniform]
     randoms = [(f"random {i + 1}", random) for i, random in enumerate(run.space.decode(drawn))]
     networks: list[Compared] = []
-    if is_differentiable(run.recipe):
+    if trains_anew(run.recipe):
         # No network alone was trained in a mixture: those it is compared with are trained anew like it.
         baselines += randoms
     else:
@@ -154,7 +154,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "latency_margin": latency_margin(run, shown, limits.limits),
         "confidence": run.recipe.search.confidence,
         "metric": run.task.metric,
-        "trained_anew": is_differentiable(run.recipe),
+        "trained_anew": trains_anew(run.recipe),
         "target": target(run).describe(),
         "rows": [asdict(row) for row in rows],
         "drift": drift,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from autocompress.describe import describe_epoch
-from autocompress.differentiable import Differentiable, Moment, Phase
+from autocompress.differentiable import Differentiable, Moment, Phase, Sandwiched
 from autocompress.differentiable import Images as Batch
 from autocompress.elastic.mixture import Gates, run_mixture
 from autocompress.elastic.supernet import Supernet
@@ -149,7 +149,9 @@ def _train_phase(
     per_epoch = steps_per_epoch(ours, settings)
     steps = settings.epochs * per_epoch
     (arch,) = supernet.space.decode(strategy.start)
-    network = _Network(supernet, arch, strategy.channels, task.training_loss(settings.label_smoothing))
+    on_labels = task.training_loss(settings.label_smoothing)
+    affine = isinstance(strategy, Sandwiched)
+    network = _Network(supernet, arch, strategy.channels, on_labels, affine=affine)
     held_out = _Endless(theirs, settings)
     extra: dict[str, Any] = {"strategy": strategy.state_dict()}
     last: list[Any] = [extra["strategy"]]
@@ -163,8 +165,13 @@ def _train_phase(
         extra["strategy"] = last[0] = strategy.state_dict()
         with torch.no_grad():
             gates = strategy.weight_gates(moment)
-        loss = network.loss((images, targets), gates)
+            taught = strategy.taught_gates(moment) if isinstance(strategy, Sandwiched) else ()
+        outputs = network.outputs(images, gates)
+        loss = on_labels(outputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        for smaller in taught:
+            lesson = task.distillation(network.outputs(images, smaller), outputs.detach())
+            lesson.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def validate(epoch: int, position: Position) -> None:
@@ -243,18 +250,21 @@ class _Endless:
 class _Network:
     """A supernet with its task, run as mixtures."""
 
-    def __init__(self, supernet: Supernet, arch: Any, channels: int, loss: Any) -> None:
+    def __init__(self, supernet: Supernet, arch: Any, channels: int, loss: Any, *, affine: bool) -> None:
         self._supernet, self._arch = supernet, arch
-        self._channels, self._loss = channels, loss
+        self._channels, self._loss, self._affine = channels, loss, affine
         self.optimizer: torch.optim.Optimizer | None = None
+
+    def outputs(self, images: Tensor, gates: Gates) -> Tensor:
+        """Return the outputs of a mixture, in 32-bit floats."""
+        return run_mixture(
+            self._supernet, images, self._arch, gates, affine=self._affine, channels=self._channels
+        ).float()
 
     def loss(self, batch: Batch, gates: Gates) -> Tensor:
         """Return the loss on the labels."""
         images, targets = batch
-        outputs = run_mixture(
-            self._supernet, images, self._arch, gates, affine=False, channels=self._channels
-        )
-        found: Tensor = self._loss(outputs.float(), targets)
+        found: Tensor = self._loss(self.outputs(images, gates), targets)
         return found
 
     @property

@@ -31,6 +31,9 @@ def phases_of(space: SearchSpace, settings: TrainSettings) -> list[Phase]:
                         f"train.phases: the space has no choices named {name!r}; it has {kinds}"
                     )
         return [Phase(epochs=settings.epochs), *settings.phases]
+    if settings.epochs == 0:
+        # No phase of a recipe has none.
+        return [Phase.model_construct(epochs=0)]
     if settings.schedule != "sandwich":
         return [Phase(epochs=settings.epochs, elastic=tuple(kinds))]
     # Without random networks nothing varies: the sandwich is the largest and the smallest alone.

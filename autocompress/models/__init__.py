@@ -1,0 +1,1 @@
+"""Well-known networks in plain PyTorch: what pruning is tried on."""

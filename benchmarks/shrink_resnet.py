@@ -1,0 +1,439 @@
+"""A trained ResNet-20 made narrower by every method, under a budget: accuracy after equal finetuning.
+
+    python benchmarks/shrink_resnet.py            # CPU size: about two hours on one core; resumes
+    python benchmarks/shrink_resnet.py --quick    # a smoke test of a minute
+    python benchmarks/shrink_resnet.py --methods "uniform;peel" --budgets "macs=40%"
+
+CIFAR-10, a part of its training images, at 16 pixels. The network is trained once. Every method starts from
+these weights, finds widths under the budget by looking at validation images alone (or at none), and what it
+finds is finetuned for the same epochs, taught by the trained network; seeds are those of searches and of
+finetuning. Test images are read once, for the finetuned networks. Beside it stand uniform and random widths,
+Torch-Pruning's own global pruner as its documentation shows it, and Scratch-E: the widths trained anew for as
+many epochs as the large network was (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019).
+
+Latency budgets are of a table that is measured first on this machine (ONNX Runtime, one thread).
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from differentiable import cifar10_folder
+from record import RESULTS, environment
+from torch import nn
+
+from autocompress.atomic import read_json, write_json, write_text
+from autocompress.baselines import uniform_candidates
+from autocompress.budget import Budget, Constraints
+from autocompress.cost import operation_cost
+from autocompress.differentiable import Differentiable
+from autocompress.distill.finetune import finetune
+from autocompress.elastic.extract import extract
+from autocompress.elastic.recalibrate import recalibrate
+from autocompress.elastic.supernet import resize
+from autocompress.engine import search
+from autocompress.errors import StorageError
+from autocompress.evaluation.supernet import SupernetEvaluator
+from autocompress.latency.profile import TABLE_FILE, profile
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import load_target
+from autocompress.models.resnet_cifar import resnet20
+from autocompress.plugins import load_strategy
+from autocompress.prune.importance import comparable, importance
+from autocompress.prune.source import Source
+from autocompress.recipe import FinetuneSettings, TaskSettings, TrainSettings
+from autocompress.space import Codes, SearchSpace
+from autocompress.strategy import WarmStart
+from autocompress.training.bilevel import train_relaxed
+from autocompress.training.data import DataSet, load_data
+from autocompress.training.evaluate import calibration_batches, evaluate
+from autocompress.training.loop import training_batches
+from autocompress.training.supernet import train_supernet
+from autocompress.training.task import load_task
+from search_spaces.channels import channel_space
+
+SEEDS = (0, 1, 2)
+UNIFORM, RANDOM, TORCH_PRUNING = "uniform", "random", "Torch-Pruning, global L2"
+SCRATCH = "from scratch: "
+
+
+@dataclass(frozen=True)
+class Method:
+    """How widths are found: which channels stay, and how many.
+
+    Attributes:
+        criterion: Of `autocompress.prune.importance`.
+        strategy: Name of a strategy; empty for the baselines.
+        options: Of the strategy.
+        evaluations: Networks that it may look at.
+        warm: Whether it starts from the uniform-scaled networks.
+        trained: Epochs in which slices of the network are trained before or in the search; what is found
+            starts finetuning from the weights before that, like all others.
+    """
+
+    criterion: str
+    strategy: str = ""
+    options: Mapping[str, Any] | None = None
+    evaluations: int = 1
+    warm: bool = False
+    trained: int = 0
+
+
+METHODS: dict[str, Method] = {
+    UNIFORM: Method("l2"),
+    RANDOM: Method("l2"),
+    "L1, threshold": Method("l1", "importance"),
+    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}),
+    "BN scale, threshold": Method("bn_scale", "importance"),
+    "Taylor, threshold": Method("taylor", "importance"),
+    "PEEL-style, BN scale": Method("bn_scale", "peel"),
+    "PEEL-style, Taylor": Method("taylor", "peel"),
+    "PEEL-style, uniform backbone": Method("taylor", "peel", {"backbone": "uniform"}),
+    "PEEL-style, shift": Method("taylor", "peel", {"sharing": "shift"}),
+    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, 1000),
+    "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, 1000, trained=2),
+    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4),
+    "evolution": Method("l2", "evolution", None, 200, True),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and for how long."""
+
+    images: int
+    validation: int
+    resolution: int
+    width: int
+    epochs: int
+    finetune_epochs: int
+    batch: int = 64
+    learning_rate: float = 0.1
+    finetune_rate: float = 0.02
+    steps: int = 8
+    judged: int = 500
+    checked_networks: int = 20
+
+
+CPU = Size(10_000, 5_000, 16, 16, 30, 3)
+QUICK = Size(400, 200, 8, 4, 1, 1, steps=4, judged=100, checked_networks=4)
+
+
+class Benchmark:
+    """All runs of one size; what is done stands in a file."""
+
+    def __init__(self, size: Size, path: Path, work: Path) -> None:
+        """Load the data; train the network, or read it."""
+        self.size, self.path, self.work = size, path, work
+        torch.set_num_threads(1)
+        total = size.images + size.validation
+        self.data: DataSet = load_data(
+            "cifar10", folder=cifar10_folder(), limit=total, validation=size.validation / total
+        )
+        self.task = load_task(TaskSettings())
+        self.found: dict[str, Any] = {}
+        if path.exists():
+            self.found = read_json(path, StorageError, "results")["found"]
+        self.model = self._trained()
+        image = torch.zeros(1, 3, size.resolution, size.resolution)
+        self.source = Source(self.model, image)
+        self._spaces: dict[tuple[str, int], SearchSpace] = {}
+
+    @property
+    def side(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.size.resolution, self.size.resolution)
+
+    def settings(self, epochs: int, rate: float, seed: int) -> FinetuneSettings:
+        """Return what all trainings share."""
+        return FinetuneSettings(
+            epochs=epochs,
+            batch_size=self.size.batch,
+            learning_rate=rate,
+            warmup_epochs=0.5,
+            weight_decay=5e-4,
+            precision="fp32",
+            memory_format="contiguous",
+            seed=seed,
+        )
+
+    def train(
+        self, network: nn.Module, epochs: int, rate: float, seed: int, teacher: nn.Module | None
+    ) -> float:
+        """Train, and return the score on the validation part."""
+        scored = finetune(
+            network,
+            self.data,
+            self.task,
+            self.settings(epochs, rate, seed),
+            resolution=self.side,
+            teacher=teacher,
+            teacher_resolution=self.side,
+        )
+        return scored.mean
+
+    def _trained(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = resnet20(classes=10, width=self.size.width)
+        path = self.work / "resnet20.pt"
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model.eval()
+        start = time.process_time()
+        validation = self.train(model, self.size.epochs, self.size.learning_rate, 0, None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+        self._note(
+            "trained",
+            {"validation": validation, "test": self.test(model), "seconds": time.process_time() - start},
+        )
+        return model.eval()
+
+    def test(self, network: nn.Module) -> float:
+        """Return the accuracy on the test part, in percent."""
+        return 100 * evaluate(lambda x: network(resize(x, self.side)), self.data.test, self.task.score).mean
+
+    def space(self, criterion: str, seed: int) -> SearchSpace:
+        """Return the widths, with channels in the order of a criterion."""
+        key = (criterion, seed if criterion in ("taylor", "random") else 0)
+        if key not in self._spaces:
+            batches = training_batches(self.data, self.settings(1, 0.1, seed), epoch=0, seed=seed)
+            some = [(resize(x, self.side), y) for x, y in itertools.islice(batches, 8)]
+            scores = importance(
+                self.source, criterion, batches=some, loss=self.task.training_loss(0.0), seed=seed
+            )
+            scores = comparable(scores, criterion)
+            self._spaces[key] = channel_space(self.source, steps=self.size.steps, scores=scores)
+        return self._spaces[key]
+
+    def limits(self, space: SearchSpace, budget: str) -> Constraints:
+        """Return a space under a budget."""
+        costs = [operation_cost(space, "macs"), operation_cost(space, "params")]
+        if "latency" in budget:
+            costs.append(self._table().cost(space))
+        return Budget.parse(budget).resolve(space, costs)
+
+    def _table(self) -> LatencyTable:
+        folder = self.work / "profile"
+        if (folder / TABLE_FILE).exists():
+            return LatencyTable.load(folder / TABLE_FILE)
+        folder.mkdir(parents=True, exist_ok=True)
+        return profile(
+            self.space("l2", 0),
+            load_target("onnxruntime-cpu"),
+            folder=folder,
+            widths="grid",
+            networks=self.size.checked_networks,
+        )
+
+    def widths(self, method: Method, name: str, budget: str, seed: int) -> tuple[SearchSpace, Codes, int]:
+        """Return what a method finds, and how many networks it looked at."""
+        space = self.space(method.criterion, seed)
+        limits = self.limits(space, budget)
+        if name == UNIFORM:
+            return space, uniform_candidates(limits)[:1], 0
+        if name == RANDOM:
+            return space, limits.sample(1, np.random.default_rng(seed), at_least=0.95), 0
+        strategy: Any = load_strategy(method.strategy)(limits, seed=seed, **(method.options or {}))
+        if method.warm:
+            strategy = WarmStart(strategy, uniform_candidates(limits))
+        supernet = space.supernet()
+        if method.trained:
+            shared = self.settings(method.trained, self.size.finetune_rate, seed).model_dump()
+            fields = set(TrainSettings.model_fields) & set(shared)
+            settings = TrainSettings(**{field: shared[field] for field in fields})
+            if isinstance(strategy, Differentiable):
+                train_relaxed(supernet, strategy, self.data, self.task, settings, seed=seed)
+            else:
+                train_supernet(supernet, self.data, self.task, settings)
+        images = calibration_batches(self.data, 256, seed=seed)
+        judge = SupernetEvaluator(supernet, self._judged(), self.task, images)
+        if method.evaluations == 1:
+            return space, strategy.ask(1), 0
+        result = search(strategy, limits, judge, evaluations=method.evaluations)
+        best = space.encode([result.best().architecture])
+        return space, best, len(result.trials)
+
+    def _judged(self) -> DataSet:
+        """Return the data with fewer validation images: what searches look at."""
+        from torch.utils.data import Subset
+
+        some = Subset(self.data.validation, range(self.size.judged))
+        return DataSet(**{**vars(self.data), "validation": some})
+
+    def narrow(self, space: SearchSpace, codes: Codes) -> nn.Module:
+        """Return the network with these widths, with the weights that were trained."""
+        (arch,) = space.decode(codes)
+        supernet = space.supernet().eval()
+        return extract(
+            supernet, arch, recalibrate(supernet, arch, calibration_batches(self.data, 256, seed=0))
+        )
+
+    def run(self, name: str, budget: str, seed: int) -> dict[str, Any]:
+        """Find widths, finetune, test."""
+        start = time.process_time()
+        if name == TORCH_PRUNING:
+            network, facts = self._by_torch_pruning(budget)
+            forwards = 0
+        else:
+            space, codes, forwards = self.widths(METHODS[name], name, budget, seed)
+            network = self.narrow(space, codes)
+            limits = self.limits(space, budget)
+            facts = {
+                "codes": codes[0].tolist(),
+                "use": float(1 + limits.violation(codes)[0]),
+                "costs": {m: float(c.of(codes)[0]) for m, c in limits.costs.items()},
+            }
+        seconds = time.process_time() - start
+        validation = self.train(network, self.size.finetune_epochs, self.size.finetune_rate, seed, self.model)
+        return {
+            **facts,
+            "validation": 100 * validation,
+            "test": self.test(network),
+            "networks looked at": forwards,
+            "search seconds": seconds,
+        }
+
+    def _by_torch_pruning(self, budget: str) -> tuple[nn.Module, dict[str, Any]]:
+        """Prune as the documentation shows, to the greatest ratio at which the MACs are within the budget."""
+        import copy
+
+        import torch_pruning as tp
+
+        image = torch.zeros(1, 3, *self.side)
+        whole = tp.utils.count_ops_and_params(self.model, image)[0]
+        limit = float(budget.partition("=")[2].rstrip("%")) / 100 * whole
+        low, high = 0.0, 1.0
+        best = None
+        for _ in range(12):
+            ratio = (low + high) / 2
+            model = copy.deepcopy(self.model)
+            tp.pruner.BasePruner(
+                model,
+                image,
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                global_pruning=True,
+                pruning_ratio=ratio,
+                ignored_layers=[model.fc],
+            ).step()
+            macs = tp.utils.count_ops_and_params(model, image)[0]
+            if macs <= limit:
+                high, best = ratio, (model, macs)
+            else:
+                low = ratio
+        if best is None:
+            raise RuntimeError("Torch-Pruning does not reach the budget at any ratio")
+        return best[0], {"use": best[1] / limit, "costs": {"macs": float(best[1])}}
+
+    def scratch(self, name: str, budget: str, seed: int) -> dict[str, Any]:
+        """Train the widths of a method anew, for as many epochs as the large network was (Scratch-E)."""
+        found = self.found[f"{name} {budget} {seed}"]
+        space = self.space(METHODS[name].criterion, seed)
+        torch.manual_seed(seed)
+        ((_, (op,)),) = space.operations(np.array([found["codes"]]))
+        network = op.module()
+        start = time.process_time()
+        validation = self.train(network, self.size.epochs, self.size.learning_rate, seed, None)
+        return {
+            "validation": 100 * validation,
+            "test": self.test(network),
+            "seconds": time.process_time() - start,
+        }
+
+    def everything(self, methods: list[str], budgets: list[str], scratch: list[str]) -> None:
+        """Do what is missing."""
+        for budget in budgets:
+            for seed in SEEDS:
+                for name in methods:
+                    if name == TORCH_PRUNING and "macs" not in budget:
+                        continue
+                    self._once(f"{name} {budget} {seed}", lambda: self.run(name, budget, seed))  # noqa: B023
+        for budget in budgets:
+            for seed in SEEDS:
+                for name in scratch:
+                    key = f"{SCRATCH}{name} {budget} {seed}"
+                    self._once(key, lambda: self.scratch(name, budget, seed))  # noqa: B023
+
+    def _once(self, name: str, compute: Any) -> None:
+        if name not in self.found:
+            self._note(name, compute())
+
+    def _note(self, name: str, found: Mapping[str, Any]) -> None:
+        self.found[name] = {**found, "commit": environment()["commit"]}
+        content = {"environment": environment(), "size": asdict(self.size), "found": self.found}
+        write_json(self.path, content)
+        print(f"{name}: {self.found[name]}", flush=True)
+
+    def table(self, budgets: list[str]) -> str:
+        """Return the results as Markdown."""
+        trained = self.found.get("trained", {})
+        lines = [
+            "# ResNet-20 made narrower",
+            "",
+            f"{self.size}. The trained network: test {trained.get('test', float('nan')):.2f} %. Test "
+            "accuracy in percent after finetuning, mean ± standard deviation over seeds.",
+        ]
+        for budget in budgets:
+            lines += ["", f"## {budget}", ""]
+            lines += [
+                "| method | test | each | against uniform, paired | use of the budget | networks looked at "
+                "| search s |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            base = self._tests(UNIFORM, budget)
+            names = [*METHODS, TORCH_PRUNING, *(f"{SCRATCH}{name}" for name in METHODS)]
+            rows = [(name, self._tests(name, budget)) for name in names]
+            for name, tests in sorted(rows, key=lambda row: -np.mean(list(row[1].values()) or [0])):
+                if not tests:
+                    continue
+                runs = [self.found[f"{name} {budget} {seed}"] for seed in tests]
+                values = list(tests.values())
+                pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
+                lines.append(
+                    f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
+                    f"{_spread(pairs, '+')} | {np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
+                    f"{np.mean([r.get('networks looked at', 0) for r in runs]):.0f} | "
+                    f"{np.mean([r.get('search seconds', r.get('seconds', 0)) for r in runs]):.0f} |"
+                )
+        return "\n".join([*lines, ""])
+
+    def _tests(self, name: str, budget: str) -> dict[int, float]:
+        found = {seed: self.found.get(f"{name} {budget} {seed}") for seed in SEEDS}
+        return {seed: run["test"] for seed, run in found.items() if run is not None}
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):{sign}.2f} ± {deviation:.2f}"
+
+
+def main() -> None:
+    """Run what is missing, print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke size; written to runs/")
+    parser.add_argument("--methods", default=";".join([*METHODS, TORCH_PRUNING]))
+    parser.add_argument("--budgets", default="macs=40%;latency_ms=60%;macs=20%")
+    parser.add_argument("--scratch", default=UNIFORM, help="methods whose widths are also trained anew")
+    options = parser.parse_args()
+    name = "shrink_resnet" + ("_quick" if options.quick else "")
+    path = (Path("runs") if options.quick else RESULTS) / f"{name}.json"
+    benchmark = Benchmark(QUICK if options.quick else CPU, path, Path("runs") / name)
+    budgets = options.budgets.split(";")
+    benchmark.everything(options.methods.split(";"), budgets, [s for s in options.scratch.split(";") if s])
+    text = benchmark.table(budgets)
+    write_text(path.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

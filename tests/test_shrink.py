@@ -1,0 +1,179 @@
+"""`autocompress shrink` from the command line to a network that loads without autocompress."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from autocompress.cli import app
+from autocompress.errors import ConversionError, RecipeError
+from autocompress.prune.network import source_of
+from autocompress.run import Run
+from autocompress.shrink_command import account, shrink_recipe
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, classes=10, in_channels=1, width=8):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 12, 1)
+        self.fc = nn.Linear(12, classes)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = (x + self.bn2(self.conv2(x))).relu()
+        return self.fc(self.conv3(x).relu().mean((2, 3)))
+
+
+def make(classes=10, in_channels=1):
+    return Small(classes, in_channels)
+
+
+def no_model():
+    return 3
+"""
+QUICK = [
+    "profile.networks=8",
+    "profile.min_rounds=6",
+    "profile.max_rounds=6",
+    "profile.knots=3",
+    "data.limit=300",
+    "search.calibration_images=64",
+    "random_networks=1",
+    "threads=1",
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    # A name of its own: modules are cached by theirs.
+    path = tmp_path / f"model_{abs(hash(tmp_path)) % 10**8}.py"
+    path.write_text(MODEL)
+    torch.manual_seed(0)
+    made = runpy.run_path(str(path))["make"]()
+    save_file(made.state_dict(), tmp_path / "weights.safetensors")
+    return path
+
+
+def run(arguments: list[str]) -> str:
+    result = CliRunner().invoke(app, ["shrink", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_model_is_narrowed_finetuned_exported_and_loads_by_its_own_factory(
+    model: Path, tmp_path: Path
+) -> None:
+    changes = [part for change in QUICK for part in ("--set", change)]
+    folder = tmp_path / "run"
+    weights = tmp_path / "weights.safetensors"
+    before = weights.read_bytes()
+    said = run(
+        [f"{model}:make", "--weights", str(weights), "--budget", "flops=60%", "--epochs", "1"]
+        + ["--run", str(folder), *changes]
+    )
+    assert "2 groups of channels can be narrowed, 20 units in all" in said
+    assert "conv1: 8, together with conv2" in said
+    assert "fc keeps 10 channels: it is an output of the model" in said
+    assert weights.read_bytes() == before
+    (exported,) = folder.glob("networks/*/exported")
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert set(manifest["parity"]) == {"onnx", "torch_export", "safetensors"}
+    network: nn.Module = runpy.run_path(str(exported / "loader.py"))["load"](exported)
+    assert type(network).__name__ == "Small"
+    kept = network.conv1.out_channels
+    assert kept < 8
+    assert network.conv2.weight.shape == (kept, kept, 3, 3)
+    assert network.conv3.in_channels == kept
+    assert network.fc.in_features == network.conv3.out_channels
+    opened = Run(folder)
+
+    def macs(tied: int, last: int) -> int:
+        return 9 * tied * 64 + 9 * tied * tied * 64 + tied * last * 64 + 10 * last
+
+    assert macs(kept, network.fc.in_features) <= 0.6 * macs(8, 12)
+    # The loader takes a model at hand as well.
+    original = runpy.run_path(str(model))["make"]()
+    again = runpy.run_path(str(exported / "loader.py"))["load"](exported, original)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again(x), network(x))
+    # Nothing is trained before the search: the weights came with the model.
+    assert opened.recipe.train.epochs == 0
+
+
+def test_a_dry_run_says_what_can_be_narrowed_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    said = run([f"{model}:make", "--run", str(folder), "--dry-run", "--ignore", "conv2"])
+    assert "1 groups of channels can be narrowed, 12 units in all" in said
+    assert "conv2 keeps 8 channels: it is on the list of those to ignore" in said
+    assert not folder.exists()
+
+
+def recipe(model: str, **changes: object) -> object:
+    given = {
+        "weights": None,
+        "data": "digits",
+        "target": "onnxruntime-cpu",
+        "budget": "latency=60%",
+        "strategy": "peel",
+        "importance": "l2",
+        "ignore": [],
+        "epochs": 1,
+        "changes": None,
+        **changes,
+    }
+    return shrink_recipe(model, **given)  # type: ignore[arg-type]
+
+
+def test_budgets_may_use_the_words_of_the_field() -> None:
+    made = recipe("a.py:b", budget="latency=60%, flops=1M,params=50%")
+    assert made.search.budget == {"latency_ms": "60%", "macs": "1M", "params": "50%"}  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match=r"--budget takes metric=limit, such as latency=60%.*got '60%'"):
+        recipe("a.py:b", budget="60%")
+
+
+def test_without_weights_the_network_is_trained_first() -> None:
+    assert recipe("a.py:b").train.epochs > 0  # type: ignore[attr-defined]
+    assert recipe("a.py:b", weights=Path("w.pt")).train.epochs == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.py:make", "there is no file .*missing.py"),
+        ("{model}:absent", "has no 'absent' to call"),
+        ("{model}:no_model", "must return a torch.nn.Module, got int"),
+        ("nothing", "a model is file.py:factory or module:factory, got 'nothing'"),
+        ("no.such.module:make", "no.such.module cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused(model: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        run([name.format(model=model), "--dry-run"])
+
+
+def test_weights_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConversionError, match=r"does not hold the weights of .*:make"):
+        run([f"{model}:make", "--weights", str(tmp_path / "other.safetensors"), "--dry-run"])
+
+
+def test_only_a_space_of_channels_has_an_account(model: Path) -> None:
+    from search_spaces.mobilenet_v3 import mobilenet_v3
+
+    with pytest.raises(ConversionError, match="does not narrow a model"):
+        account(mobilenet_v3(preset="tiny"))
+    with pytest.raises(ConversionError, match="does not narrow a model"):
+        source_of(mobilenet_v3(preset="tiny"))
