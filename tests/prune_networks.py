@@ -21,6 +21,8 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.2, generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(module.bias, std=0.3, generator=generator)
             nn.init.normal_(module.running_mean, std=0.3, generator=generator)

@@ -110,7 +110,8 @@ def test_the_run_directory_holds_everything(finished: tuple[Path, Result]) -> No
 
 def test_the_latency_table_was_measured_and_checked(finished: tuple[Path, Result]) -> None:
     table = json.loads((finished[0] / "latency_table.json").read_text())
-    assert all(row["count"] == 2 and row["median_ms"] > 0 for row in table["rows"].values())
+    # Two rounds; a sample that was taken while the machine was much slower than usual is discarded.
+    assert all(1 <= row["count"] <= 2 and row["median_ms"] > 0 for row in table["rows"].values())
     assert len(table["error_report"]["networks"]) == 8
 
 

@@ -149,7 +149,7 @@ def test_an_unknown_key_inside_a_list_is_found() -> None:
         ("profile.max_rounds", 0),
         ("profile.seed", -1),
         ("train", None),
-        ("train.epochs", 0),
+        ("finetune.epochs", 0),
         ("train.epochs", "3"),
         ("train.epochs", 1.5),
         ("train.epochs", True),
@@ -261,7 +261,7 @@ def test_settings_that_do_not_go_together_are_refused(payload: dict[str, Any], r
 
 
 def test_every_mistake_is_told_at_once() -> None:
-    message = refused({"trian": {}, "train": {"epochs": 0}, "search": {"budget": {"macs": "x"}}})
+    message = refused({"trian": {}, "train": {"epochs": -1}, "search": {"budget": {"macs": "x"}}})
     lines = message.splitlines()
     assert lines[0] == "recipe r.yaml is not valid:"
     assert sorted(line.strip().split(":")[0] for line in lines[1:]) == [

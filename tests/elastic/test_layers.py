@@ -464,7 +464,8 @@ def test_batch_norm_of_an_operation_of_the_space_s_own_is_given_to_whoever_runs_
     assert list(layer.buffers()) == []
     asked: list[tuple[str, Tensor, Tensor]] = []
 
-    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def normalise(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 0.0) -> Tensor:
+        assert eps == NORM_EPS
         asked.append((name, weight, bias))
         return 2 * x
 
@@ -495,9 +496,18 @@ def test_a_module_that_is_a_batch_norm_itself_is_run_so_too() -> None:
     assert list(layer.buffers()) == []
 
 
-def test_batch_norm_of_another_precision_is_refused() -> None:
-    with pytest.raises(SpaceError, match=r"here: the module of Normed has buffers.*eps 1e-05"):
-        elastic_layer("here", [Normed(4, eps=1e-3)], kernel_transform=True)
+def test_batch_norm_has_the_precision_of_its_module() -> None:
+    layer = random_parameters(elastic_layer("here", [Normed(4, eps=0.5)], kernel_transform=True))
+    own, x = dict(layer.named_parameters()), inputs(Normed(4))
+    scaled = x * own["module.scale.scale"]
+    expected = F.batch_norm(
+        scaled, None, None, own["module.first.weight"], own["module.first.bias"], training=True, eps=0.5
+    )
+    torch.testing.assert_close(layer(x, Normed(4, eps=0.5), batch_statistics), expected)
+    other = F.batch_norm(
+        scaled, None, None, own["module.first.weight"], own["module.first.bias"], training=True
+    )
+    assert not torch.allclose(expected, other)
 
 
 def test_modules_of_many_operations_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def pruning_groups(model: nn.Module, images: Tensor, layers: list[str]) -> Itera
     tp = pytest.importorskip("torch_pruning")
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=images)
     for name in layers:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         cut = tp.prune_linear_out_channels if isinstance(layer, nn.Linear) else tp.prune_conv_out_channels
         yield name, graph.get_pruning_group(layer, cut, idxs=list(range(len(layer.weight))))
 
@@ -186,7 +186,7 @@ def test_a_unit_of_two_layers_has_the_mean_of_its_filters() -> None:
     left, right = (source.model.get_parameter(f"{name}.weight").detach() for name in ("left", "right"))
     expected = (left.abs().sum((1, 2, 3)) + right.abs().sum((1, 2, 3))) / 2
     np.testing.assert_allclose(scores_of(source, "l1")["left"], expected.numpy(), rtol=1e-6)
-    expected = (left.flatten(1).norm(dim=1) + right.flatten(1).norm(dim=1)) / 2  # type: ignore[no-untyped-call]
+    expected = (left.flatten(1).norm(dim=1) + right.flatten(1).norm(dim=1)) / 2
     np.testing.assert_allclose(scores_of(source, "l2")["left"], expected.numpy(), rtol=1e-6)
 
 
@@ -352,6 +352,15 @@ def test_a_copy_with_another_depthwise_filter_is_no_copy() -> None:
             buffer = model.get_buffer(f"bn.{name}")
             buffer[[3, 7]] = buffer[[1, 5]]
     assert scores_of(networks.source_of(model), "similarity")["expand"].argmin() in (1, 3)
+
+
+def test_a_copy_with_another_norm_behind_a_concatenation_is_no_copy() -> None:
+    model = networks.shake(networks.Dense())
+    copy_channel(model, ["stem"], ["grow.weight", "head.weight"], 1, 3)
+    with torch.no_grad():
+        model.get_parameter("head.weight")[:, [0, 2]] *= 0.1
+        model.get_parameter("grow.weight")[:, [0, 2]] *= 0.1
+    assert scores_of(networks.source_of(model), "similarity")["stem"].argmin() in (0, 2)
 
 
 # Dead channels ---------------------------------------------------------------------------------------------
@@ -622,6 +631,18 @@ def test_lasso_of_a_reader_with_groups() -> None:
         read = F.relu6(model.bn(model.depthwise(F.relu6(model.expand(images)))))
     rows = rows_of_parts(source, "halves", read)
     assert_entries(rows, scores_of(source, "lasso", batches=[(images, targets)])["expand"])
+
+
+@pytest.mark.parametrize("criterion", ["thinet", "lasso"])
+def test_each_group_of_a_reader_reads_its_own_channels(criterion: str) -> None:
+    """Half of a unit is not read, the other half is always zero."""
+    model = networks.shake(networks.Grouped())
+    with torch.no_grad():
+        model.get_parameter("halves.weight")[:3, 2] = 0
+        for name in ("bn.weight", "bn.bias"):
+            model.get_parameter(name)[6] = 0
+    scores = scores_of(networks.source_of(model), criterion)["expand"]
+    assert scores[2] == scores.min() == 0.25
 
 
 @pytest.mark.parametrize("criterion", ["thinet", "lasso"])

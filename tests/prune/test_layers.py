@@ -105,7 +105,7 @@ def test_weights_times_rows_of_inputs_are_rows_of_outputs(conv: nn.Conv2d) -> No
             None,
             conv.stride,
             conv.padding,
-            conv.dilation,  # type: ignore[arg-type]
+            conv.dilation,
         )
         places = sample(layer, output, 4, generator)
         read, made = inputs_at(layer, x, output, places), outputs_at(layer, output, places)
