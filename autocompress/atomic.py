@@ -44,6 +44,31 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, made if absent.
+
+    Raises:
+        StorageError: Another process holds it, or it cannot be written.
+    """
+    import fcntl
+
+    path = folder / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process is working on {folder}: wait until it ends, or stop it and call again"
+            ) from None
+        yield
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

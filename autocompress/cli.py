@@ -22,6 +22,7 @@ from autocompress.console import (
 )
 from autocompress.errors import AutocompressError, RecipeError
 from autocompress.shrink_command import shrink
+from autocompress.sparsify_command import sparsify
 from autocompress.table_commands import table_commands
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(table_commands, name="table")
 app.command()(compare)
 app.command()(shrink)
+app.command()(sparsify)
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one
 # takes longer than most operations of a small network; to spin for long, the default, holds up other
@@ -83,7 +85,11 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            again = "the same command" if "compare" in sys.argv[1:2] else "`autocompress resume RUN`"
+            again = (
+                "the same command"
+                if sys.argv[1:2] in (["compare"], ["sparsify"])
+                else "`autocompress resume RUN`"
+            )
             typer.secho(f"stopped; continue with {again}", fg="yellow", err=True)
         raise
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,6 +13,7 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 # Not strict: YAML reads 3e-5 as text, only 3.0e-5 as a number.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def _default_budget() -> dict[str, float | str]:
@@ -267,21 +268,30 @@ def parse_recipe(payload: Any, source: str = "the recipe") -> Recipe:
     Raises:
         RecipeError: Each finding with the path of its key, the value and what is allowed.
     """
+    return parsed(Recipe, payload, source)
+
+
+def parsed(kind: type[_Kind], payload: Any, source: str) -> _Kind:
+    """Check settings of any kind that were read from YAML or made by hand.
+
+    Raises:
+        RecipeError: Each finding with the path of its key, the value and what is allowed.
+    """
     if payload is None:
         payload = {}
     if not isinstance(payload, dict):
-        raise RecipeError(f"{source} must be a mapping of {', '.join(Recipe.model_fields)}, got {payload!r}")
+        raise RecipeError(f"{source} must be a mapping of {', '.join(kind.model_fields)}, got {payload!r}")
     try:
-        return Recipe.model_validate(payload)
+        return kind.model_validate(payload)
     except ValidationError as error:
-        lines = [_explain(finding) for finding in error.errors()]
+        lines = [_explain(finding, kind) for finding in error.errors()]
         raise RecipeError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
-def _explain(finding: Any) -> str:
+def _explain(finding: Any, kind: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in finding["loc"]) or "(top)"
     if finding["type"] == "extra_forbidden":
-        model: Any = Recipe
+        model: Any = kind
         for part in finding["loc"][:-1]:
             annotation = model.model_fields[part].annotation if isinstance(part, str) else model
             model = Phase if part == "phases" else annotation

@@ -21,7 +21,7 @@ from autocompress.ops import Ops, OpSpec
 from autocompress.prune.check import check_buffers
 from autocompress.prune.importance import CRITERIA, comparable
 from autocompress.prune.importance import importance as importance_of
-from autocompress.prune.load import load_model, takes
+from autocompress.prune.load import arguments_of, load_model
 from autocompress.prune.network import NarrowNetwork
 from autocompress.prune.source import Source, Table
 from autocompress.space import Block, Choice, Option, SearchSpace
@@ -67,11 +67,7 @@ def channels(
     """
     if len(image) != 3 or not all(type(size) is int and size > 0 for size in image):
         raise SpaceError(f"image must be channels, height and width, integers >= 1, got {image!r}")
-    given = dict(arguments or {})
-    taken = takes(model)
-    for name, value in {"classes": classes, "num_classes": classes, "in_channels": image[0]}.items():
-        if name in taken and name not in given and value is not None:
-            given[name] = value
+    given = arguments_of(model, arguments or {}, classes=classes, in_channels=image[0])
     found = load_model(model, given, weights)
     source = Source(found, torch.zeros(1, *image), ignore=ignore)
     source.origin = {"model": model, "arguments": given}

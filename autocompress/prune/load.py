@@ -83,6 +83,19 @@ def takes(name: str) -> set[str]:
         return set()
 
 
+def arguments_of(
+    name: str, given: Mapping[str, Any], *, classes: int | None, in_channels: int
+) -> dict[str, Any]:
+    """Return the arguments of a factory, with what the data say where it takes that and nothing is given.
+
+    Raises:
+        ConversionError: There is no such factory.
+    """
+    taken = takes(name)
+    known = {"classes": classes, "num_classes": classes, "in_channels": in_channels}
+    return {key: value for key, value in known.items() if key in taken and value is not None} | dict(given)
+
+
 def _factory(name: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:

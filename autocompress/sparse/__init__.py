@@ -1,0 +1,1 @@
+"""Sparse training: weights that are easy to prune, before anything is removed."""
