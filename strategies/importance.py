@@ -1,4 +1,4 @@
-"""Widths from the importance of channels alone: a threshold for all layers, or the proven optimum of the sum.
+"""Widths from importance alone: a threshold for all layers, the proven optimum of the sum, all above zero.
 
 What the options of a choice are worth says the space (`SearchSpace.worth`): for channels, the sum of the
 scores of those that are kept. Nothing is evaluated to find the network; one is proposed.
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
-from autocompress.errors import RecipeError, SpaceError
+from autocompress.errors import InfeasibleBudgetError, RecipeError, SpaceError
 from autocompress.exact import separable, solve
 from autocompress.space import Codes, SearchSpace
 from autocompress.trial import Batch
 
-Method = Literal["threshold", "exact"]
+Method = Literal["threshold", "exact", "nonzero"]
 
 
 @final
@@ -42,12 +42,14 @@ class Importance:
             seed: Not used: nothing is random.
             objective: Not used.
             method: `threshold` goes from the unit that is worth most to the one that is worth least, and then
-                adds what still fits; `exact` maximises the sum of what is kept.
+                adds what still fits; `exact` maximises the sum of what is kept; `nonzero` keeps all that is
+                worth more than zero, in the least widths that hold it, whatever else would fit: for weights
+                of which training made units zero.
 
         Raises:
             RecipeError: There is no such method.
             SpaceError: The options of the space have no worth.
-            InfeasibleBudgetError: Nothing fits.
+            InfeasibleBudgetError: Nothing fits, or with `nonzero`, what is worth more than zero does not.
         """
         if method not in get_args(Method):
             raise RecipeError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -55,6 +57,8 @@ class Importance:
         worth = worth_of(constraints.space)
         if method == "threshold":
             self._found = within(constraints, worth)
+        elif method == "nonzero":
+            self._found = above_zero(constraints, worth)
         else:
             value = separable(constraints.space, worth, "importance")
             self._found = solve(value, constraints, sense="maximize").codes
@@ -68,6 +72,30 @@ class Importance:
 
     def tell(self, batch: Batch) -> None:
         """Learn nothing."""
+
+
+def above_zero(constraints: Constraints, worth: list[NDArray[np.float64]]) -> Codes:
+    """Return the network of the least options that are worth as much as the largest, `(1, choices)`.
+
+    Raises:
+        InfeasibleBudgetError: It does not fit.
+    """
+    space = constraints.space
+    # Zeros add nothing to a sum of floats, so that equal is exact.
+    least = [int(np.flatnonzero(values == values.max())[0]) for values in worth]
+    found = space.canonical(np.array([least], dtype=space.smallest().dtype))
+    if not constraints.feasible(found)[0]:
+        needed = {
+            m: float(cost[0]) for m, cost in constraints.price(found).items() if m in constraints.limits
+        }
+        nearest = {m: max(limit, needed[m]) for m, limit in constraints.limits.items()}
+        shown = ", ".join(f"{m} {needed[m]:.6g} of {limit:.6g}" for m, limit in constraints.limits.items())
+        raise InfeasibleBudgetError(
+            f"what is worth more than zero does not fit the budget: it needs {shown}; raise the budget, make "
+            "more units zero (`autocompress sparsify`), or take method threshold",
+            nearest,
+        )
+    return found
 
 
 def worth_of(space: SearchSpace) -> list[NDArray[np.float64]]:

@@ -31,6 +31,7 @@ class Work:
         settings: Of the training.
         steps: Optimizer steps an epoch.
         score: Scores the network, as it is, on the validation part.
+        renew: Computes the statistics of batch norm anew, on training images.
         ignore: Layers whose channels are left alone, by name or pattern.
         state: All that a method remembers; it is in the checkpoint, and restored in place at a roll-back. A
             method has no other memory. `begin` fills it; `ended` ends the training before its last epoch.
@@ -41,6 +42,7 @@ class Work:
     settings: OptimizerSettings
     steps: int
     score: Callable[[], Scored]
+    renew: Callable[[], None]
     ignore: tuple[str, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
 

@@ -7,11 +7,19 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from autocompress.errors import RecipeError
+from autocompress.sparse.magnitude import MagnitudeOptions, magnitude
 from autocompress.sparse.method import Method, Options
+from autocompress.sparse.play_and_prune import PlayAndPruneOptions, play_and_prune
 from autocompress.sparse.slimming import SlimmingOptions, slimming
+from autocompress.sparse.soft import SoftOptions, soft
+from autocompress.sparse.structure import StructureOptions, structure
 
 METHODS: Final[dict[str, Method]] = {
     "slimming": Method(slimming, SlimmingOptions),
+    "magnitude": Method(magnitude, MagnitudeOptions, channels=False),
+    "soft": Method(soft, SoftOptions),
+    "play-and-prune": Method(play_and_prune, PlayAndPruneOptions, trained=True),
+    "structure": Method(structure, StructureOptions),
 }
 """Name of each method."""
 

@@ -38,22 +38,29 @@ def slimming(work: Work, options: SlimmingOptions) -> Hooks:
                 one.tensor.grad.add_(torch.sign(one.tensor.detach()) * own, alpha=options.strength)
 
     def account() -> dict[str, Any]:
-        return {"reach": reach(work, options.strength), "scales": account_of([one for one, _ in trained])}
+        entries = [one for one, _ in trained]
+        far = reach(work, options.strength, work.settings.momentum)
+        return {"reach": far, "scales": account_of(entries), "notes": left_out(work, entries)}
 
-    return Hooks(gradients=gradients, account=account)
+    return Hooks(gradients=gradients, finish=work.renew, account=account)
 
 
-def reach(work: Work, strength: float) -> float:
+def reach(work: Work, strength: float, momentum: float) -> float:
     """Return how far a penalty can move a scale in the whole training: strength and epochs have to fit.
 
-    It is `strength` times the sum of the learning rates, over `1 - momentum` with SGD.
+    It is `strength` times the sum of the learning rates, over `1 - momentum`; with SGD, not with AdamW.
     """
     settings = work.settings
-    rates = sum(
-        learning_rate(settings, step, work.steps, settings.epochs)
-        for step in range(settings.epochs * work.steps)
-    )
-    return strength * rates / max(1 - settings.momentum, 1e-12)
+    steps = range(settings.epochs * work.steps)
+    rates = sum(learning_rate(settings, step, work.steps, settings.epochs) for step in steps)
+    return strength * rates / max(1 - momentum, 1e-12)
+
+
+def left_out(work: Work, trained: list[Entries]) -> list[str]:
+    """Return, as a note or none, the groups of which no channel has a scale that is trained."""
+    known = {unit for one in trained for unit in one.labels.tolist()}
+    names = [group.name for group in work.source.groups if not known & set(group.units.tolist())]
+    return [f"not made sparse, for lack of batch norm: {', '.join(names)}"] if names else []
 
 
 def account_of(trained: list[Entries]) -> list[dict[str, Any]]:

@@ -18,13 +18,18 @@ from autocompress.recipe import OptimizerSettings
 from autocompress.sparse.account import account_of
 from autocompress.sparse.method import Options, Work
 from autocompress.sparse.methods import method_of
+from autocompress.sparse.statistics import recalibrate
 from autocompress.training.check import check_outputs
+from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.training.data import DataSet
-from autocompress.training.evaluate import Scored, evaluate
+from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
 from autocompress.training.speed import autocast, choose_formats
 from autocompress.training.supernet import FORMATS
 from autocompress.training.task import Task
+
+CALIBRATION_IMAGES = 1024
+"""Training images for statistics of batch norm."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +90,32 @@ def sparsify(
     chosen = method_of(method)
     image = torch.zeros(1, *data.in_shape)
     network = check(model, image)
+    weights = weights_fingerprint(network)
     formats: dict[str, str] = {}
     loss_on_labels = task.training_loss(settings.label_smoothing)
 
     def placed(images: Tensor) -> Tensor:
         return images.contiguous(memory_format=FORMATS[formats["memory_format"]])
 
+    def plain() -> nn.Module:
+        # The format in which the weights are written: rounding must not decide on a tolerance.
+        found: nn.Module = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return found.eval()
+
+    def fast() -> None:
+        network.train().to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
+
     def score() -> Scored:
-        network.eval()
-        scored = evaluate(lambda images: network(placed(images)), data.validation, task.score)
-        network.train()
+        scored = evaluate(plain(), data.validation, task.score)
+        fast()
         return scored
 
+    def renew() -> None:
+        recalibrate(plain(), calibration_batches(data, CALIBRATION_IMAGES, seed=settings.seed))
+        fast()
+
     check_outputs(data, task, _out_shape(network, image))
-    work = Work(network, image, settings, steps_per_epoch(data, settings), score, ignore)
+    work = Work(network, image, settings, steps_per_epoch(data, settings), score, renew, ignore)
     hooks = chosen.start(work, options)
     state = work.state
 
@@ -123,7 +140,7 @@ def sparsify(
         if not position.choices:
             position.choices = dict(_formats(network, data, settings, backward, formats, work.steps))
         formats.update(position.choices)
-        network.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
+        fast()
         if not state:
             state["before"] = dataclasses.asdict(score())
             hooks.begin()
@@ -133,9 +150,8 @@ def sparsify(
             raise _EndedError
         hooks.begin_epoch(epoch)
 
-    def validate(epoch: int, position: Position) -> None:
+    def validate(epoch: int, _: Position) -> None:
         hooks.end_epoch(epoch)
-        position.scores.append([epoch + 1, "network", score().mean])
 
     with suppress(_EndedError):
         run_epochs(
@@ -147,6 +163,7 @@ def sparsify(
             identity={
                 "kind": "sparse",
                 "data": data.fingerprint,
+                "weights": weights,
                 "settings": settings.model_dump(mode="json"),
                 "method": method,
                 "options": options.model_dump(mode="json"),
@@ -163,10 +180,8 @@ def sparsify(
         )
     hooks.finish()
     after = score()
-    network.eval()
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     account = {**hooks.account(), **account_of(work, channels=chosen.channels)}
-    return Sparsified(network, Scored(**state["before"]), after, account)
+    return Sparsified(plain(), Scored(**state["before"]), after, account)
 
 
 def _out_shape(network: nn.Module, image: Tensor) -> tuple[int, ...]:

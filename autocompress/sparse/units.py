@@ -1,6 +1,6 @@
 """Units of a network while it is trained: scales of batch norm, filters, and what a unit is zero by."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 from autocompress.errors import ConversionError
 from autocompress.prune.labels import FIXED, Labels
 from autocompress.prune.layers import is_depthwise, leaving, tensors_of
+from autocompress.prune.scores import Given, Scores
 from autocompress.sparse.method import Work
 
 
@@ -101,8 +102,24 @@ def zero_units(work: Work) -> dict[str, int]:
     }
 
 
+def scored(work: Work, criterion: Callable[[Given], Scores]) -> Scores:
+    """Return the scores of the units by the weights as they are now.
+
+    Raises:
+        ConversionError: A group has none.
+    """
+    found = criterion(work.given)
+    for group in work.source.groups:
+        if group.name not in found:
+            raise ConversionError(
+                f"group {group.name!r} has no filters to compare: no convolution or linear layer was seen to "
+                "make all of its channels; put its layers on the list of those to ignore"
+            )
+    return found
+
+
 def lowest(
-    work: Work, scores: dict[str, np.ndarray], share: float, gone: Iterable[int] = ()
+    work: Work, scores: Scores, share: float, *, gone: Iterable[int] = (), at_least: int = 0
 ) -> Iterator[int]:
     """Yield the lowest units of each group: a share, rounded down, of those that are not gone.
 
@@ -112,7 +129,8 @@ def lowest(
     for group in work.source.groups:
         order, least = group.order(scores[group.name])
         left = [unit for unit in order.tolist() if unit not in gone]
-        count = min(int(share * len(left) + 1e-9), len(left) - least)
+        # 0.3 * 10 is just below 3.
+        count = min(max(at_least, int(share * len(left) + 1e-9)), len(left) - least)
         yield from left[len(left) - max(count, 0) :]
 
 

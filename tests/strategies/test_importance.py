@@ -58,7 +58,7 @@ def test_it_asks_once() -> None:
 
 def test_bad_options_are_refused() -> None:
     constraints = limited(chain(random_scores(0)))
-    with pytest.raises(RecipeError, match="method must be one of threshold, exact, got 'best'"):
+    with pytest.raises(RecipeError, match="method must be one of threshold, exact, nonzero, got 'best'"):
         Importance(constraints, seed=0, method="best")  # type: ignore[arg-type]
     with pytest.raises(SpaceError, match="have no worth"):
         Importance(toy_constraints(), seed=0)

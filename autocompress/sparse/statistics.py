@@ -1,0 +1,44 @@
+"""Batch-norm statistics of a plain network, computed anew: those of training lag behind the weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by plain means over some batches.
+
+    Statistics are moving means over the last steps; where filters were just set to zero they are those of
+    another network, and accuracy can be close to chance. Dropout and the like stay off; the number of batches
+    that a norm counts is put back. Norms in evaluation mode of their own (`track_running_stats=False`) have
+    nothing to compute.
+
+    Source: Yu & Huang, "Universally Slimmable Networks", ICCV 2019, "post-statistics of batch normalization".
+
+    Args:
+        network: Left in evaluation mode.
+        batches: `(batch, channels, height, width)`, normalised.
+    """
+    norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    network.eval()
+    if not norms:
+        return
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = None  # the mean over all batches
+            counted = norm.num_batches_tracked
+            norm.reset_running_stats()
+            if counted is not None:
+                norm.num_batches_tracked = torch.zeros_like(counted)
+        with torch.no_grad():
+            for images in batches:
+                network(images)
+    finally:
+        for norm, momentum, counted in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counted
+        network.eval()
