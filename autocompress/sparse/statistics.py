@@ -1,5 +1,6 @@
 """Batch-norm statistics of a plain network, computed anew: those of training lag behind the weights."""
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -26,19 +27,18 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     network.eval()
     if not norms:
         return
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    before = [(norm, norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
     try:
         for norm in norms:
             norm.train()
             norm.momentum = None  # the mean over all batches
-            counted = norm.num_batches_tracked
             norm.reset_running_stats()
-            if counted is not None:
-                norm.num_batches_tracked = torch.zeros_like(counted)
         with torch.no_grad():
             for images in batches:
                 network(images)
     finally:
         for norm, momentum, counted in before:
-            norm.momentum, norm.num_batches_tracked = momentum, counted
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and counted is not None:
+                norm.num_batches_tracked.copy_(counted)
         network.eval()

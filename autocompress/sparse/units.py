@@ -90,16 +90,19 @@ def clear(entries: Iterable[Entries], units: Tensor) -> None:
             one.tensor.index_fill_(one.axis, one.of(units), 0.0)
 
 
+def dead(work: Work) -> set[int]:
+    """Return the units that are zero in all `parts`."""
+    alive: set[int] = set()
+    for one in parts(work):
+        rows = one.tensor.detach().movedim(one.axis, 0).reshape(one.tensor.shape[one.axis], -1)
+        alive |= set(one.labels[rows.ne(0).any(1)].tolist())
+    return {unit for group in work.source.groups for unit in group.units.tolist()} - alive
+
+
 def zero_units(work: Work) -> dict[str, int]:
     """Return how many units of each group are zero in all `parts`."""
-    alive = {
-        unit
-        for one in parts(work)
-        for unit in one.labels[_along(one.tensor.detach(), one.axis).ne(0).any(1)].tolist()
-    }
-    return {
-        group.name: sum(unit not in alive for unit in group.units.tolist()) for group in work.source.groups
-    }
+    gone = dead(work)
+    return {group.name: len(gone & set(group.units.tolist())) for group in work.source.groups}
 
 
 def scored(work: Work, criterion: Callable[[Given], Scores]) -> Scores:
@@ -138,8 +141,3 @@ def _entries(work: Work, name: str, axis: int, labels: Labels) -> Entries:
     numbers, _ = work.source.places(labels)
     own = torch.from_numpy(np.where(numbers >= 0, labels, FIXED))
     return Entries(name, tensors_of(work.network)[name], axis, own)
-
-
-def _along(tensor: Tensor, axis: int) -> Tensor:
-    """Return `(channels, rest)`."""
-    return tensor.movedim(axis, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]

@@ -49,6 +49,30 @@ def test_the_threshold_keeps_what_is_above_it_and_nothing_more_fits(seed: int, p
         assert not constraints.feasible(codes)[0]
 
 
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_nonzero_keeps_what_is_worth_something_and_is_the_cheapest_that_does(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    # Units are in the order of their worth: those above zero come first.
+    scores = [[*units[: rng.integers(1, 17)], *[0.0] * 16][:16] for units in random_scores(seed)]
+    constraints = limited(chain(scores), "macs=100%")
+    networks = every_network(constraints.space)
+    values = values_of(constraints, networks)
+    whole = networks[values >= values.max() * (1 - 1e-12)]
+    found = Importance(constraints, seed=0, method="nonzero").ask(1)
+    assert (found == whole.min(axis=0)).all()
+
+
+def test_nonzero_refuses_a_budget_that_cannot_hold_it() -> None:
+    constraints = limited(chain(random_scores(0)), "macs=60%")
+    with pytest.raises(
+        InfeasibleBudgetError, match="worth more than zero does not fit the budget: it needs"
+    ) as e:
+        Importance(constraints, seed=0, method="nonzero")
+    whole = float(constraints.costs["macs"].of(constraints.space.largest())[0])
+    assert e.value.nearest == {"macs": whole}
+
+
 def test_it_asks_once() -> None:
     strategy = Importance(limited(chain(random_scores(0))), seed=0)
     assert len(strategy.ask(0)) == 0
