@@ -81,8 +81,8 @@ def above_zero(constraints: Constraints, worth: list[NDArray[np.float64]]) -> Co
         InfeasibleBudgetError: It does not fit.
     """
     space = constraints.space
-    # Zeros add nothing to a sum of floats, so that equal is exact.
-    least = [int(np.flatnonzero(values == values.max())[0]) for values in worth]
+    # Sums of the same numbers and some zeros may differ in their last bits.
+    least = [int(np.flatnonzero(values >= values.max() * (1 - 1e-12))[0]) for values in worth]
     found = space.canonical(np.array([least], dtype=space.smallest().dtype))
     if not constraints.feasible(found)[0]:
         needed = {
