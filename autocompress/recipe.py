@@ -226,6 +226,9 @@ class FinetuneSettings(OptimizerSettings):
     temperature: Annotated[float, Field(gt=0)] = 4.0
     alpha: Fraction = 0.9
     """Weight of the distillation loss; the loss on the labels has `1 - alpha`."""
+    cosine: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a further loss, 1 - cosine between the features that enter the last linear layer in student
+    and teacher (Aghli & Ribeiro, 2021)."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a path of a cell is dropped for an image, at the end of training, to which it rises
     linearly from 0; 0.2 in DARTS. Only for networks of cells: those that have a `DropPath`."""

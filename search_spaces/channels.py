@@ -45,6 +45,7 @@ def channels(
     steps: int = 10,
     align: int = 1,
     ignore: Sequence[str] = (),
+    tied: bool = True,
 ) -> SearchSpace:
     """Make the space of a model that a recipe names.
 
@@ -60,6 +61,7 @@ def channels(
         steps: See `channel_space`.
         align: See `channel_space`.
         ignore: Layers that keep their channels, by name or pattern.
+        tied: Whether channels are narrowed that several layers make, tied by shortcuts and the like.
 
     Raises:
         ConversionError: The model cannot be made, traced or narrowed.
@@ -70,6 +72,8 @@ def channels(
     given = arguments_of(model, arguments or {}, classes=classes, in_channels=image[0])
     found = load_model(model, given, weights)
     source = Source(found, torch.zeros(1, *image), ignore=ignore)
+    if not tied:
+        source = source.untied()
     source.origin = {"model": model, "arguments": given}
     looks = importance in CRITERIA and CRITERIA[importance].batches
     batches, loss = sample() if sample is not None and looks else (None, None)
@@ -84,6 +88,7 @@ def channels(
         "steps": steps,
         "align": align,
         "ignore": list(ignore),
+        "tied": tied,
     }
     return dataclasses.replace(space, settings=settings)
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.distill.features import WithFeatures
 from autocompress.distill.losses import hinton
 from autocompress.elastic.supernet import resize
+from autocompress.errors import RecipeError
 from autocompress.progress import Progress, silent
 from autocompress.recipe import FinetuneSettings
 from autocompress.training.auxiliary import with_auxiliary
@@ -40,6 +42,7 @@ def finetune(
 
     The loss is `(1 - alpha) * loss on labels + alpha * distillation` (Hinton et al., 2015); for tasks whose
     distillation is not soft cross-entropy, the task's own distillation loss takes the place of Hinton's.
+    `settings.cosine` adds so many times 1 - cosine of the features that enter the last linear layer.
     `settings.auxiliary` adds so many times the loss on labels of an auxiliary classifier. It is trained along
     and stands in the checkpoint; the network knows nothing of it.
 
@@ -63,13 +66,18 @@ def finetune(
         The validation score of the weights that were kept.
 
     Raises:
-        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where the network has no place.
+        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where the network has no place;
+            or features be compared without a teacher or a linear layer.
         TrainingError: Training collapsed again after every roll-back.
         CheckpointError: The checkpoint is damaged or belongs to another run.
     """
     paths = drop_paths(network, settings)
     auxiliary = with_auxiliary(network, data, settings, resolution) if settings.auxiliary else None
     trained = network if auxiliary is None else auxiliary
+    sizes = resolution, teacher_resolution or resolution
+    features = None
+    if settings.cosine:
+        features = trained = _with_features(trained, network, teacher, data, settings, sizes)
     per_epoch = steps_per_epoch(data, settings)
     loss_on_labels = task.training_loss(settings.label_smoothing)
     formats: dict[str, str] = {}
@@ -93,12 +101,14 @@ def finetune(
         loss = on_labels
         if teacher is not None:
             with torch.no_grad(), autocast(formats["precision"]):
-                target = teacher(placed(images, teacher_resolution or resolution)).float()
+                target = teacher(placed(images, sizes[1])).float()
             if task.distillation is soft_cross_entropy:
                 distilled = hinton(outputs, target, settings.temperature)
             else:
                 distilled = task.distillation(outputs, target)
             loss = (1 - settings.alpha) * on_labels + settings.alpha * distilled
+        if features is not None:
+            loss = loss + settings.cosine * features.loss()
         if auxiliary is not None:
             loss = loss + settings.auxiliary * loss_on_labels(found[1].float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -170,6 +180,22 @@ def finetune(
         )
     finally:
         drop(0.0)
+        if features is not None:
+            features.close()
     network.load_state_dict(best["weights"])
     network.eval()
     return Scored(best["mean"], best["standard_error"], best["count"])
+
+
+def _with_features(
+    trained: nn.Module,
+    network: nn.Module,
+    teacher: nn.Module | None,
+    data: DataSet,
+    settings: FinetuneSettings,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+) -> WithFeatures:
+    if teacher is None:
+        raise RecipeError(f"finetune.cosine ({settings.cosine:g}) compares with a teacher, and there is none")
+    own, other = (torch.zeros(1, data.in_shape[0], *size) for size in sizes)
+    return WithFeatures(trained, network, teacher, (own, other), seed=settings.seed)

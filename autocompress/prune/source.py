@@ -104,6 +104,21 @@ class Source:
         other._rank([group.order(scores[group.name]) for group in self.groups])
         return other
 
+    def untied(self) -> "Source":
+        """Return the same model with channels left alone that several layers make, by additions and the like.
+
+        Raises:
+            ConversionError: No other channel can be removed.
+        """
+        makers = np.concatenate([np.unique(labels) for labels in self.trace.made.values()])
+        units, counts = np.unique(makers, return_counts=True)
+        reason = Reason("an addition or the like ties it to other layers, and tied ones are left alone")
+        other = copy.copy(self)
+        other._hold(
+            self.trace.without(dict.fromkeys(units[(counts > 1) & (units != FIXED)].tolist(), reason))
+        )
+        return other
+
     def trying(self, model: nn.Module, ranking: Sequence[Labels]) -> "Source":
         """Return the same groups of another model of the same structure, for trials."""
         other = copy.copy(self)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from prune import zoo
 from prune.zoo import ZOO, Head, Norms, Own, conv, model, params_of, run, seeded
 from torch import Tensor, nn
 
@@ -363,3 +364,22 @@ def test_buffers_that_networks_of_different_widths_cannot_share_are_named(
 def test_batch_norm_with_or_without_statistics_can_be_shared() -> None:
     check_buffers(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm1d(4)))
     check_buffers(Norms())
+
+
+def test_what_is_tied_by_shortcuts_can_be_left_alone() -> None:
+    whole = zoo.source("resnet")
+    free = whole.untied()
+    tied = {layer for group in whole.groups if len(group.layers) > 1 for layer in group.layers}
+    assert tied
+    assert [g.name for g in free.groups] == [g.name for g in whole.groups if len(g.layers) == 1]
+    reasons = {kept.layer: kept.reason for kept in free.kept}
+    assert all("ties it to other layers, and tied ones are left alone" in reasons[layer] for layer in tied)
+    assert len(whole.groups) > len(free.groups)
+    narrow = free.narrowed(tuple(max(least, 2) for least in free.least))
+    assert run(narrow, zoo.images("resnet")).shape == run(whole.model, zoo.images("resnet")).shape
+
+
+def test_depthwise_convolutions_do_not_tie() -> None:
+    whole = zoo.source("mobilenet")
+    assert {g.name for g in whole.untied().groups} == {g.name for g in whole.groups if len(g.layers) == 1}
+    assert len(whole.untied().groups) > len(whole.groups) / 2

@@ -221,6 +221,11 @@ def test_a_space_is_made_of_a_named_model(tmp_path: Path) -> None:
         "arguments": given,
     }
     assert json.loads(json.dumps(space.settings)) == space.settings
+    free = channels("autocompress.models.resnet_cifar:resnet20", image=(3, 8, 8), tied=False)
+    assert free.settings["tied"] is False
+    assert {choice.name for choice in free.choices} == {
+        f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)
+    }
     trained = channels(
         "autocompress.models.resnet_cifar:resnet20",
         image=(3, 8, 8),
