@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autocompress.atomic import read_json, remove_leftovers, replacing, write_json, write_text
+from autocompress.atomic import locked, read_json, remove_leftovers, replacing, write_json, write_text
 from autocompress.errors import StorageError, TableError
 
 
@@ -155,3 +155,18 @@ def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with (
+        locked(folder),
+        pytest.raises(StorageError, match=f"another process is working on {folder}: wait until it ends"),
+        locked(folder),
+    ):
+        pass
+    with locked(folder):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot write .*file/\.lock"), locked(tmp_path / "file"):
+        pass

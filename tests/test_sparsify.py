@@ -200,6 +200,10 @@ def test_weights_that_do_not_fit_or_are_not_finite_or_absent_are_refused(model: 
     save_file(state, tmp_path / "weights.safetensors")
     with pytest.raises(ConversionError, match=r"conv2.weight of Small holds nan or infinity"):
         call(model, tmp_path / "out")
+    half = model.with_name(f"half_{model.name}")
+    half.write_text(MODEL.replace("return Small(classes, in_channels)", "return Small().bfloat16()"))
+    with pytest.raises(ConversionError, match=r"is of torch\.bfloat16, the image of torch\.float32"):
+        CliRunner().invoke(app, ["sparsify", f"{half}:make"], catch_exceptions=False)
     save_file(small().state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ConversionError, match=r"does not hold the weights of .*:make"):
         call(model, tmp_path / "out")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.atomic import locked, read_json, remove_leftovers, replacing, write_json
 from autocompress.errors import RecipeError, StorageError
+from autocompress.prune.check import check
 from autocompress.prune.load import arguments_of, load_model
 from autocompress.run import Shown
 from autocompress.sparse.methods import method_of, options_of
@@ -56,6 +57,7 @@ def sparsify_folder(folder: Path, recipe: SparsifyRecipe, shown: Shown) -> dict[
         raise RecipeError(f"method {recipe.method!r} compares with trained weights: give them by --weights")
     data = load_data_of(recipe)
     model = make_model(recipe, data)
+    check(model, torch.zeros(1, *data.in_shape))
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--out needs a directory, but {folder} is a file")
     with locked(folder):

@@ -54,6 +54,7 @@ def played(accuracies: list[float], **options: Any) -> tuple[Any, Any, list[set[
             for parameter in work.network.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.01)
         hooks.after_step(0.1)
+        assert dead(work) == set(work.state["gone"].tolist())  # none has come back by the step
         hooks.end_epoch(epoch)
         gone.append(dead(work))
     return work, hooks, gone

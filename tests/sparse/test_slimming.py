@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from sparse.works import small, trained, training, work_on
+from torch import nn
 
 from autocompress.sparse.slimming import SlimmingOptions, reach, slimming
 from autocompress.training.loop import learning_rate
@@ -35,6 +36,24 @@ def test_scales_of_channels_that_stay_get_no_penalty() -> None:
     hooks.gradients()
     pushed = {name for name, p in work.network.named_parameters() if p.grad is not None and p.grad.any()}
     assert pushed == {"bn3.weight"}
+
+
+def test_of_a_norm_over_several_layers_only_the_channels_that_can_go_get_it() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)
+            self.norm, self.fc = nn.BatchNorm2d(9), nn.Linear(9, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.norm(torch.cat([self.one(x), self.two(x)], 1)).relu().mean((2, 3)))
+
+    work = work_on(Joined(), ignore=("two",))
+    hooks = slimming(work, SlimmingOptions(strength=0.5))
+    scale = work.network.get_parameter("norm.weight")
+    scale.grad = torch.zeros_like(scale)
+    hooks.gradients()
+    assert scale.grad.tolist() == [0.5] * 4 + [0.0] * 5
 
 
 def test_scales_shrink_by_more_with_the_penalty_and_by_no_more_than_its_reach() -> None:

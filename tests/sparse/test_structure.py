@@ -49,7 +49,8 @@ def test_steps_are_those_of_the_paper_with_its_own_variables() -> None:
     """Huang & Wang, equations 9 to 11: extrapolation first, then gradient and proximal step, in floats."""
     rate, strength, momentum, curve, goal = 0.1, 0.3, 0.8, 2.0, 1.7
     work = work_on(small())
-    _, scales = stepped(work, StructureOptions(strength=strength, momentum=momentum), 7, rate, curve, goal)
+    options = StructureOptions(strength=strength, momentum=momentum)
+    hooks, scales = stepped(work, options, 7, rate, curve, goal)
     now, before = 1.0, 1.0
     for _ in range(7):
         ahead = now + momentum * (now - before)
@@ -58,6 +59,8 @@ def test_steps_are_those_of_the_paper_with_its_own_variables() -> None:
     # bn3 has no layer tied to its own: each scale stands alone.
     torch.testing.assert_close(work.state["factors"]["bn3.weight"], torch.full((10,), now))
     torch.testing.assert_close(scales[2].detach(), torch.full((10,), now + momentum * (now - before)))
+    hooks.finish()  # what looks ahead is put back
+    torch.testing.assert_close(scales[2].detach(), torch.full((10,), now))
 
 
 def test_it_converges_to_the_shrunk_optimum_and_to_exact_zeros() -> None:
@@ -71,6 +74,8 @@ def test_it_converges_to_the_shrunk_optimum_and_to_exact_zeros() -> None:
     tied = 1.7 - 0.15 / math.sqrt(2)
     torch.testing.assert_close(work.network.bn1.weight.detach(), torch.full((8,), tied))
     work = work_on(small())
+    with torch.no_grad():
+        work.network.get_parameter("bn3.bias").fill_(0.4)
     hooks, _ = stepped(work, options, 200, 0.1, 2.0, 0.14)
     hooks.finish()
     assert not work.network.get_parameter("bn3.weight").any()

@@ -104,6 +104,22 @@ def test_a_model_without_batch_norm_can_be_pruned_by_magnitude_and_softly_only()
     assert trained("magnitude", plain).account["zeros"] > 0
 
 
+def test_single_weights_go_also_where_channels_cannot_be_followed() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.fc((x if float(x.detach().sum()) > 0 else -x).mean((2, 3)))
+
+    with pytest.raises(ConversionError, match="Branching cannot be traced"):
+        trained("soft", Branching())
+    found = trained("magnitude", Branching(), options={"sparsity": 0.5})
+    assert found.account["zeros"] == (3 * 8 * 9 + 8 * 3) / 2
+
+
 def test_the_user_may_name_layers_that_are_left_alone() -> None:
     found = trained("soft", ignore=("conv4", "conv1"))
     assert [group["name"] for group in found.account["groups"]] == ["conv3"]
