@@ -180,7 +180,7 @@ def sparsify(
         )
     hooks.finish()
     after = score()
-    account = {**hooks.account(), **account_of(work, channels=chosen.channels)}
+    account = account_of(work, hooks.account(), channels=chosen.channels)
     return Sparsified(plain(), Scored(**state["before"]), after, account)
 
 

@@ -86,12 +86,22 @@ def test_it_converges_to_the_shrunk_optimum_and_to_exact_zeros() -> None:
 
 
 def test_training_makes_factors_zero_and_the_rest_of_their_units() -> None:
-    found = trained("structure", options={"strength": 6})
+    model = small()
+    with torch.no_grad():  # those of a new network, all 1, would fall together
+        for norm in (model.bn1, model.bn2, model.bn3):
+            norm.weight.copy_(torch.linspace(0.2, 3.0, len(norm.weight)))
+    found = trained("structure", model, options={"strength": 2})
     zero = {group["name"]: group["zero"] for group in found.account["groups"]}
-    assert zero["conv3"] > 0
+    assert 0 < zero["conv3"] < 10
+    assert 0 < zero["conv1"] < 8
     (bn3,) = (each for each in found.account["scales"] if each["name"] == "bn3.weight")
     assert bn3["zero"] == zero["conv3"]
     assert found.account["notes"] == ["not made sparse, for lack of batch norm: conv4"]
+
+
+def test_a_layer_that_is_lost_is_named() -> None:
+    found = trained("structure", options={"strength": 100})
+    assert found.account["notes"][-1].startswith("no channel is left in conv1, conv3: choose a smaller")
 
 
 class Bare(Small):

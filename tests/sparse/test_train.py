@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.8, "rounds": 2},
     "soft": {"rate": 0.3},
     "play-and-prune": {"tolerance": 60.0, "alpha": 30},
-    "structure": {"strength": 3.0},
+    "structure": {"strength": 4.0},
 }
 
 
