@@ -27,6 +27,22 @@ SetOption = Annotated[
 
 def whole(run: "Run") -> None:
     """Run every stage, show the comparison, and write it as `report.md`."""
+    if run.recipe.tolerance is None:
+        _compare(run)
+        return
+    from autocompress import tolerance
+    from autocompress.atomic import write_text
+
+    with run.locked():
+        chosen = tolerance.smallest(run, on_screen())
+        _compare(chosen)
+        tried = tolerance.table(run)
+        compared = chosen.path("report.md").read_text(encoding="utf-8")
+        write_text(run.path("report.md"), f"{compared}\n## Budgets that were tried\n\n{tried}")
+    typer.echo(f"the smallest within the tolerance is in {chosen.folder}")
+
+
+def _compare(run: "Run") -> None:
     from rich.console import Console
     from rich.table import Table
 

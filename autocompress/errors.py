@@ -53,6 +53,10 @@ class MissingRowError(TableError, KeyError):
         return str(self.args[0])
 
 
+class ToleranceError(AutocompressError, ValueError):
+    """No network was found that loses as little as asked for, or there is nothing to compare it with."""
+
+
 class DataError(AutocompressError, ValueError):
     """A data set is missing, damaged or of the wrong shape."""
 

@@ -85,6 +85,11 @@ def forecast(recipe: Recipe) -> list[str]:
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines.append(f"{'peak memory':<18} {peak / 1e9:>7.2f} GB   of the steps that were timed")
+    if recipe.tolerance is not None:
+        lines.append(
+            f"For each of up to {recipe.tolerance.probes} budgets (tolerance.probes) search and finetuning "
+            "come once more."
+        )
     if "latency_ms" in recipe.search.budget:
         lines.append(
             "Whether the latency budget can be met is known after profiling, the first stage; `autocompress "
@@ -195,7 +200,8 @@ def _training(recipe: Recipe, data: DataSet, supernet: Supernet, space: SearchSp
         timed = [step_s(networks_of_step(space, recipe.train, phase, step)) for step in range(3)]
         steps += phase.epochs * steps_per_epoch(data, recipe.train)
         train_s += phase.epochs * steps_per_epoch(data, recipe.train) * sum(timed) / len(timed)
-    found = [Estimate("train", train_s, f"{steps} steps of {train_s / steps:.3f} s")]
+    basis = f"{steps} steps of {train_s / steps:.3f} s" if steps else "the weights that the model brings"
+    found = [Estimate("train", train_s, basis)]
 
     calibration = calibration_batches(data, recipe.search.calibration_images)
     score = SupernetEvaluator(supernet.eval(), data, task, calibration)

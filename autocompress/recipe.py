@@ -237,6 +237,24 @@ class FinetuneSettings(OptimizerSettings):
     et al., 2015); 0.4 in DARTS. Only for labels that are classes."""
 
 
+class ToleranceSettings(_Settings):
+    """Instead of a budget that is known: the smallest cost whose score loses no more than this."""
+
+    drop: Annotated[float, Field(gt=0)]
+    """How much of the largest network's validation score may be lost, in units of the metric: 0.01 is one
+    point of accuracy. Scores are those of finetuned networks."""
+    metric: str = "latency_ms"
+    """The cost that is made small."""
+    probes: Positive = 6
+    """Budgets that are tried at most, each with a search and a finetuning of its own."""
+
+    @field_validator("metric")
+    @classmethod
+    def _a_cost(cls, value: str) -> str:
+        (limit,) = Budget.of({value: "100%"}).limits
+        return limit.metric
+
+
 class ExportSettings(_Settings):
     """Which formats are written."""
 
@@ -259,10 +277,23 @@ class Recipe(_Settings):
     search: SearchSettings = SearchSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     export: ExportSettings = ExportSettings()
+    tolerance: ToleranceSettings | None = None
+    """If given, budgets are tried until the smallest cost within this loss of the score is found;
+    `search.budget` then holds the limits that hold all the same, by default none."""
     random_networks: Positive = 3
     """Random networks at the same budget in the final comparison."""
     threads: Positive | None = None
     """Threads of training and search; by default as many as make steps faster. A target has its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_limit_but_the_tolerance(cls, payload: Any) -> Any:
+        tolerance = payload.get("tolerance") if isinstance(payload, dict) else None
+        search = payload.get("search", {}) if tolerance else None
+        if isinstance(tolerance, dict) and isinstance(search, dict) and "budget" not in search:
+            metric = tolerance.get("metric", ToleranceSettings.model_fields["metric"].default)
+            return {**payload, "search": {**search, "budget": {metric: "100%"}}}
+        return payload
 
 
 def parse_recipe(payload: Any, source: str = "the recipe") -> Recipe:

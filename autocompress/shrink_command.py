@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import RunOption, SetOption, whole, with_changes
+from autocompress.console import RunOption, SetOption, stage, whole, with_changes
 from autocompress.errors import RecipeError
+from autocompress.plugins import load_strategy
 
 if TYPE_CHECKING:
     from autocompress.recipe import Recipe
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 # Strategies that find their network without evaluations need no more than the baselines and themselves.
 EVALUATIONS = 100
+UNTRAINED_EPOCHS, GRADIENT_EPOCHS = 30, 10
+BUDGET = "latency=60%"
+METRICS = {"latency": "latency_ms", "flops": "macs"}
+ALIGNED_BY_TARGET = "target"
 SHOWN_GROUPS = 60
 
 
@@ -23,19 +28,24 @@ def shrink_recipe(
     weights: Path | None,
     data: str,
     target: str,
-    budget: str,
+    budget: str | None,
+    tolerance: float | None,
+    minimise: str,
     strategy: str,
     importance: str,
+    align: int,
     ignore: list[str],
     epochs: int,
     changes: list[str] | None,
 ) -> "Recipe":
-    """Return the recipe that a call of the command stands for.
+    """Return the recipe that a call of the command stands for; a budget or a tolerance is given, or both.
 
     Raises:
         RecipeError: It is not valid.
     """
     from autocompress.recipe import parse_recipe, with_absolute_paths
+
+    limits = {} if budget is None and tolerance is not None else _budget(budget or BUDGET)
 
     path, _, factory = model.rpartition(":")
     where = f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
@@ -47,23 +57,68 @@ def shrink_recipe(
             "arguments": {
                 "model": where,
                 "importance": importance,
+                "align": align,
                 **({"weights": str(weights.resolve())} if weights else {}),
                 **({"ignore": ignore} if ignore else {}),
             },
         },
         "target": {"name": target},
         "profile": {"widths": "grid"},
-        # Weights that were trained stay as they are; others have to be trained first.
-        "train": {"epochs": 0 if weights else 30},
+        "train": {"epochs": _training_epochs(strategy, trained=weights is not None)},
         "search": {
-            "budget": _budget(budget),
+            **({"budget": limits} if limits else {}),
             "strategy": strategy,
             "evaluations": EVALUATIONS,
         },
         "finetune": {"epochs": epochs},
     }
+    if tolerance is not None:
+        # Points of a metric that is a share of 1.
+        payload["tolerance"] = {"drop": tolerance / 100, "metric": METRICS.get(minimise, minimise)}
     recipe = parse_recipe(with_changes(payload, changes), "what the options of shrink say")
     return with_absolute_paths(recipe, Path.cwd())
+
+
+def _training_epochs(strategy: str, *, trained: bool) -> int:
+    """Return for how long slices are trained before, or with a strategy by gradients in, the search.
+
+    Weights that were trained stay as they are where the strategy lets them; others have to be trained first.
+    """
+    if not trained:
+        return UNTRAINED_EPOCHS
+    return GRADIENT_EPOCHS if hasattr(load_strategy(strategy), "architecture_step") else 0
+
+
+def _alignment(text: str, target: str, run: Path, *, measured: bool) -> int:
+    """Return of how many channels widths are multiples; for `target`, measured once a run.
+
+    Args:
+        text: A number, or `target`.
+        target: Name of the target.
+        run: Of the run; where it exists, its recipe says what was measured.
+        measured: Whether the target may be measured; otherwise 1 stands for it.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    if text != ALIGNED_BY_TARGET:
+        raise RecipeError(f"--align takes a number of channels >= 1, or {ALIGNED_BY_TARGET}, got {text!r}")
+    if (run / "recipe.yaml").exists():
+        from autocompress.recipe import load_recipe
+
+        return int(load_recipe(run / "recipe.yaml").space.arguments.get("align", 1))
+    if not measured:
+        return 1
+    from autocompress.latency.steps import learn_steps, probe_steps, steps_of
+    from autocompress.latency.target import load_target
+
+    with stage("steps of the target") as progress:
+        probed = probe_steps(load_target(target), progress=lambda done, total: progress(done, total))
+    step = steps_of(learn_steps({key: row.median_ms for key, row in probed.items()}))["out"]
+    typer.echo(f"{target} computes {step} channels at once: widths are multiples of {step}")
+    return step
 
 
 def _budget(text: str) -> dict[str, str]:
@@ -73,7 +128,7 @@ def _budget(text: str) -> dict[str, str]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name or not value:
             raise RecipeError(f"--budget takes metric=limit, such as latency=60% or flops=50%, got {part!r}")
-        found[{"latency": "latency_ms", "flops": "macs"}.get(name, name)] = value
+        found[METRICS.get(name, name)] = value
     return found
 
 
@@ -111,13 +166,28 @@ def shrink(
     target: Annotated[str, typer.Option(help="What it runs on; see `autocompress list targets`.")] = (
         "onnxruntime-cpu"
     ),
-    budget: Annotated[str, typer.Option(help="latency=60%, flops=50%, params=1M, several by commas.")] = (
-        "latency=60%"
-    ),
+    budget: Annotated[
+        str | None,
+        typer.Option(help="latency=60%, flops=50%, params=1M, several by commas; by default latency=60%."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a budget, or besides one: the least cost that loses at most so many points of "
+            "validation accuracy after finetuning, as 1.0."
+        ),
+    ] = None,
+    minimise: Annotated[str, typer.Option(help="Which cost is made small with --tolerance.")] = "latency",
     strategy: Annotated[
         str, typer.Option(help="How widths are found; see `autocompress list strategies`.")
     ] = ("peel"),
     importance: Annotated[str, typer.Option(help="Which channels matter: l1, bn_scale, fpgm, ...")] = "l2",
+    align: Annotated[
+        str,
+        typer.Option(
+            help="Widths are multiples of so many channels; `target` measures how many it computes at once."
+        ),
+    ] = "1",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers that keep their channels; patterns such as head.*")
     ] = None,
@@ -142,8 +212,11 @@ def shrink(
         data=data,
         target=target,
         budget=budget,
+        tolerance=tolerance,
+        minimise=minimise,
         strategy=strategy,
         importance=importance,
+        align=_alignment(align, target, run, measured=not dry_run),
         ignore=ignore or [],
         epochs=epochs,
         changes=set_,

@@ -39,6 +39,7 @@ from autocompress.errors import (
     RecipeError,
     StorageError,
     TableError,
+    ToleranceError,
 )
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
@@ -52,6 +53,7 @@ from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
 from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
+from autocompress.prune.network import whole_network
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
@@ -359,6 +361,11 @@ def search(run: Run, shown: Shown) -> SearchResult:
     """Search the supernet under the budget, from the stored trials if there are some."""
     # A wrong task, an impossible budget or a wrong option is refused before hours of training.
     check(run)
+    if run.recipe.tolerance is not None:
+        raise RecipeError(
+            f"{run.folder} seeks the least cost within a tolerance: its searches, networks and reports are "
+            f"in {run.path('probes')}; `autocompress resume {run.folder}` goes on with it"
+        )
     settings = run.recipe.search
     together = is_differentiable(run.recipe)
     strategy: Strategy
@@ -448,9 +455,35 @@ def resolution(run: Run, arch: Architecture) -> tuple[int, int]:
     return blocks[0][1][0].in_shape[1:]
 
 
-def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn.Sequential:
-    """Copy a network out of the supernet, with batch-norm statistics of its own."""
+def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn.Module:
+    """Copy a network out of the supernet, with batch-norm statistics of its own.
+
+    A model that brought its weights and was not trained further is itself where all of it is asked for.
+    """
+    largest = run.space.decode(run.space.largest())[0]
+    if run.space.settings.get("weights") and not run.recipe.train.epochs and arch == largest:
+        return whole_network(run.space)
     return extract(supernet, arch, recalibrate(supernet, arch, calibration(run)))
+
+
+def reference_score(run: Run, shown: Shown) -> float:
+    """Return the validation score of what is made smaller: the model as it was brought, or the largest slice.
+
+    Raises:
+        ToleranceError: There is none before a strategy by gradients was run, which trains it along.
+    """
+    arch = run.space.decode(run.space.largest())[0]
+    if run.space.settings.get("weights"):
+        network = whole_network(run.space)
+    elif is_differentiable(run.recipe):
+        raise ToleranceError(
+            f"a tolerance is measured from a trained network, but {run.recipe.search.strategy!r} trains one "
+            "for each budget: bring weights (space.arguments.weights), or take another strategy"
+        )
+    else:
+        network = extract_recalibrated(run, train(run, shown), arch)
+    size = resolution(run, arch)
+    return evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score).mean
 
 
 def selected(run: Run, shown: Shown, arch: Architecture | None = None) -> Architecture:

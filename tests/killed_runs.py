@@ -1,7 +1,7 @@
 """Run a recipe in processes that kill themselves at given moments, with SIGKILL; a program of its own.
 
 Usage: `python killed_runs.py RECIPE JOBS`, where JOBS is a JSON list of `[folder, stage, moments]`. For each
-job the stages up to the named one (`profile` or `export`) are run in the folder once for each moment, killed
+job the stages up to the named one (a key of `LAST`) are run in the folder once for each moment, killed
 there, and once more to the end. A moment is the number of an event, counted from 0 in each process, or the
 beginning of an event's name. Events are `TITLE:DONE` for each progress that a stage tells, and `FILE<` and
 `FILE>` before and after a file takes its name. Everything is imported once; each run is a fork.
@@ -27,13 +27,13 @@ import sklearn.datasets
 
 import autocompress.distill.finetune
 import autocompress.export.export  # noqa: F401
-from autocompress import stages
+from autocompress import stages, tolerance
 from autocompress.latency.profile import SAMPLES_FILE
 from autocompress.progress import Progress
 from autocompress.recipe import load_recipe
 from autocompress.run import Run, Shown
 
-LAST = {"profile": stages.profile, "export": stages.export}
+LAST = {"profile": stages.profile, "export": stages.export, "smallest": tolerance.smallest}
 
 
 def main(recipe: Path, jobs: list[tuple[str, str, list[str]]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrow_runs import write_model
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -14,34 +15,8 @@ from autocompress.cli import app
 from autocompress.errors import ConversionError, RecipeError
 from autocompress.prune.network import source_of
 from autocompress.run import Run
-from autocompress.shrink_command import account, shrink_recipe
+from autocompress.shrink_command import _alignment, account, shrink_recipe
 
-MODEL = """
-import torch
-from torch import nn
-
-
-class Small(nn.Module):
-    def __init__(self, classes=10, in_channels=1, width=8):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 12, 1)
-        self.fc = nn.Linear(12, classes)
-
-    def forward(self, x):
-        x = self.bn1(self.conv1(x)).relu()
-        x = (x + self.bn2(self.conv2(x))).relu()
-        return self.fc(self.conv3(x).relu().mean((2, 3)))
-
-
-def make(classes=10, in_channels=1):
-    return Small(classes, in_channels)
-
-
-def no_model():
-    return 3
-"""
 QUICK = [
     "profile.networks=8",
     "profile.min_rounds=6",
@@ -56,13 +31,7 @@ QUICK = [
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    # A name of its own: modules are cached by theirs.
-    path = tmp_path / f"model_{abs(hash(tmp_path)) % 10**8}.py"
-    path.write_text(MODEL)
-    torch.manual_seed(0)
-    made = runpy.run_path(str(path))["make"]()
-    save_file(made.state_dict(), tmp_path / "weights.safetensors")
-    return path
+    return write_model(tmp_path)
 
 
 def run(arguments: list[str]) -> str:
@@ -126,7 +95,10 @@ def recipe(model: str, **changes: object) -> object:
         "weights": None,
         "data": "digits",
         "target": "onnxruntime-cpu",
-        "budget": "latency=60%",
+        "budget": None,
+        "tolerance": None,
+        "minimise": "latency",
+        "align": 1,
         "strategy": "peel",
         "importance": "l2",
         "ignore": [],
@@ -142,6 +114,50 @@ def test_budgets_may_use_the_words_of_the_field() -> None:
     assert made.search.budget == {"latency_ms": "60%", "macs": "1M", "params": "50%"}  # type: ignore[attr-defined]
     with pytest.raises(RecipeError, match=r"--budget takes metric=limit, such as latency=60%.*got '60%'"):
         recipe("a.py:b", budget="60%")
+
+
+def test_a_tolerance_takes_the_place_of_the_budget_or_stands_beside_one() -> None:
+    made = recipe("a.py:b", tolerance=1.5, minimise="flops")
+    assert made.tolerance.model_dump() == {"drop": 0.015, "metric": "macs", "probes": 6}  # type: ignore[attr-defined]
+    assert made.search.budget == {"macs": "100%"}  # type: ignore[attr-defined]
+    made = recipe("a.py:b", tolerance=1.5, budget="params=50%")
+    assert made.tolerance.metric == "latency_ms"  # type: ignore[attr-defined]
+    assert made.search.budget == {"params": "50%"}  # type: ignore[attr-defined]
+    assert recipe("a.py:b").search.budget == {"latency_ms": "60%"}  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match=r"tolerance\.drop: .*greater than 0, got -0.01"):
+        recipe("a.py:b", tolerance=-1)
+    with pytest.raises(RecipeError, match=r"tolerance\.metric: .*a budget limits .*, not 'speed'"):
+        recipe("a.py:b", tolerance=1, minimise="speed")
+
+
+@pytest.mark.parametrize("text", ["0", "-8", "eight", "8.5"])
+def test_an_alignment_is_a_number_or_the_target(model: Path, text: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"--align takes a number of channels >= 1, or target, got '{text}'"
+    ):
+        run([f"{model}:make", "--dry-run", "--align", text])
+
+
+def test_the_target_says_the_alignment_once_a_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def steps(staircases: object) -> dict[str, int]:
+        asked.append(staircases)
+        return {"in": 2, "out": 4}
+
+    monkeypatch.setattr("autocompress.latency.steps.probe_steps", lambda *_, **__: {})
+    monkeypatch.setattr("autocompress.latency.steps.steps_of", steps)
+    folder = tmp_path / "run"
+    assert _alignment("target", "onnxruntime-cpu", folder, measured=True) == 4
+    Run(folder, recipe(f"{model}:make", align=4))  # type: ignore[arg-type]
+    assert _alignment("target", "onnxruntime-cpu", folder, measured=True) == 4
+    assert len(asked) == 1
+
+
+def test_a_strategy_by_gradients_trains_even_what_was_trained() -> None:
+    assert recipe("a.py:b", weights=Path("w.pt"), strategy="dmcp").train.epochs > 0  # type: ignore[attr-defined]
 
 
 def test_without_weights_the_network_is_trained_first() -> None:

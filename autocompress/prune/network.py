@@ -153,3 +153,17 @@ def source_of(space: SearchSpace) -> Source:
 def model_of(network: "nn.Module") -> "nn.Module":
     """Return the user's own model out of a network of the space."""
     return network.get_submodule("network.0")
+
+
+def whole_network(space: SearchSpace) -> "nn.Module":
+    """Return the model that a space narrows, as a network of the space: its own weights and statistics.
+
+    Raises:
+        ConversionError: It narrows none.
+    """
+    from torch import nn
+
+    source = source_of(space)
+    network = nn.Sequential()
+    network.add_module("network", nn.Sequential(source.narrowed(source.full)))
+    return network.eval()
