@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from narrow_runs import MODEL, write_model
 from safetensors.torch import load_file, save_file
 from sparse.works import small
-from test_shrink import MODEL
 from torch import nn
 from typer.testing import CliRunner
 
@@ -37,12 +37,7 @@ CHANGES = [part for change in QUICK for part in ("--set", change)]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    # A name of its own: modules are cached by theirs.
-    path = tmp_path / f"sparse_{abs(hash(tmp_path)) % 10**8}.py"
-    path.write_text(MODEL)
-    torch.manual_seed(0)
-    save_file(load_model(f"{path}:make", {}).state_dict(), tmp_path / "weights.safetensors")
-    return path
+    return write_model(tmp_path)
 
 
 def call(model: Path, out: Path, *options: Any) -> str:
