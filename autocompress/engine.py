@@ -24,7 +24,7 @@ from autocompress.proposals import check_count
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
 from autocompress.storage import TrialStorage, plain_identity
-from autocompress.strategy import Noted, Strategy, beyond_budget, name_of
+from autocompress.strategy import Noted, Strategy, at_most, beyond_budget, name_of
 from autocompress.trial import Batch, Outcome, Trial
 
 DEFAULT_BATCH = 100
@@ -135,6 +135,7 @@ def search(
 def _run(guarded: "_Guarded", memory: "_Memory", evaluations: int, objective: str, progress: Progress) -> int:
     """Ask, evaluate and tell until all is evaluated or nothing new comes; return how many were asked."""
     idle = asked = 0
+    expected = guarded.at_most(evaluations)
     while memory.evaluated < evaluations and idle < MAX_IDLE_ASKS:
         codes = guarded.ask(min(memory.at_once, evaluations - memory.evaluated))
         if not len(codes):
@@ -144,7 +145,7 @@ def _run(guarded: "_Guarded", memory: "_Memory", evaluations: int, objective: st
         for told in memory.evaluate(codes):
             guarded.tell(told)
             best = "" if memory.best is None else f"best {objective} {memory.best:.4f}"
-            progress(memory.evaluated, evaluations, best)
+            progress(memory.evaluated, max(memory.evaluated, expected), best)
         idle = idle + 1 if memory.evaluated == before else 0
     return asked
 
@@ -160,6 +161,10 @@ class _Guarded:
     def notes(self) -> Mapping[str, Any]:
         """What the strategy says of its search, such as the quality of its predictor; plain values."""
         return dict(self._strategy.notes) if isinstance(self._strategy, Noted) else {}
+
+    def at_most(self, evaluations: int) -> int:
+        """Return how many evaluations are to be expected."""
+        return at_most(self._strategy, evaluations)
 
     def ask(self, n: int) -> Codes:
         codes = self._call("ask", n)

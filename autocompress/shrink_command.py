@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autocompress.space import SearchSpace
 
 # Strategies that find their network without evaluations need no more than the baselines and themselves.
-EVALUATIONS = 100
+EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
 UNTRAINED_EPOCHS, GRADIENT_EPOCHS = 30, 10
 BUDGET = "latency=60%"
 METRICS = {"latency": "latency_ms", "flops": "macs"}
@@ -68,7 +68,7 @@ def shrink_recipe(
         "search": {
             **({"budget": limits} if limits else {}),
             "strategy": strategy,
-            "evaluations": EVALUATIONS,
+            "evaluations": _evaluations(strategy),
         },
         "finetune": {"epochs": epochs},
     }
@@ -77,6 +77,11 @@ def shrink_recipe(
         payload["tolerance"] = {"drop": tolerance / 100, "metric": METRICS.get(minimise, minimise)}
     recipe = parse_recipe(with_changes(payload, changes), "what the options of shrink say")
     return with_absolute_paths(recipe, Path.cwd())
+
+
+def _evaluations(strategy: str) -> int:
+    """Return how many networks are evaluated at most: those that go beyond the budget end by themselves."""
+    return ALL_EVALUATIONS if getattr(load_strategy(strategy), "beyond_budget", False) else EVALUATIONS
 
 
 def _training_epochs(strategy: str, *, trained: bool) -> int:

@@ -53,12 +53,13 @@ from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
 from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
+from autocompress.plugins import load_strategy
 from autocompress.prune.network import whole_network
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
 from autocompress.space import Architecture, Codes, SearchSpace
-from autocompress.strategy import Strategy, WarmStart
+from autocompress.strategy import Strategy, WarmStart, compares
 from autocompress.training.bilevel import train_relaxed
 from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.checkpoint import load_checkpoint, weights_fingerprint
@@ -323,7 +324,8 @@ def _choices(run: Run) -> Mapping[str, Any]:
 
 def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
     """Return the evaluator of slices on the held-out validation images."""
-    return SupernetEvaluator(supernet, run.data, run.task, calibration(run))
+    compared = compares(load_strategy(run.recipe.search.strategy))
+    return SupernetEvaluator(supernet, run.data, run.task, calibration(run), compared=compared)
 
 
 def spread(evaluator: Evaluator, workers: int) -> AbstractContextManager[Evaluator]:

@@ -43,6 +43,25 @@ class Noted(Protocol):
         """What is worth knowing of the search, such as the quality of a predictor."""
 
 
+DISTANCE = "distance"
+"""Metric of evaluators that are asked to compare: how far outputs are from those of the largest network."""
+
+
+def compares(strategy: object) -> bool:
+    """Whether a strategy, or a class of them, reads `DISTANCE`; it says so by an attribute of this name."""
+    return bool(getattr(strategy, "compares", False))
+
+
+def at_most(strategy: Strategy, evaluations: int) -> int:
+    """Return how many evaluations are to be expected of as many as are allowed.
+
+    A strategy that knows how many it will ask for says so by an attribute `evaluations`.
+    """
+    while (inner := getattr(strategy, "wrapped", None)) is not None:
+        strategy = inner
+    return min(evaluations, int(getattr(strategy, "evaluations", evaluations)))
+
+
 def beyond_budget(strategy: Strategy) -> bool:
     """Whether paid evaluations of a strategy may be of networks that are larger than the budget.
 

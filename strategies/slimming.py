@@ -21,6 +21,7 @@ class GreedySlimming:
 
     Attributes:
         beyond_budget: Networks on the way are larger than the budget; they are evaluated all the same.
+        evaluations: How many it asks for at most: every step of the way looks at a step of each choice.
     """
 
     beyond_budget = True
@@ -55,6 +56,8 @@ class GreedySlimming:
         self._waiting = [self._at]
         self._untold = {self._at.tobytes()}
         self._told: list[tuple[Codes, float]] = []
+        steps = int((constraints.space.counts - 1).sum())
+        self.evaluations = 1 + steps * len(constraints.space.choices)
 
     def ask(self, n: int) -> Codes:
         """Propose steps from where the search is; none once the network fits."""
