@@ -222,7 +222,7 @@ class Constraints:
             if len(self.limits) > 1:
                 nearest = Constraints(self.space, self.costs, nearest)._loosened()
             raise self._infeasible(minima, nearest)
-        if len(self.limits) > 1 and self._witness is None:
+        if len(self.limits) > 1 and self.witness is None:
             raise self._infeasible(minima, self._loosened())
 
     def _infeasible(self, minima: dict[str, float], nearest: dict[str, float]) -> InfeasibleBudgetError:
@@ -237,8 +237,8 @@ class Constraints:
         )
 
     @cached_property
-    def _witness(self) -> Codes | None:
-        """One feasible row, or `None` if there is none; exact, by integer programming where draws fail."""
+    def witness(self) -> Codes | None:
+        """One feasible row `(1, choices)`, `None` if there is none; exact, by integer programming."""
         if not self.limits:
             return self.space.smallest()
         tries = [self.space.smallest(), *(self.costs[metric].argmin() for metric in self.limits)]
@@ -319,7 +319,7 @@ class Constraints:
         return found if found is not None and found.log_bound < math.log(TIGHT) else None
 
     def _construct(self, n: int, rng: np.random.Generator) -> Codes:
-        if self._witness is None:
+        if self.witness is None:
             self.check_feasible()
         prefix = np.zeros((n, 0), dtype=np.int64)
         for count in self.space.counts.tolist():
@@ -333,6 +333,6 @@ class Constraints:
         codes = self.space.canonical(prefix)
         # Bounds of several metrics, each exact, can still miss jointly: those rows become the witness.
         misses = ~self.feasible(codes)
-        if misses.any() and self._witness is not None:
-            codes[misses] = self._witness
+        if misses.any() and self.witness is not None:
+            codes[misses] = self.witness
         return codes

@@ -153,10 +153,17 @@ class Cost(ABC):
         """The least cost of any architecture, exactly as `of` prices it."""
         return float(self.of(self.argmin())[0])
 
-    def argmin(self) -> Codes:
-        """Return one architecture of minimal cost, shape `(1, choices)`."""
-        prefix = np.zeros((1, 0), dtype=np.int64)
-        for count in self.counts:
+    def argmin(self, prefix: Codes | None = None) -> Codes:
+        """Return one architecture of minimal cost among those that begin with a prefix.
+
+        Args:
+            prefix: `(1, p)`; by default empty.
+
+        Returns:
+            Shape `(1, choices)`.
+        """
+        prefix = np.zeros((1, 0), dtype=np.int64) if prefix is None else prefix
+        for count in self.counts[prefix.shape[1] :]:
             options = np.arange(count, dtype=np.int64)[:, None]
             candidates = np.hstack([np.repeat(prefix, count, axis=0), options])
             prefix = candidates[[int(self.lower_bound(candidates).argmin())]]

@@ -3,6 +3,8 @@
 Everything here is deterministic in its arguments and the order of calls, and can be pickled.
 """
 
+import math
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -49,6 +51,29 @@ def check_count(name: str, value: int, *, at_most: int | None = None) -> int:
     if at_most is not None and value > at_most:
         raise RecipeError(f"{name} must be in 1..{at_most}, got {value!r}")
     return int(value)
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> float:
+    """Return an option that is a finite number above 0, or also 0, once it is.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise RecipeError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
+    return float(value)
+
+
+def check_one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Return an option that is a name, once it is one of those allowed.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if value not in allowed:
+        raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
 
 
 @final

@@ -49,7 +49,7 @@ from autocompress.prune.importance import comparable, importance
 from autocompress.prune.source import Source
 from autocompress.recipe import FinetuneSettings, TaskSettings, TrainSettings
 from autocompress.space import Codes, SearchSpace
-from autocompress.strategy import WarmStart
+from autocompress.strategy import WarmStart, compares
 from autocompress.training.bilevel import train_relaxed
 from autocompress.training.data import DataSet, load_data
 from autocompress.training.evaluate import calibration_batches, evaluate
@@ -60,6 +60,8 @@ from search_spaces.channels import channel_space
 
 SEEDS = (0, 1, 2)
 MOST_SEEDS = 10
+# For methods that end by themselves.
+ENOUGH = 10_000
 UNIFORM, RANDOM, TORCH_PRUNING = "uniform", "random", "Torch-Pruning, global L2"
 SCRATCH = "from scratch: "
 
@@ -93,14 +95,26 @@ METHODS: dict[str, Method] = {
     "L2, exact optimum": Method("l2", "importance", {"method": "exact"}),
     "BN scale, threshold": Method("bn_scale", "importance"),
     "Taylor, threshold": Method("taylor", "importance"),
+    "PEEL-style, L1": Method("l1", "peel"),
     "PEEL-style, BN scale": Method("bn_scale", "peel"),
     "PEEL-style, Taylor": Method("taylor", "peel"),
-    "PEEL-style, uniform backbone": Method("taylor", "peel", {"backbone": "uniform"}),
-    "PEEL-style, shift": Method("taylor", "peel", {"sharing": "shift"}),
-    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, 1000),
-    "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, 1000, trained=2),
+    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}),
+    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}),
+    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH),
+    "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
+    "sensitivity": Method("l2", "sensitivity", None, ENOUGH),
+    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH),
+    "AMC": Method("l2", "amc", {"episodes": 200}, 200, True),
     "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4),
     "evolution": Method("l2", "evolution", None, 200, True),
+    "MetaPruning-style: evolution, slimmable": Method(
+        "l2",
+        "elitist",
+        {"population": 50, "parent_ratio": 0.2, "mutation_ratio": 0.5, "mutation_rate": 0.1},
+        200,
+        True,
+        trained=2,
+    ),
 }
 
 
@@ -254,7 +268,8 @@ class Benchmark:
             else:
                 train_supernet(supernet, self.data, self.task, settings)
         images = calibration_batches(self.data, 256, seed=seed)
-        judge = SupernetEvaluator(supernet, self._judged(), self.task, images)
+        compared = compares(strategy)
+        judge = SupernetEvaluator(supernet, self._judged(), self.task, images, compared=compared)
         if method.evaluations == 1:
             return space, strategy.ask(1), 0
         result = search(strategy, limits, judge, evaluations=method.evaluations)

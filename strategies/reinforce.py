@@ -3,19 +3,24 @@
 Budgets are kept by masking (`strategies.policy.Policy`), so that rewards may speak of accuracy alone.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Literal, final, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.errors import RecipeError
-from autocompress.proposals import Asked, check_count, check_share, fresh_sample, random_generator
-from autocompress.rewards import REWARDS, Reward, plain
+from autocompress.proposals import (
+    Asked,
+    check_count,
+    check_one_of,
+    check_positive,
+    check_share,
+    fresh_sample,
+    random_generator,
+)
+from autocompress.rewards import PricedReward
 from autocompress.space import Codes
 from autocompress.trial import Batch
 from strategies.breeding import objective_values
@@ -46,52 +51,6 @@ DRAWN_AHEAD, MOST_DRAWN = 16, 256
 # After a round in which less than half of the draws were new the next one draws from a flatter policy: what
 # it asks then is still near what the policy prefers. After the last one rows are random.
 SHARPNESS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
-
-
-@dataclass(frozen=True)
-class _Reward:
-    """The reward of a recipe; `cost` is empty where only the accuracy counts."""
-
-    function: Reward
-    cost: str
-    target: float
-
-    @classmethod
-    def of(cls, constraints: Constraints, name: str, cost: str | None, target: float | None) -> "_Reward":
-        function = REWARDS[_known("reward", name, tuple(REWARDS))]
-        if function is plain:
-            if cost is not None or target is not None:
-                raise RecipeError(
-                    f"reward {name!r} has neither a cost nor a target, got cost={cost!r}, target={target!r}; "
-                    "the budget is kept in any case"
-                )
-            return cls(function, "", 1.0)
-        cost = _known("cost", "latency_ms" if cost is None else cost, tuple(constraints.costs))
-        if target is None:
-            if cost not in constraints.limits:
-                raise RecipeError(
-                    f"reward {name!r} needs a target for {cost}: limit it in the budget or give target=..."
-                )
-            target = constraints.limits[cost]
-        return cls(function, cost, _check_positive("target", target))
-
-    def __call__(self, accuracy: Values, costs: Mapping[str, Values], usable: NDArray[np.bool_]) -> Values:
-        """Return the rewards of the usable rows, whose accuracies are given."""
-        cost = np.asarray(costs[self.cost])[usable] if self.cost else accuracy
-        return self.function(accuracy, cost, self.target)
-
-
-def _known(name: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
-
-
-def _check_positive(name: str, value: float, *, zero: bool = False) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise RecipeError(f"{name} must be a finite number {'>= 0' if zero else '> 0'}, got {value!r}")
-    return float(value)
 
 
 @final
@@ -158,14 +117,14 @@ class Reinforce:
         """
         self._rng = random_generator(seed)
         self._objective = objective
-        self._reward = _Reward.of(constraints, reward, cost, target)
-        _known("policy", policy, get_args(PolicyName))
-        self._ppo = _known("algorithm", algorithm, get_args(Algorithm)) == "ppo"
+        self._reward = PricedReward.of(constraints, reward, cost, target)
+        check_one_of("policy", policy, get_args(PolicyName))
+        self._ppo = check_one_of("algorithm", algorithm, get_args(Algorithm)) == "ppo"
         size = BATCH_SIZES[policy, algorithm] if batch_size is None else batch_size
         self._batch_size = check_count("batch_size", size)
-        self._entropy = _check_positive("entropy", entropy, zero=True)
+        self._entropy = check_positive("entropy", entropy, zero=True)
         self._epochs = check_count("ppo_epochs", ppo_epochs) if self._ppo else 1
-        self._clip = _check_positive("ppo_clip", ppo_clip)
+        self._clip = check_positive("ppo_clip", ppo_clip)
         if check_share("baseline_decay", baseline_decay) == 1:
             raise RecipeError("baseline_decay must be below 1, or no reward ever enters the baseline")
         self._baseline = MovingBaseline(baseline_decay)
@@ -176,13 +135,13 @@ class Reinforce:
                 counts,
                 self._rng,
                 units=check_count("lstm_units", lstm_units),
-                constant=_check_positive("lstm_constant", lstm_constant),
-                temperature=_check_positive("lstm_temperature", lstm_temperature),
+                constant=check_positive("lstm_constant", lstm_constant),
+                temperature=check_positive("lstm_temperature", lstm_temperature),
             )
         else:
             controller = Factorized(counts)
         rate = LEARNING_RATES[policy, algorithm] if learning_rate is None else learning_rate
-        self._optimiser = Adam(controller.parameters, _check_positive("learning_rate", rate))
+        self._optimiser = Adam(controller.parameters, check_positive("learning_rate", rate))
         constraints.check_feasible()
         self._constraints = constraints
         self._policy = Policy(constraints, controller)

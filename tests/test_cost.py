@@ -147,6 +147,10 @@ def test_the_lower_bound_of_a_prefix_is_the_cheapest_of_all_its_completions(cost
         prefixes = np.unique(rows[:, :length], axis=0) if length else rows[:1, :0]
         cheapest = [values[(rows[:, :length] == prefix).all(axis=1)].min() for prefix in prefixes]
         np.testing.assert_allclose(cost.lower_bound(prefixes), cheapest, rtol=1e-12)
+        for prefix, least in zip(prefixes, cheapest, strict=True):
+            completion = cost.argmin(prefix[None])
+            assert completion[0, :length].tolist() == prefix.tolist()
+            np.testing.assert_allclose(cost.of(completion), least, rtol=1e-12)
 
 
 def test_bounds_need_small_tables_only_where_shared_choices_come_first() -> None:

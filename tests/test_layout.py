@@ -41,6 +41,7 @@ CORE = (
     "ops",
     "penalty",
     "plugins",
+    "ratios",
     "space",
     "strategy",
     "trial",
@@ -51,7 +52,17 @@ CORE = (
 WITH_TORCH = {
     *(
         f"strategies.{name}"
-        for name in ("relaxed", "darts", "pc_darts", "p_darts", "collapse", "gumbel", "proxyless", "dmcp")
+        for name in (
+            "relaxed",
+            "darts",
+            "pc_darts",
+            "p_darts",
+            "collapse",
+            "gumbel",
+            "proxyless",
+            "dmcp",
+            "amc",
+        )
     ),
     "search_spaces.darts_modules",
     "search_spaces.channels",  # it is made of a user's PyTorch model

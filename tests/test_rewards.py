@@ -1,13 +1,16 @@
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autocompress.errors import RecipeError
-from autocompress.rewards import REWARDS, mnas_hard, mnas_soft, mnasnet, plain, tunas
+from autocompress.rewards import REWARDS, log_cost, mnas_hard, mnas_soft, mnasnet, plain, tunas
 
 ACCURACIES = st.floats(0.01, 1.0)
 RATIOS = st.floats(0.05, 20.0)
+WITH_TARGET = [reward for reward in REWARDS.values() if reward is not log_cost]
 
 
 def one(value: float) -> np.ndarray:
@@ -54,7 +57,7 @@ def test_at_half_the_target(name: str, expected: float) -> None:
 def test_at_the_target_every_reward_is_the_accuracy_and_only_the_ratio_counts(
     accuracy: float, ratio: float, target: float
 ) -> None:
-    for reward in REWARDS.values():
+    for reward in WITH_TARGET:
         np.testing.assert_allclose(reward(one(accuracy), one(target), target), accuracy)
         np.testing.assert_allclose(
             reward(one(accuracy), one(ratio * target), target), reward(one(accuracy), one(ratio), 1.0)
@@ -75,7 +78,7 @@ def test_which_of_two_costs_each_reward_prefers(accuracy: float, first: float, s
 
 
 def test_rows_are_rewarded_one_by_one() -> None:
-    accuracies, costs = np.array([0.5, 0.6, 0.7]), np.array([1.0, 2.0, 4.0])
+    accuracies, costs = np.array([0.5, 0.6, 0.7]), np.array([1.5, 2.0, 4.0])
     for reward in REWARDS.values():
         together = reward(accuracies, costs, 2.0)
         single = [reward(one(a), one(c), 2.0)[0] for a, c in zip(accuracies, costs, strict=True)]
@@ -87,3 +90,22 @@ def test_a_product_with_a_negative_accuracy_is_refused(reward: object) -> None:
     assert callable(reward)
     with pytest.raises(RecipeError, match=r"must be 0 or more, got -0\.2; use the reward 'tunas'"):
         reward(np.array([0.3, -0.2]), np.ones(2), 1.0)
+
+
+def test_the_error_is_weighed_by_the_logarithm_of_the_cost() -> None:
+    # AMC, section 3.1: R_FLOPs = -Error * log(FLOPs), R_Param = -Error * log(#Param); 30 % error, e^20 MACs.
+    np.testing.assert_allclose(log_cost(one(0.7), one(np.exp(20.0)), 1.0), -6.0)
+    # Half the error is worth squaring the cost.
+    np.testing.assert_allclose(log_cost(one(0.85), one(np.exp(40.0)), 1.0), -6.0)
+
+
+@given(ACCURACIES, st.floats(1.1, 1e9), st.floats(1.1, 1e9))
+def test_of_two_costs_the_smaller_never_loses(accuracy: float, first: float, second: float) -> None:
+    low, high = min(first, second), max(first, second)
+    assert log_cost(one(accuracy), one(low), 1.0) >= log_cost(one(accuracy), one(high), 1.0)
+
+
+@pytest.mark.parametrize(("accuracy", "cost"), [(71.0, 1e6), (0.7, 1.0), (0.7, 0.3)])
+def test_percent_and_costs_of_at_most_one_are_refused(accuracy: float, cost: float) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"got accuracy {accuracy:g} and cost {cost:g}")):
+        log_cost(one(accuracy), one(cost), 1.0)

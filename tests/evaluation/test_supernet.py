@@ -1,4 +1,4 @@
-"""Slices that are scored and compared with the largest network, against plain networks that are copied out."""
+"""Slices, scored and compared with the largest network, against plain networks that are copied out."""
 
 import numpy as np
 import torch

@@ -363,3 +363,33 @@ def test_on_nas_bench_201_it_does_what_regularized_evolution_is_known_to_do() ->
     # Four standard errors of a mean of 200.
     assert np.mean(accuracies) == pytest.approx(94.08, abs=4 * 0.31 / np.sqrt(200))
     assert np.std(accuracies) == pytest.approx(0.31, abs=0.08)
+
+
+def test_options_make_the_evolution_of_metapruning() -> None:
+    """25 mutants of the ten best of all so far, a tenth of the genes each, then 25 crossovers.
+
+    Liu et al., MetaPruning, ICCV 2019, and its repository: population 50, 10 kept, mutation 0.1.
+    """
+    choices = tuple(Choice(f"width{index}", tuple(range(1, 32))) for index in range(35))
+    space = SearchSpace("widths", choices, ())
+    constraints = Constraints(space, {}, {})
+    options = {"population": 50, "parent_ratio": 0.2, "mutation_ratio": 0.5, "mutation_rate": 0.1}
+    strategy = ElitistEvolution(constraints, seed=0, **options)  # type: ignore[arg-type]
+    rng, everything, values = np.random.default_rng(0), np.zeros((0, 35), dtype=np.int64), np.zeros(0)
+    changes = []
+    for generation in range(6):
+        rows = strategy.ask(1000)
+        assert len(rows) == 50
+        if generation:
+            best = everything[np.argsort(-values, kind="stable")[:10]]
+            # All genes come from the ten; crossovers of one with itself (1 in 10) make room for more mutants.
+            crossed = (rows[25:, None] == best).any(axis=1).all(axis=1)
+            assert crossed.sum() >= 16
+            assert crossed[: crossed.sum()].all()
+            changes += (rows[:25, None] != best).sum(axis=2).min(axis=1).tolist()
+        scores = rng.random(50)
+        strategy.tell(told(constraints, rows, scores.tolist()))
+        everything, values = np.vstack([everything, rows]), np.concatenate([values, scores])
+    # A tenth of 35 genes, and one at least; five standard deviations of the mean of 125.
+    assert abs(np.mean(changes) - 3.525) < 5 * np.sqrt(35 * 0.09 / 125)
+    assert len(np.unique(everything, axis=0)) == 300

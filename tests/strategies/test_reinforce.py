@@ -660,7 +660,10 @@ def test_a_metric_that_the_evaluator_does_not_give_is_an_error() -> None:
     [
         ({"policy": "gru"}, "policy must be one of factorized, lstm, got 'gru'"),
         ({"algorithm": "a2c"}, "algorithm must be one of reinforce, ppo, got 'a2c'"),
-        ({"reward": "mnas"}, "reward must be one of accuracy, mnas_soft, mnas_hard, tunas, got 'mnas'"),
+        (
+            {"reward": "mnas"},
+            "reward must be one of accuracy, mnas_soft, mnas_hard, tunas, log_cost, got 'mnas'",
+        ),
         ({"reward": "tunas"}, "cost must be one of macs, params, size_bytes, got 'latency_ms'"),
         ({"reward": "tunas", "cost": "params"}, "needs a target for params: limit it in the budget or give"),
         (
