@@ -76,6 +76,8 @@ class Method:
         options: Of the strategy.
         evaluations: Networks that it may look at.
         warm: Whether it starts from the uniform-scaled networks.
+        images: Training images for the statistics of batch norm and for distances; Taylor scores see 512 at
+            least.
         trained: Epochs in which slices of the network are trained before or in the search; what is found
             starts finetuning from the weights before that, like all others.
     """
@@ -86,6 +88,7 @@ class Method:
     evaluations: int = 1
     warm: bool = False
     trained: int = 0
+    images: int = 256
 
 
 METHODS: dict[str, Method] = {
@@ -104,6 +107,7 @@ METHODS: dict[str, Method] = {
     "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
     "sensitivity": Method("l2", "sensitivity", None, ENOUGH),
     "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH),
+    "sensitivity, Taylor, 2048 images": Method("taylor", "sensitivity", None, ENOUGH, images=2048),
     "AMC": Method("l2", "amc", {"episodes": 200}, 200, True),
     "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4),
     "evolution": Method("l2", "evolution", None, 200, True),
@@ -158,7 +162,7 @@ class Benchmark:
         self.model = self._trained()
         image = torch.zeros(1, 3, size.resolution, size.resolution)
         self.source = Source(self.model, image)
-        self._spaces: dict[tuple[str, int], SearchSpace] = {}
+        self._spaces: dict[tuple[str, int, int], SearchSpace] = {}
 
     @property
     def side(self) -> tuple[int, int]:
@@ -214,12 +218,14 @@ class Benchmark:
         """Return the accuracy on the test part, in percent."""
         return 100 * evaluate(lambda x: network(resize(x, self.side)), self.data.test, self.task.score).mean
 
-    def space(self, criterion: str, seed: int) -> SearchSpace:
+    def space(self, criterion: str, seed: int, images: int = 512) -> SearchSpace:
         """Return the widths, with channels in the order of a criterion."""
-        key = (criterion, seed if criterion in ("taylor", "random") else 0)
+        key = (criterion, seed if criterion in ("taylor", "random") else 0, images)
         if key not in self._spaces:
             batches = training_batches(self.data, self.settings(1, 0.1, seed), epoch=0, seed=seed)
-            some = [(resize(x, self.side), y) for x, y in itertools.islice(batches, 8)]
+            some = [
+                (resize(x, self.side), y) for x, y in itertools.islice(batches, images // self.size.batch)
+            ]
             scores = importance(
                 self.source, criterion, batches=some, loss=self.task.training_loss(0.0), seed=seed
             )
@@ -249,7 +255,7 @@ class Benchmark:
 
     def widths(self, method: Method, name: str, budget: str, seed: int) -> tuple[SearchSpace, Codes, int]:
         """Return what a method finds, and how many networks it looked at."""
-        space = self.space(method.criterion, seed)
+        space = self.space(method.criterion, seed, max(method.images, 512))
         limits = self.limits(space, budget)
         if name == UNIFORM:
             return space, uniform_candidates(limits)[:1], 0
@@ -267,7 +273,7 @@ class Benchmark:
                 train_relaxed(supernet, strategy, self.data, self.task, settings, seed=seed)
             else:
                 train_supernet(supernet, self.data, self.task, settings)
-        images = calibration_batches(self.data, 256, seed=seed)
+        images = calibration_batches(self.data, method.images, seed=seed)
         compared = compares(strategy)
         judge = SupernetEvaluator(supernet, self._judged(), self.task, images, compared=compared)
         if method.evaluations == 1:
@@ -350,7 +356,7 @@ class Benchmark:
     def scratch(self, name: str, budget: str, seed: int) -> dict[str, Any]:
         """Train the widths of a method anew, for as many epochs as the large network was (Scratch-E)."""
         found = self.found[f"{name} {budget} {seed}"]
-        space = self.space(METHODS[name].criterion, seed)
+        space = self.space(METHODS[name].criterion, seed, max(METHODS[name].images, 512))
         torch.manual_seed(seed)
         ((_, (op,)),) = space.operations(np.array([found["codes"]]))
         network = op.module()
