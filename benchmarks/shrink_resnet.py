@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from differentiable import cifar10_folder
 from record import RESULTS, environment
+from scipy import stats
 from torch import nn
 
 from autocompress.atomic import read_json, write_json, write_text
@@ -406,8 +407,8 @@ class Benchmark:
         for budget in budgets:
             lines += ["", f"## {budget}", ""]
             lines += [
-                "| method | test | each | against uniform, paired | use of the budget | networks looked at "
-                "| search s |",
+                "| method | test | each | against uniform, paired (95 %) | use of the budget "
+                "| networks looked at | search s |",
                 "|---|---|---|---|---|---|---|",
             ]
             base = self._tests(UNIFORM, budget)
@@ -421,7 +422,7 @@ class Benchmark:
                 pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
                 lines.append(
                     f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
-                    f"{_spread(pairs, '+')} | {np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
+                    f"{_spread(pairs, '+')}{_interval(pairs)} | {np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
                     f"{np.mean([r.get('networks looked at', 0) for r in runs]):.0f} | "
                     f"{np.mean([r.get('search seconds', r.get('seconds', 0)) for r in runs]):.0f} |"
                 )
@@ -437,6 +438,14 @@ def _spread(values: list[float], sign: str = "") -> str:
         return ""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return f"{np.mean(values):{sign}.2f} ± {deviation:.2f}"
+
+
+def _interval(differences: list[float]) -> str:
+    """Return the 95 % interval of the mean of paired differences, by Student's t."""
+    if len(differences) < 2 or not np.std(differences):
+        return ""
+    low, high = stats.t.interval(0.95, len(differences) - 1, np.mean(differences), stats.sem(differences))
+    return f" ({low:+.2f} to {high:+.2f})"
 
 
 def main() -> None:
