@@ -422,7 +422,8 @@ class Benchmark:
                 pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
                 lines.append(
                     f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
-                    f"{_spread(pairs, '+')}{_interval(pairs)} | {np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
+                    f"{_spread(pairs, '+')}{_interval(pairs)} | "
+                    f"{np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
                     f"{np.mean([r.get('networks looked at', 0) for r in runs]):.0f} | "
                     f"{np.mean([r.get('search seconds', r.get('seconds', 0)) for r in runs]):.0f} |"
                 )
