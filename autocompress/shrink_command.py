@@ -231,7 +231,21 @@ def shrink(
         return
     opened = Run(run, recipe)
     show(opened.space)
+    if hint := _hint(opened.recipe):
+        typer.echo(hint)
     whole(opened)
+
+
+def _hint(recipe: "Recipe") -> str:
+    """Return what somebody should know who limits other costs than latency."""
+    limited = {*recipe.search.budget, *([recipe.tolerance.metric] if recipe.tolerance else [])}
+    if "latency_ms" in limited or recipe.space.arguments.get("align", 1) != 1:
+        return ""
+    return (
+        "note: a network with fewer MACs need not be faster: devices compute some channels at once, and a width "
+        "between two steps can cost more than the next one; `--align target` keeps to the steps, and a budget "
+        "on latency knows them"
+    )
 
 
 def show(space: "SearchSpace") -> None:

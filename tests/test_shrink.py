@@ -15,7 +15,7 @@ from autocompress.cli import app
 from autocompress.errors import ConversionError, RecipeError
 from autocompress.prune.network import source_of
 from autocompress.run import Run
-from autocompress.shrink_command import _alignment, account, shrink_recipe
+from autocompress.shrink_command import _alignment, _hint, account, shrink_recipe
 
 QUICK = [
     "profile.networks=8",
@@ -128,6 +128,15 @@ def test_a_tolerance_takes_the_place_of_the_budget_or_stands_beside_one() -> Non
         recipe("a.py:b", tolerance=-1)
     with pytest.raises(RecipeError, match=r"tolerance\.metric: .*a budget limits .*, not 'speed'"):
         recipe("a.py:b", tolerance=1, minimise="speed")
+
+
+def test_budgets_that_promise_no_speed_are_hinted_at() -> None:
+    hint = "a network with fewer MACs need not be faster"
+    for changes in ({"budget": "flops=50%"}, {"tolerance": 1.0, "minimise": "params"}):
+        assert hint in _hint(recipe("a.py:b", **changes))  # type: ignore[arg-type]
+        assert not _hint(recipe("a.py:b", align=8, **changes))  # type: ignore[arg-type]
+    for changes in ({"budget": "latency=50%"}, {"tolerance": 1.0}, {"budget": "flops=1M,latency=1ms"}):
+        assert not _hint(recipe("a.py:b", **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["0", "-8", "eight", "8.5"])
