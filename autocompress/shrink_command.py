@@ -242,9 +242,9 @@ def _hint(recipe: "Recipe") -> str:
     if "latency_ms" in limited or recipe.space.arguments.get("align", 1) != 1:
         return ""
     return (
-        "note: a network with fewer MACs need not be faster: devices compute some channels at once, and a width "
-        "between two steps can cost more than the next one; `--align target` keeps to the steps, and a budget "
-        "on latency knows them"
+        "note: a network with fewer MACs need not be faster: devices compute some channels at once, and a "
+        "width between two steps can cost more than the next one; `--align target` keeps to the steps, and a "
+        "budget on latency knows them"
     )
 
 
