@@ -12,6 +12,8 @@ import numpy as np
 from autocompress.budget import Constraints
 from autocompress.errors import CostError, RecipeError
 from autocompress.space import Codes, SearchSpace
+from autocompress.strategy import DISTANCE
+from autocompress.trial import Batch
 
 FIRST_DRAWS = 256
 MAX_DRAWS = 4096
@@ -168,3 +170,17 @@ def every_feasible(constraints: Constraints, *, at_most: int) -> Codes | None:
         if len(rows) > at_most:
             return None
     return rows[constraints.feasible(rows)]
+
+
+def compared_by(batch: Batch, objective: str) -> str:
+    """Return the metric that tells networks apart best: the distance where it is told, else the objective."""
+    return DISTANCE if DISTANCE in batch.metrics else objective
+
+
+def qualities(batch: Batch, metric: str) -> dict[bytes, float]:
+    """Return by row what was measured of it, turned so that more is better."""
+    if metric not in batch.metrics:
+        return {}
+    sign = -1.0 if metric == DISTANCE else 1.0
+    values = batch.metrics[metric]
+    return {batch.codes[i].tobytes(): sign * float(values[i]) for i in np.flatnonzero(batch.measured)}

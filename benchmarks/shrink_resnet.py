@@ -104,6 +104,9 @@ METHODS: dict[str, Method] = {
     "PEEL-style, Taylor": Method("taylor", "peel"),
     "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}),
     "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}),
+    "PEEL-style, measured": Method(
+        "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048
+    ),
     "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH),
     "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
     "sensitivity": Method("l2", "sensitivity", None, ENOUGH),

@@ -13,17 +13,25 @@ from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
 from autocompress.errors import RecipeError
+from autocompress.proposals import compared_by, qualities
 from autocompress.space import Codes
 from autocompress.trial import Batch
 from strategies.importance import within, worth_of
 
 Backbone = Literal["threshold", "uniform"]
 Sharing = Literal["importance", "equal", "shift"]
+Measure = Literal["worth", "loss"]
 
 
 @final
 class PeelStyle:
-    """Proposes one network, found without evaluations."""
+    """Proposes one network, found without evaluations, or with one a layer.
+
+    Attributes:
+        compares: Evaluators that can also say how far the outputs are from the largest network's do so.
+    """
+
+    compares = True
 
     def __init__(
         self,
@@ -34,13 +42,15 @@ class PeelStyle:
         backbone: Backbone = "threshold",
         share: float = 0.8,
         sharing: Sharing = "importance",
+        importance: Measure = "worth",
         power: float = 1.0,
     ) -> None:
         """Find the network.
 
         Reconstructed (none of it could be checked against the paper's text): the backbone is what a global
         threshold on importance leaves of `share` of every limit (network slimming, which the authors
-        acknowledge); a layer's importance is the mean worth of its kept channels; a layer's part of the pool
+        acknowledge); a layer's importance is the mean worth of its kept channels, or what the backbone loses
+        when the layer gets one option less; a layer's part of the pool
         is in proportion to a power of that; parts are spent in whole options, and what rounding leaves goes
         to the layers of the greatest importance for their cost, until no option of any layer fits.
 
@@ -48,12 +58,14 @@ class PeelStyle:
             constraints: Space, costs and limits; the pool is counted in these costs, latency from a table
                 as well as MACs.
             seed: Not used: nothing is random.
-            objective: Not used.
+            objective: What `importance: loss` compares where evaluators say no distance; more is better.
             backbone: `threshold`, or `uniform`: the same share of the options of every choice.
             share: Of the budget, that the backbone uses, above 0 and at most 1.
             sharing: `importance`; `equal`, the same part for every layer; or `shift`: the backbone uses all
                 of the budget, layers below the mean importance give the step that is worth least, and those
                 above take (the abstract says "shift").
+            importance: `worth` of the kept channels, which costs nothing, or `loss`: the backbone is
+                evaluated, and with one option less of each layer (one more where it has the least).
             power: Of the importance, 0 or more.
 
         Raises:
@@ -64,6 +76,7 @@ class PeelStyle:
         for name, value, allowed in (
             ("backbone", backbone, get_args(Backbone)),
             ("sharing", sharing, get_args(Sharing)),
+            ("importance", importance, get_args(Measure)),
         ):
             if value not in allowed:
                 raise RecipeError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -72,24 +85,50 @@ class PeelStyle:
         if isinstance(power, bool) or not isinstance(power, int | float) or not power >= 0:
             raise RecipeError(f"power must be 0 or more, got {power!r}")
         constraints.check_feasible()
+        self._objective, self._sharing = objective, sharing
         self._pool = _Pool(constraints, worth_of(constraints.space), float(power))
-        shared = 1.0 if sharing == "shift" else float(share)
-        start = self._pool.backbone(backbone, shared)
-        if sharing == "shift":
-            found = self._pool.shifted(start)
+        self._start = self._pool.backbone(backbone, 1.0 if sharing == "shift" else float(share))
+        self._told: dict[bytes, float] = {}
+        self._waiting: list[Codes] = []
+        self._untold: set[bytes] = set()
+        if importance == "worth":
+            self._await([self._network()])
         else:
-            found = self._pool.shared(start, equally=sharing == "equal")
-        self._found = self._pool.filled(found)
-        self._asked = False
+            changed = self._pool.changed(self._start)
+            self._await([self._start, *(row for row in changed if row is not None)])
+        self._measuring = importance == "loss"
 
     def ask(self, n: int) -> Codes:
-        """Propose the network once."""
-        rows = self._found[: 0 if self._asked else n]
-        self._asked = self._asked or len(rows) > 0
-        return rows
+        """Propose the network once, after what it is measured by."""
+        rows, self._waiting = self._waiting[:n], self._waiting[n:]
+        return np.vstack(rows) if rows else self._start[:0]
 
     def tell(self, batch: Batch) -> None:
-        """Learn nothing."""
+        """Learn what layers matter, where that is measured."""
+        self._told |= qualities(batch, compared_by(batch, self._objective))
+        self._untold -= {row.tobytes() for row in batch.codes}
+        if self._measuring and not self._untold:
+            self._measuring = False
+            self._pool.measured = self._losses()
+            self._await([self._network()])
+
+    def _await(self, rows: list[Codes]) -> None:
+        self._waiting = list({row.tobytes(): row for row in rows}.values())
+        self._untold = {row.tobytes() for row in rows}
+
+    def _network(self) -> Codes:
+        if self._sharing == "shift":
+            found = self._pool.shifted(self._start)
+        else:
+            found = self._pool.shared(self._start, equally=self._sharing == "equal")
+        return self._pool.filled(found)
+
+    def _losses(self) -> NDArray[np.float64]:
+        """Return by how much one option of each choice moves what is measured; 0 where nothing is known."""
+        whole = self._told.get(self._start.tobytes(), np.nan)
+        rows = self._pool.changed(self._start)
+        told = [np.nan if row is None else self._told.get(row.tobytes(), np.nan) for row in rows]
+        return np.nan_to_num(np.abs(np.array(told) - whole))
 
 
 @dataclass
@@ -99,6 +138,20 @@ class _Pool:
     constraints: Constraints
     worth: list[NDArray[np.float64]]
     power: float
+    measured: NDArray[np.float64] | None = None
+
+    def changed(self, at: Codes) -> list[Codes | None]:
+        """Return for each choice the network with one option less of it, or one more where it has the least.
+
+        Nothing for a choice that has one option, and where one more does not fit.
+        """
+        found: list[Codes | None] = []
+        for position, count in enumerate(self.constraints.space.counts.tolist()):
+            row = at.copy()
+            row[0, position] += -1 if at[0, position] else 1
+            row = self.constraints.space.canonical(row) if count > 1 else row
+            found.append(row if count > 1 and self.constraints.feasible(row)[0] else None)
+        return found
 
     def backbone(self, kind: Backbone, share: float) -> Codes:
         """Return the over-pruned network, `(1, choices)`."""
@@ -119,7 +172,9 @@ class _Pool:
         return rows[[int(np.flatnonzero(tighter.feasible(rows)).max())]]
 
     def importance(self, at: Codes) -> NDArray[np.float64]:
-        """Return the mean worth of the kept units of each choice, to the power."""
+        """Return the mean worth of the kept units of each choice, or what was measured, to the power."""
+        if self.measured is not None:
+            return np.asarray(self.measured**self.power, dtype=np.float64)
         found = []
         for choice, worth, code in zip(
             self.constraints.space.choices, self.worth, at[0].tolist(), strict=True

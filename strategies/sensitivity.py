@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from autocompress.budget import Constraints
 from autocompress.errors import RecipeError
 from autocompress.exact import separable, solve
-from autocompress.proposals import check_count
+from autocompress.proposals import check_count, compared_by, qualities
 from autocompress.space import Codes
 from autocompress.strategy import DISTANCE
 from autocompress.trial import Batch
@@ -93,14 +93,10 @@ class Sensitivity:
     def tell(self, batch: Batch) -> None:
         """Remember what was measured; after the last of a round, solve for the best sum."""
         if batch.metrics and not self._measure:
-            self._measure = DISTANCE if DISTANCE in batch.metrics else self._objective
+            self._measure = compared_by(batch, self._objective)
         waited = len(self._untold)
-        for position, row in enumerate(batch.codes):
-            if batch.measured[position] and self._measure in batch.metrics:
-                value = float(batch.metrics[self._measure][position])
-                # Less distance is better, more of a score.
-                self._values[row.tobytes()] = -value if self._measure == DISTANCE else value
-            self._untold.discard(row.tobytes())
+        self._values |= qualities(batch, self._measure)
+        self._untold -= {row.tobytes() for row in batch.codes}
         if self._untold or not waited:
             return
         if self._found is None:

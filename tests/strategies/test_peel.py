@@ -8,8 +8,12 @@ from chain_space import LAYERS, chain, limited, random_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.engine import search
 from autocompress.errors import RecipeError, SpaceError
-from autocompress.testing.toys import toy_constraints
+from autocompress.space import Codes
+from autocompress.strategy import DISTANCE
+from autocompress.testing.toys import toy_batch, toy_constraints
+from autocompress.trial import Outcome
 from strategies.peel import PeelStyle
 
 VARIANTS = list(itertools.product(("threshold", "uniform"), ("importance", "equal", "shift")))
@@ -65,6 +69,7 @@ def test_permuting_the_importance_of_like_layers_permutes_the_widths() -> None:
     [
         ({"backbone": "none"}, "backbone must be one of threshold, uniform, got 'none'"),
         ({"sharing": 3}, "sharing must be one of importance, equal, shift, got 3"),
+        ({"importance": "l1"}, "importance must be one of worth, loss, got 'l1'"),
         ({"share": 0}, "share must be above 0 and at most 1, got 0"),
         ({"share": 1.1}, "share must be above 0"),
         ({"share": True}, "share must be above 0"),
@@ -80,6 +85,42 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 def test_a_space_without_worth_is_refused() -> None:
     with pytest.raises(SpaceError, match="have no worth"):
         PeelStyle(toy_constraints(), seed=0)
+
+
+@pytest.mark.parametrize("distance", [False, True])
+def test_a_measured_importance_gives_to_the_layer_that_loses_most(distance: bool) -> None:
+    """One evaluation a layer and one of the backbone, all within the budget; then the network."""
+    widths = []
+    for matters in range(1, 3):
+        constraints = limited(chain([[1.0] * 16] * LAYERS), "macs=50%")
+        weights = np.where(np.arange(LAYERS) == matters, 5.0, 0.5)
+        asked = []
+
+        def evaluate(
+            codes: Codes, weights: np.ndarray = weights, asked: list[Codes] = asked
+        ) -> dict[str, np.ndarray]:
+            assert constraints.feasible(codes).all()  # noqa: B023
+            asked.append(codes)
+            score = (codes * weights).sum(1)
+            return {"accuracy": 0.0 * score, DISTANCE: 100.0 - score} if distance else {"accuracy": score}
+
+        evaluate.paid = True  # type: ignore[attr-defined]
+        strategy = PeelStyle(constraints, seed=0, backbone="uniform", share=0.6, importance="loss")
+        result = search(strategy, constraints, evaluate, evaluations=100)  # type: ignore[arg-type]
+        assert len(result.trials) == LAYERS + 2
+        widths.append(constraints.space.encode([result.trials[-1].architecture])[0])
+    assert widths[0][1] > widths[1][1]
+    assert widths[1][2] > widths[0][2]
+
+
+def test_an_importance_that_could_not_be_measured_is_none() -> None:
+    """Nothing is known of any layer: what rounding leaves is all that is given, and the budget holds."""
+    constraints = limited(chain(random_scores(4)))
+    strategy = PeelStyle(constraints, seed=0, importance="loss")
+    while len(rows := strategy.ask(2)):
+        strategy.tell(toy_batch(constraints, rows, Outcome.FAILED))
+        last = rows[-1:]
+    assert constraints.feasible(last).all()
 
 
 def test_power_zero_is_an_equal_share() -> None:
