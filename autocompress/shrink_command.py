@@ -185,8 +185,10 @@ def shrink(
     minimise: Annotated[str, typer.Option(help="Which cost is made small with --tolerance.")] = "latency",
     strategy: Annotated[
         str, typer.Option(help="How widths are found; see `autocompress list strategies`.")
-    ] = ("peel"),
-    importance: Annotated[str, typer.Option(help="Which channels matter: l1, bn_scale, fpgm, ...")] = "l2",
+    ] = "sensitivity",
+    importance: Annotated[
+        str, typer.Option(help="Which channels matter: l1, bn_scale, fpgm, ...")
+    ] = "taylor",
     align: Annotated[
         str,
         typer.Option(
