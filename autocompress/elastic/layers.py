@@ -5,13 +5,15 @@ by an `OpSpec`; a layer holds no notion of what is active. Channels are prefixes
 smaller kernel through its learned transform (Cai et al., Once-for-All, ICLR 2020, section 3.3).
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autocompress.errors import SpaceError
 from autocompress.ops import ACTIVATIONS, Conv2d, GlobalAvgPool, Linear, MaxPool, OpSpec, SqueezeExcite
@@ -307,10 +309,76 @@ class _SharedNorm(nn.Module):
         return cast(Normalise, self.normalise)(self.key, x, self.weight, self.bias, self.eps)
 
 
+class _Intercepted(TorchFunctionMode):
+    """Lets a given function take the place of batch norm; notes what was normalised."""
+
+    def __init__(self, instead: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.instead, self.seen = instead, list[Tensor]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        self.seen.append(args[0])
+        return self.instead(args[0])
+
+
+class _SharedVariant(_SharedNorm):
+    """A batch norm of a class of its own, such as one with an activation in it: what else it does is kept."""
+
+    def __init__(self, norm: nn.BatchNorm2d, key: str) -> None:
+        super().__init__(norm, key)
+        for name, child in norm.named_children():
+            self.add_module(name, child)
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        # Not a child: its scale and shift are those of this module, by the names that they had.
+        self.__dict__["_hidden"] = (norm,)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the norm as well."""
+        self.__dict__["_hidden"][0].training = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the norm's own forward; where it normalises, the given statistics are used."""
+        with _Intercepted(super().forward):
+            return cast(Tensor, self.__dict__["_hidden"][0](x))
+
+
+def is_shared_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm whose statistics can be computed for each sub-network.
+
+    One of a class of its own is, if it has no buffers but statistics, and normalises its input once.
+    """
+    if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return False
+    if not (module.affine and module.track_running_stats):
+        return False
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return True
+    own = {"running_mean", "running_var", "num_batches_tracked"}
+    if {name for name, _ in module.named_buffers()} - own:
+        return False
+    image = (2, 2) if isinstance(module, nn.BatchNorm2d) else ()
+    x = torch.zeros(2, module.num_features, *image, device=module.weight.device, dtype=module.weight.dtype)
+    watched = copy.deepcopy(module).eval()
+    try:
+        with torch.no_grad(), _Intercepted(lambda seen: seen) as intercepted:
+            watched(x)
+    except Exception:  # noqa: BLE001
+        # Whatever its forward does with others than images, it is none that is known.
+        return False
+    return len(intercepted.seen) == 1 and intercepted.seen[0] is x
+
+
 def _without_statistics(module: nn.Module, key: str) -> nn.Module:
     """Replace every batch norm inside, or the module itself; its statistics are called by its path."""
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and module.affine and module.track_running_stats:
-        return _SharedNorm(cast(nn.BatchNorm2d, module), key)
+    if is_shared_norm(module):
+        plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
+        return (_SharedNorm if plain else _SharedVariant)(cast(nn.BatchNorm2d, module), key)
     for name, child in list(module.named_children()):
         module.add_module(name, _without_statistics(child, f"{key}.{name}"))
     return module

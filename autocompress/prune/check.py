@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from autocompress.elastic.layers import is_shared_norm
 from autocompress.errors import ConversionError
 
 DTYPES = (torch.float32, torch.float64)
@@ -62,15 +63,15 @@ def check_buffers(model: nn.Module) -> None:
         ConversionError: There are other buffers.
     """
     for name, module in model.named_modules():
-        known = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
-        if known and module.affine and module.track_running_stats:
+        if is_shared_norm(module):
             continue
         buffers = [own for own, buffer in module._buffers.items() if buffer is not None]
         if buffers and isinstance(module, nn.modules.batchnorm._NormBase):
             raise ConversionError(
                 f"{name or type(model).__name__} is a {type(module).__name__} with affine={module.affine}; "
                 "networks of different widths share one set of weights, and running statistics can only be "
-                "computed anew for nn.BatchNorm1d and nn.BatchNorm2d with affine=True"
+                "computed anew for nn.BatchNorm1d and nn.BatchNorm2d with affine=True, and for classes made "
+                "of them that normalise their input once, by F.batch_norm, and have no other buffers"
             )
         if buffers:
             raise ConversionError(

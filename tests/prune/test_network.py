@@ -9,6 +9,7 @@ from prune.zoo import ZOO, images, model, run, source
 from torch import nn
 
 from autocompress.elastic.extract import extract
+from autocompress.elastic.recalibrate import recalibrate
 from autocompress.errors import ConversionError, CostError
 from autocompress.prune.network import NarrowNetwork, model_of, source_of
 from autocompress.prune.source import Source
@@ -109,3 +110,82 @@ def test_the_model_of_an_extracted_network_is_the_users_own() -> None:
     found = model_of(extract(space.supernet(), space.decode(space.smallest())[0]))
     assert type(found) is type(model("resnet"))
     assert isinstance(found.conv1, nn.Conv2d)
+
+
+# Batch norms of classes of their own ------------------------------------------------------------------------
+
+
+class NormAct(nn.BatchNorm2d):
+    """As in timm: a norm and an activation with a parameter in one module."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU(init=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Twice(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x))
+
+
+class ByHand(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (1, -1, 1, 1)
+        return (x - self.running_mean.view(shape)) * self.weight.view(shape)
+
+
+class Remembering(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+def with_norm(kind: type[nn.BatchNorm2d]) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), kind(8), nn.Conv2d(8, 6, 3, padding=1), kind(6),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_()
+    return made
+
+
+def test_norms_with_an_activation_in_them_are_recalibrated_like_plain_ones() -> None:
+    """A second implementation: the same network with the activation as a layer of its own."""
+    apart = nn.Sequential()
+    for layer in with_norm(NormAct):
+        if isinstance(layer, NormAct):
+            norm = nn.BatchNorm2d(layer.num_features)
+            norm.load_state_dict({k: v for k, v in layer.state_dict().items() if not k.startswith("act")})
+            apart.extend([norm, layer.act])
+        else:
+            apart.append(layer)
+    batch = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for network in (with_norm(NormAct), apart):
+        space = channel_space(Source(network, batch[:1]), steps=2)
+        supernet = space.supernet().eval()
+        (arch,) = space.decode(space.smallest())
+        statistics = recalibrate(supernet, arch, [batch])
+        plain = extract(supernet, arch, statistics)
+        with torch.no_grad():
+            torch.testing.assert_close(plain(batch), supernet(batch, arch, statistics=statistics))
+        supernet.train()(batch, arch).square().mean().backward()
+        gradients = sorted(float(p.grad.norm()) for p in supernet.parameters() if p.grad is not None)
+        found.append((plain(batch).detach(), gradients))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Twice, ByHand, Remembering])
+def test_norms_that_normalise_otherwise_are_refused(kind: type[nn.BatchNorm2d]) -> None:
+    with pytest.raises(
+        ConversionError, match=f"is a {kind.__name__} with affine=True; .*normalise their input once"
+    ):
+        channel_space(Source(with_norm(kind), torch.zeros(1, 3, 8, 8)))
