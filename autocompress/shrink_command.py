@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autocompress.console import RunOption, SetOption, stage, whole, with_changes
+from autocompress.cost import METRIC_UNITS
 from autocompress.errors import RecipeError
 from autocompress.plugins import load_strategy
 
 if TYPE_CHECKING:
     from autocompress.recipe import Recipe
     from autocompress.space import SearchSpace
+    from autocompress.training.data import DataSet
 
 # Strategies that find their network without evaluations need no more than the baselines and themselves.
 EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
-UNTRAINED_EPOCHS, GRADIENT_EPOCHS = 30, 10
-BUDGET = "latency=60%"
+UNTRAINED_EPOCHS, GRADIENT_EPOCHS, TRAINED_RATE = 30, 10, 0.02
+BUDGET, MINIMISED = "latency=60%", "latency"
 METRICS = {"latency": "latency_ms", "flops": "macs"}
 ALIGNED_BY_TARGET = "target"
 SHOWN_GROUPS = 60
@@ -46,6 +48,16 @@ def shrink_recipe(
     from autocompress.recipe import parse_recipe, with_absolute_paths
 
     limits = {} if budget is None and tolerance is not None else _budget(budget or BUDGET)
+    metric = METRICS.get(minimise, minimise)
+    if tolerance is None and minimise != MINIMISED:
+        raise RecipeError(
+            f"--minimise {minimise} belongs to --tolerance: a budget says itself what is limited"
+        )
+    if tolerance is not None and not 0 < tolerance < 100:
+        raise RecipeError(f"--tolerance takes points above 0 and below 100, such as 1.0, got {tolerance:g}")
+    if metric not in METRIC_UNITS:
+        allowed = ", ".join([*METRICS, *METRIC_UNITS])
+        raise RecipeError(f"--minimise takes one of {allowed}, got {minimise!r}")
 
     path, _, factory = model.rpartition(":")
     where = f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
@@ -64,7 +76,11 @@ def shrink_recipe(
         },
         "target": {"name": target},
         "profile": {"widths": "grid"},
-        "train": {"epochs": _training_epochs(strategy, trained=weights is not None)},
+        "train": {
+            "epochs": _training_epochs(strategy, trained=weights is not None),
+            # What was trained is trained on, not anew.
+            **({"learning_rate": TRAINED_RATE} if weights else {}),
+        },
         "search": {
             **({"budget": limits} if limits else {}),
             "strategy": strategy,
@@ -74,7 +90,7 @@ def shrink_recipe(
     }
     if tolerance is not None:
         # Points of a metric that is a share of 1.
-        payload["tolerance"] = {"drop": tolerance / 100, "metric": METRICS.get(minimise, minimise)}
+        payload["tolerance"] = {"drop": tolerance / 100, "metric": metric}
     recipe = parse_recipe(with_changes(payload, changes), "what the options of shrink say")
     return with_absolute_paths(recipe, Path.cwd())
 
@@ -182,7 +198,7 @@ def shrink(
             "validation accuracy after finetuning, as 1.0."
         ),
     ] = None,
-    minimise: Annotated[str, typer.Option(help="Which cost is made small with --tolerance.")] = "latency",
+    minimise: Annotated[str, typer.Option(help="Which cost is made small with --tolerance.")] = MINIMISED,
     strategy: Annotated[
         str, typer.Option(help="How widths are found; see `autocompress list strategies`.")
     ] = "sensitivity",
@@ -229,10 +245,14 @@ def shrink(
         changes=set_,
     )
     if dry_run:
-        show(make_space(recipe, lambda: load_recipe_data(recipe)))
+        loaded = load_recipe_data(recipe)
+        space = make_space(recipe, lambda: loaded)
+        show(space)
+        beforehand(recipe, space, loaded)
         return
     opened = Run(run, recipe)
     show(opened.space)
+    beforehand(opened.recipe, opened.space, opened.data)
     if hint := _hint(opened.recipe):
         typer.echo(hint)
     whole(opened)
@@ -248,6 +268,27 @@ def _hint(recipe: "Recipe") -> str:
         "width between two steps can cost more than the next one; `--align target` keeps to the steps, and a "
         "budget on latency knows them"
     )
+
+
+def beforehand(recipe: "Recipe", space: "SearchSpace", data: "DataSet") -> None:
+    """Refuse what cannot work before anything is measured, and print what the model scores as it was brought.
+
+    Raises:
+        AutocompressError: Task and data do not fit the model, it cannot be trained, or nothing fits a limit
+            that needs no measuring.
+    """
+    from autocompress.latency.target import load_target
+    from autocompress.prune.beforehand import report_of
+    from autocompress.stages import check_untimed
+    from autocompress.training.check import check_regularisers, check_task
+    from autocompress.training.task import load_task
+
+    task = load_task(recipe.task)
+    check_task(data, task, space)
+    check_regularisers(data, recipe.finetune, space)
+    check_untimed(recipe, space, load_target(recipe.target.name, batch=recipe.target.batch))
+    for line in report_of(space, data, task, trained=bool(space.settings.get("weights"))):
+        typer.echo(line)
 
 
 def show(space: "SearchSpace") -> None:

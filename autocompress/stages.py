@@ -227,6 +227,17 @@ def check(run: Run) -> None:
     check_regularisers(run.data, run.recipe.finetune, run.space)
 
 
+def check_untimed(recipe: Recipe, space: SearchSpace, where: Target) -> None:
+    """Refuse limits that nothing fits as far as they need no measuring, before anything is measured.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits.
+        BudgetError: A limit is on a cost that the space does not have.
+    """
+    if limits := {m: value for m, value in recipe.search.budget.items() if m != LATENCY}:
+        Budget.of(limits).resolve(space, untimed_costs(space, where)).check_feasible()
+
+
 def try_out(recipe: Recipe, space: SearchSpace, where: Target, metric: str) -> Strategy:
     """Make the strategy without limits: wrong options are refused before anything is measured or trained.
 
@@ -557,7 +568,9 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             checkpoint=folder / FINETUNE_CHECKPOINT,
             progress=progress,
         )  # fmt: skip
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    # Copies: weights that layers share would be refused.
+    keep = torch.contiguous_format
+    state = {name: tensor.clone(memory_format=keep) for name, tensor in network.state_dict().items()}
     with replacing(weights) as temporary:
         save_file(state, temporary)
     write_json(report, vars(scored))
@@ -578,7 +591,9 @@ def _start(
     if not trains_anew(run.recipe):
         supernet = train(run, shown)
         largest = run.space.decode(run.space.largest())[0]
-        teacher = extract_recalibrated(run, supernet, largest)
+        # A model that brought its weights teaches, even where slices of it were trained since.
+        brought = run.space.settings.get("weights")
+        teacher = whole_network(run.space) if brought else extract_recalibrated(run, supernet, largest)
         return supernet, extract_recalibrated(run, supernet, arch), teacher, resolution(run, largest)
     supernet, _, strategy = train_together(run, shown)
     (start,) = supernet.space.decode(strategy.start)

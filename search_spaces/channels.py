@@ -79,6 +79,11 @@ def channels(
     batches, loss = sample() if sample is not None and looks else (None, None)
     scores = comparable(importance_of(source, importance, batches=batches, loss=loss), importance)
     space = channel_space(source, steps=steps, align=align, scores=scores)
+    if all(len(choice.options) == 1 for choice in space.choices):
+        raise SpaceError(
+            f"no group of {type(source.model).__name__} has more than its full width with align {align} and "
+            f"steps {steps}: the widest has {max(source.full)} units; take a smaller align"
+        )
     settings = {
         "model": model,
         "image": list(image),

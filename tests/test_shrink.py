@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from autocompress.cli import app
-from autocompress.errors import ConversionError, RecipeError
+from autocompress.errors import ConversionError, InfeasibleBudgetError, RecipeError, SpaceError
 from autocompress.prune.network import source_of
 from autocompress.run import Run
 from autocompress.shrink_command import _alignment, _hint, account, shrink_recipe
@@ -124,10 +124,29 @@ def test_a_tolerance_takes_the_place_of_the_budget_or_stands_beside_one() -> Non
     assert made.tolerance.metric == "latency_ms"  # type: ignore[attr-defined]
     assert made.search.budget == {"params": "50%"}  # type: ignore[attr-defined]
     assert recipe("a.py:b").search.budget == {"latency_ms": "60%"}  # type: ignore[attr-defined]
-    with pytest.raises(RecipeError, match=r"tolerance\.drop: .*greater than 0, got -0.01"):
-        recipe("a.py:b", tolerance=-1)
-    with pytest.raises(RecipeError, match=r"tolerance\.metric: .*a budget limits .*, not 'speed'"):
+    for wrong in (-1, 0, 100, float("nan")):
+        with pytest.raises(
+            RecipeError, match=rf"--tolerance takes points above 0 and below 100.*, got {wrong:g}"
+        ):
+            recipe("a.py:b", tolerance=wrong)
+    with pytest.raises(RecipeError, match=r"--minimise takes one of latency, flops, .*, got 'speed'"):
         recipe("a.py:b", tolerance=1, minimise="speed")
+    with pytest.raises(RecipeError, match=r"--minimise flops belongs to --tolerance"):
+        recipe("a.py:b", budget="flops=50%", minimise="flops")
+
+
+def test_a_limit_that_nothing_fits_is_refused_before_anything_is_measured(
+    model: Path, tmp_path: Path
+) -> None:
+    for dry in (["--dry-run"], []):
+        with pytest.raises(InfeasibleBudgetError, match="reachable minimum"):
+            run([f"{model}:make", "--budget", "flops=1%", "--run", str(tmp_path / "run"), *dry])
+    assert not (tmp_path / "run" / "latency_samples.jsonl").exists()
+
+
+def test_an_alignment_that_leaves_nothing_to_choose_is_refused(model: Path) -> None:
+    with pytest.raises(SpaceError, match=r"no group of Small has more than its full width with align 64"):
+        run([f"{model}:make", "--align", "64", "--dry-run"])
 
 
 def test_budgets_that_promise_no_speed_are_hinted_at() -> None:

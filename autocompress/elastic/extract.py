@@ -62,10 +62,15 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
 
 def _fill(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Put every parameter and buffer in its place; `load_state_dict` would take longer than all else here."""
+    filled: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for prefix, module in network.named_modules():
-        for name in module._parameters:
-            if module._parameters[name] is not None:
-                module._parameters[name] = nn.Parameter(state.pop(f"{prefix}.{name}"))
+        for name, empty in module._parameters.items():
+            if empty is None:
+                continue
+            # Weights that two layers share have one name. (The empty one is kept, and so is its id.)
+            if id(empty) not in filled:
+                filled[id(empty)] = empty, nn.Parameter(state.pop(f"{prefix}.{name}"))
+            module._parameters[name] = filled[id(empty)][1]
         for name in module._buffers:
             module._buffers[name] = state.pop(f"{prefix}.{name}")
     if state:

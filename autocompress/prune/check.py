@@ -90,6 +90,12 @@ def _check_finite(model: nn.Module, kind: str) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             for own, buffer in module.named_buffers(prefix=name, recurse=False):
                 tensors[f"buffer {own}"] = buffer
+            if module.running_var is not None and bool((module.running_var < 0).any()):
+                least = float(module.running_var.min())
+                raise ConversionError(
+                    f"buffer {name}.running_var of {kind} holds {least:g}: a variance is never negative; the "
+                    "weights are damaged"
+                )
     for what, values in tensors.items():
         if not _finite(values.detach()):
             raise ConversionError(f"{what} of {kind} holds nan or infinity: its training failed")

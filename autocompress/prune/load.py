@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import ConversionError
 
+SHOWN_ERROR = 120
 SHOWN = 3
 """Names of each kind that an error lists."""
 
@@ -156,7 +157,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ConversionError: It cannot be read, or holds something else.
     """
     if not path.is_file():
-        raise ConversionError(f"there is no file {path} of weights")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise ConversionError(f"weights must be a file, but {path} {what}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -164,17 +166,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the libraries raise errors of every kind
-        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        # What PyTorch advises, to unpickle all the same, is left out.
+        text = next(iter(str(error).strip().splitlines()), "").partition(". ")[0]
         raise ConversionError(
-            f"weights {path} cannot be read: {text}; a state dict is expected, as safetensors or by "
-            "torch.save(model.state_dict(), path): whole models are never unpickled"
+            f"weights {path} cannot be read: {type(error).__name__}: {text[:SHOWN_ERROR]}; a state dict is "
+            "expected, as safetensors or by torch.save(model.state_dict(), path): whole models are never "
+            "unpickled"
         ) from error
     # Training scripts keep it beside other things.
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise ConversionError(
             f"weights {path} must be a state dict, names to tensors, got {type(content).__name__}"
         )
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ConversionError(
+                f"weights {path} must be a state dict, names to tensors, but {name!r} is "
+                f"{type(value).__name__}"
+            )
     return content

@@ -26,6 +26,7 @@ from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
+from autocompress.prune.network import whole_network
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -129,6 +130,9 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         largest = run.space.decode(run.space.largest())[0]
         slices = [("largest", largest), *baselines, *randoms, (name, arch)]
         networks += [(which, a, extract_recalibrated(run, supernet, a)) for which, a in slices]
+        if run.space.settings.get("weights") and run.recipe.train.epochs:
+            # Slices of it were trained since: what the user has is not the largest of them.
+            networks.insert(0, ("as you brought it", largest, whole_network(run.space)))
     for which, a in [*baselines, (name, arch)]:
         networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))
     with shown.stage("measure and compare") as progress:

@@ -247,7 +247,7 @@ VGG = "autocompress.models.vgg:vgg16_bn_cifar"
         ({"image": (3, 8.0, 8)}, SpaceError, "image must be channels"),
         ({"image": (3, True, 8)}, SpaceError, "image must be channels"),
         ({"image": (3, 1, 1), "arguments": {"width": 4}, "model": VGG}, ConversionError, "cannot be traced"),
-        ({"weights": "absent.pt"}, ConversionError, "there is no file absent.pt of weights"),
+        ({"weights": "absent.pt"}, ConversionError, "must be a file, but absent.pt does not"),
         ({"arguments": {"depth": 3}}, ConversionError, "raises TypeError: .*'depth'"),
         ({"model": "autocompress.models.resnet_cifar:resnet21"}, ConversionError, "has no 'resnet21'"),
         ({"ignore": ["nothing"]}, ConversionError, "ignore has 'nothing', which is no layer"),
