@@ -219,7 +219,7 @@ def test_weights_that_are_cut_off_are_refused(folder: Path, suffix: str) -> None
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"lr": 0.1, "weight": torch.ones(1)}, torch.ones(2)])
 def test_what_is_no_state_dict_is_refused(folder: Path, content: Any) -> None:
     torch.save(content, folder / "w.pt")
-    with pytest.raises(ConversionError, match="must be a state dict, names to tensors, (got|but)"):
+    with pytest.raises(ConversionError, match=r"must be a state dict, names to tensors, (got|but)"):
         read_state(folder / "w.pt")
 
 
