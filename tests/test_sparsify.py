@@ -12,7 +12,7 @@ import pytest
 import torch
 from narrow_runs import MODEL, write_model
 from safetensors.torch import load_file, save_file
-from sparse.works import small
+from sparsify.works import small
 from torch import nn
 from typer.testing import CliRunner
 

@@ -160,7 +160,6 @@ def test_a_killed_search_for_the_smallest_ends_as_one_that_was_not(model: Path, 
     moments = [
         "search by random:1",
         "finetune with distillation:2",
-        "finetuned.safetensors<",
         f"{TOLERANCE}>",
     ]
     killed_runs(tmp_path, ("whole", "smallest", []), ("killed", "smallest", moments), recipe=made)
@@ -173,7 +172,7 @@ def test_a_narrowing_killed_in_any_stage_ends_as_one_that_was_not(model: Path, t
     made = narrow_payload(model, train={"epochs": 2})
     with_narrow_table(tmp_path / "whole", made)
     with_narrow_table(tmp_path / "killed", made)
-    moments = ["train the supernet:2", "search by evolution:3", "finetune with distillation:3", "exported<"]
+    moments = ["train the supernet:2", "search by evolution:3", "finetune with distillation:3"]
     killed_runs(tmp_path, ("whole", "export", []), ("killed", "export", moments), recipe=made)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
@@ -184,7 +183,6 @@ def test_dmcp_killed_in_its_training_ends_as_one_that_was_not(model: Path, tmp_p
     with_narrow_table(tmp_path / "whole", made)
     with_narrow_table(tmp_path / "killed", made)
     moments = [
-        "train the supernet and dmcp:1",
         "train the supernet and dmcp:2",
         "finetune with distillation:1",
     ]

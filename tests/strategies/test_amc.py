@@ -228,6 +228,7 @@ def best_of(strategy: Strategy, constraints: Constraints, weights: Values, evalu
     return best
 
 
+@pytest.mark.slow
 def test_it_finds_better_networks_than_random_search_with_as_many_evaluations() -> None:
     """Five fixed seeds, three with the layers that matter at the end; if they stand first, greed is enough.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sparse.works import DATA, TASK, small, trained, training, work_on
+from sparsify.works import DATA, TASK, small, trained, training, work_on
 from torch import nn
 
 from autocompress.errors import RecipeError

@@ -1,8 +1,8 @@
 """Soft pruning: zeros after each epoch, filters that come back, and units that can be removed in the end."""
 
 import torch
-from sparse.test_units import without
-from sparse.works import DATA, small, trained, training, work_on
+from sparsify.test_units import without
+from sparsify.works import DATA, small, trained, training, work_on
 
 from autocompress.sparse.soft import SoftOptions, soft
 from autocompress.sparse.units import dead, zero_units

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_networks import assert_equal
-from sparse.works import DATA, TASK, small, trained, training
+from sparsify.works import DATA, TASK, small, trained, training
 from torch import nn
 
 from autocompress.errors import CheckpointError, ConversionError, RecipeError

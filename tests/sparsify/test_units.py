@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prune.zoo import ZOO, images, model, run
-from sparse.works import Small, small, work_on
+from sparsify.works import Small, small, work_on
 from torch import nn
 
 from autocompress.errors import ConversionError

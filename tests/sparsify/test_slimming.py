@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sparse.works import small, trained, training, work_on
+from sparsify.works import small, trained, training, work_on
 from torch import nn
 
 from autocompress.sparse.slimming import SlimmingOptions, reach, slimming

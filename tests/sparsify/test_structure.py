@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse.works import Small, small, trained, work_on
+from sparsify.works import Small, small, trained, work_on
 from torch import nn
 
 from autocompress.errors import ConversionError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse.works import small, trained, training, work_on
+from sparsify.works import small, trained, training, work_on
 
 from autocompress.errors import ConversionError, RecipeError
 from autocompress.sparse.magnitude import MagnitudeOptions, magnitude, masks, weights_of
