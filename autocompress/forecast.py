@@ -21,10 +21,12 @@ from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.latency.widths import EVEN
 from autocompress.network import build_network
+from autocompress.plugins import load_strategy
 from autocompress.recipe import Recipe
 from autocompress.run import is_differentiable, load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
 from autocompress.stages import try_out, untimed_costs
+from autocompress.strategy import at_most
 from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.data import DataSet
@@ -209,6 +211,9 @@ def _training(recipe: Recipe, data: DataSet, supernet: Supernet, space: SearchSp
     score(space.sample(1, np.random.default_rng(0)))
     evaluation_s = time.perf_counter() - start
     paid = recipe.search.evaluations
+    if getattr(load_strategy(recipe.search.strategy), "beyond_budget", False):
+        # Such a strategy ends by itself, and knows when.
+        paid = at_most(try_out(recipe, space, _target(recipe), task.metric), paid)
     found.append(Estimate("search", paid * evaluation_s, f"{paid} evaluations of {evaluation_s:.3f} s"))
     # The searched network and the uniform-scaled one; each step also runs the teacher.
     steps = 2 * recipe.finetune.epochs * steps_per_epoch(data, recipe.finetune)

@@ -65,6 +65,8 @@ MOST_SEEDS = 10
 ENOUGH = 10_000
 UNIFORM, RANDOM, TORCH_PRUNING = "uniform", "random", "Torch-Pruning, global L2"
 SCRATCH = "from scratch: "
+# Uniform widths in eighths would leave up to 28 % of a budget.
+FINE_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Benchmark:
         self.model = self._trained()
         image = torch.zeros(1, 3, size.resolution, size.resolution)
         self.source = Source(self.model, image)
-        self._spaces: dict[tuple[str, int, int], SearchSpace] = {}
+        self._spaces: dict[tuple[str, int, int, int], SearchSpace] = {}
 
     @property
     def side(self) -> tuple[int, int]:
@@ -222,9 +224,15 @@ class Benchmark:
         """Return the accuracy on the test part, in percent."""
         return 100 * evaluate(lambda x: network(resize(x, self.side)), self.data.test, self.task.score).mean
 
-    def space(self, criterion: str, seed: int, images: int = 512) -> SearchSpace:
+    def space_of(self, name: str, seed: int) -> SearchSpace:
+        """Return the widths that a method chooses from; uniform ones are fine enough to use the budget."""
+        method = METHODS[name]
+        return self.space(method.criterion, seed, max(method.images, 512), fine=name == UNIFORM)
+
+    def space(self, criterion: str, seed: int, images: int = 512, *, fine: bool = False) -> SearchSpace:
         """Return the widths, with channels in the order of a criterion."""
-        key = (criterion, seed if criterion in ("taylor", "random") else 0, images)
+        steps = FINE_STEPS if fine else self.size.steps
+        key = (criterion, seed if criterion in ("taylor", "random") else 0, images, steps)
         if key not in self._spaces:
             batches = training_batches(self.data, self.settings(1, 0.1, seed), epoch=0, seed=seed)
             some = [
@@ -234,7 +242,7 @@ class Benchmark:
                 self.source, criterion, batches=some, loss=self.task.training_loss(0.0), seed=seed
             )
             scores = comparable(scores, criterion)
-            self._spaces[key] = channel_space(self.source, steps=self.size.steps, scores=scores)
+            self._spaces[key] = channel_space(self.source, steps=steps, scores=scores)
         return self._spaces[key]
 
     def limits(self, space: SearchSpace, budget: str) -> Constraints:
@@ -259,7 +267,7 @@ class Benchmark:
 
     def widths(self, method: Method, name: str, budget: str, seed: int) -> tuple[SearchSpace, Codes, int]:
         """Return what a method finds, and how many networks it looked at."""
-        space = self.space(method.criterion, seed, max(method.images, 512))
+        space = self.space_of(name, seed)
         limits = self.limits(space, budget)
         if name == UNIFORM:
             return space, uniform_candidates(limits)[:1], 0
@@ -360,7 +368,7 @@ class Benchmark:
     def scratch(self, name: str, budget: str, seed: int) -> dict[str, Any]:
         """Train the widths of a method anew, for as many epochs as the large network was (Scratch-E)."""
         found = self.found[f"{name} {budget} {seed}"]
-        space = self.space(METHODS[name].criterion, seed, max(METHODS[name].images, 512))
+        space = self.space_of(name, seed)
         torch.manual_seed(seed)
         ((_, (op,)),) = space.operations(np.array([found["codes"]]))
         network = op.module()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import Result
-from small_runs import RECIPE, small_payload, small_recipe, with_table
+from small_runs import RECIPE, small_payload, small_recipe, small_space, with_table
 from typer.testing import CliRunner
 
 from autocompress import cli, console, stages
@@ -468,6 +468,15 @@ def test_a_forecast_of_a_gradient_search_times_its_mixture_and_tries_its_options
     with pytest.raises(RecipeError, match="warmup must be"):
         call("run", recipe, "--run", tmp_path / "run", "--set", "search.options.warmup=2")
     assert not (tmp_path / "run" / "latency_table.json").exists()
+
+
+def test_a_forecast_knows_how_often_a_strategy_evaluates_that_ends_by_itself(tmp_path: Path) -> None:
+    search = {"strategy": "sensitivity", "options": {}, "evaluations": 1_000_000}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_payload(search=search)))
+    options = sum(len(choice.options) - 1 for choice in small_space().choices)
+    # One an option that is not the largest, the largest, and what is found.
+    assert f" {options + 2} evaluations of " in call("run", recipe, "--dry-run").stdout
 
 
 def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:
