@@ -44,10 +44,12 @@ def counted(source: Source, space: SearchSpace, row: np.ndarray[Any, Any], side:
     """Build the network with these widths, and count its MACs and parameters."""
     (arch,) = space.decode(row[None])
     narrow = source.narrowed(tuple(int(arch[choice.name]) for choice in space.choices))
+    # Before the move, which gives layers that share weights one each.
+    params = sum(p.numel() for p in narrow.parameters())
     # MACs depend on shapes alone: nothing has to be computed.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         narrow.to("meta")(torch.zeros(1, 3, side, side, device="meta"))
-    return counter.get_total_flops() // 2, sum(p.numel() for p in narrow.parameters())
+    return counter.get_total_flops() // 2, params
 
 
 def main() -> None:
