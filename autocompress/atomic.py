@@ -45,27 +45,44 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, made if absent.
+def locked(folder: Path, busy: str = "") -> Iterator[None]:
+    """Hold a folder for this process, made if absent, by the file `.lock` in it.
+
+    Args:
+        folder: The folder.
+        busy: What to say where another process holds it, instead of "wait, or stop it and call again".
+
+    Raises:
+        StorageError: Another process holds it, or it cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    said = f"another process is working on {folder}: wait until it ends, or stop it and call again"
+    with held(path, busy or said):
+        yield
+
+
+@contextmanager
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, made if absent, for this process; its folder is there.
 
     Raises:
         StorageError: Another process holds it, or it cannot be written.
     """
     import fcntl
 
-    path = folder / ".lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("ab")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(
-                f"another process is working on {folder}: wait until it ends, or stop it and call again"
-            ) from None
+            raise StorageError(busy) from None
         yield
 
 

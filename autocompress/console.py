@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run directory.")]
 RecipeArgument = Annotated[Path | None, typer.Argument(help="Recipe; may be left out if the run exists.")]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Its trained weights: a state dict, safetensors or torch.save."),
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", help="digits, cifar10=FOLDER, fashion_mnist=FOLDER, folder=FOLDER, module:function."
+    ),
+]
 SECONDS_A_LINE = 20.0
 """Between lines of progress where there is no terminal."""
 SetOption = Annotated[

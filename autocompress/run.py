@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress import __version__
-from autocompress.atomic import read_json, remove_leftovers, write_json, write_text
+from autocompress.atomic import locked, read_json, remove_leftovers, write_json, write_text
 from autocompress.errors import RecipeError, SpaceError, StorageError
 from autocompress.plugins import load_space_factory, load_strategy, load_strategy_for
 from autocompress.progress import Progress, silent
@@ -228,22 +228,11 @@ class Run:
         Raises:
             StorageError: Another process is working on it, or the directory cannot be written.
         """
-        import fcntl
-
-        path = self.folder / ".lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(
-                    f"another process is working on {self.folder}: wait until it ends, or stop it and go on "
-                    "with `autocompress resume`"
-                ) from None
+        busy = (
+            f"another process is working on {self.folder}: wait until it ends, or stop it and go on with "
+            "`autocompress resume`"
+        )
+        with locked(self.folder, busy):
             for folder in (self.folder, *self.folder.glob("networks/*")):
                 remove_leftovers(folder)
             yield

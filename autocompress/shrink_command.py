@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import RunOption, SetOption, stage, whole, with_changes
+from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, stage, whole, with_changes
 from autocompress.cost import METRIC_UNITS
 from autocompress.errors import RecipeError
 from autocompress.plugins import load_strategy
@@ -177,13 +177,8 @@ def account(space: "SearchSpace") -> list[str]:
 
 def shrink(
     model: Annotated[str, typer.Argument(help="Your model: file.py:factory or module:factory.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Its trained weights: a state dict, safetensors or torch.save.")
-    ] = None,
-    data: Annotated[
-        str,
-        typer.Option(help="digits, cifar10=FOLDER, fashion_mnist=FOLDER, folder=FOLDER, module:function."),
-    ] = "digits",
+    weights: WeightsOption = None,
+    data: DataOption = "digits",
     target: Annotated[str, typer.Option(help="What it runs on; see `autocompress list targets`.")] = (
         "onnxruntime-cpu"
     ),

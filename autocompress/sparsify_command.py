@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import on_screen, with_changes
+from autocompress.console import DataOption, WeightsOption, on_screen, with_changes
 
 if TYPE_CHECKING:
     from autocompress.sparse.recipe import SparsifyRecipe
@@ -72,13 +72,8 @@ def lines_of(report: dict[str, Any]) -> list[str]:
 
 def sparsify(
     model: Annotated[str, typer.Argument(help="Your model: file.py:factory or module:factory.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Its trained weights: a state dict, safetensors or torch.save.")
-    ] = None,
-    data: Annotated[
-        str,
-        typer.Option(help="digits, cifar10=FOLDER, fashion_mnist=FOLDER, folder=FOLDER, module:function."),
-    ] = "digits",
+    weights: WeightsOption = None,
+    data: DataOption = "digits",
     method: Annotated[
         str, typer.Option(help="slimming, magnitude, soft, play-and-prune or structure.")
     ] = "slimming",

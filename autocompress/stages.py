@@ -54,6 +54,7 @@ from autocompress.machine import cores
 from autocompress.network import DropPath, build_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
+from autocompress.prune.beforehand import score_of
 from autocompress.prune.network import whole_network
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
@@ -495,8 +496,7 @@ def reference_score(run: Run, shown: Shown) -> float:
         )
     else:
         network = extract_recalibrated(run, train(run, shown), arch)
-    size = resolution(run, arch)
-    return evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score).mean
+    return score_of(network, resolution(run, arch), run.data, run.task).mean
 
 
 def selected(run: Run, shown: Shown, arch: Architecture | None = None) -> Architecture:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast, final
 
+from autocompress.atomic import held
 from autocompress.errors import AutocompressError, StorageError
 from autocompress.space import SearchSpace
 from autocompress.trial import Outcome, Trial
@@ -109,23 +110,14 @@ class TrialStorage:
         if file_of_trials is None:
             yield
             return
-        import fcntl
-
         file_of_trials = file_of_trials.resolve()
         study = f"{zlib.crc32(self._name.encode()):08x}"
         path = file_of_trials.with_name(f".{file_of_trials.name}.{study}.lock")
-        try:
-            file = path.open("ab")
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StorageError(
-                    f"another process searches with study {self._name!r} of {self._where}; wait for it, or "
-                    "use another run directory or study name"
-                ) from None
+        busy = (
+            f"another process searches with study {self._name!r} of {self._where}; wait for it, or use "
+            "another run directory or study name"
+        )
+        with held(path, busy):
             yield
 
     def _file_now(self) -> tuple[int, ...] | None:

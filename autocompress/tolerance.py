@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autocompress.atomic import replacing, write_json
+from autocompress.budget import parse_limit
 from autocompress.errors import InfeasibleBudgetError, ToleranceError
 from autocompress.recipe import ToleranceSettings
 from autocompress.run import Run, Shown, is_differentiable
@@ -135,9 +136,8 @@ def settings_of(run: Run) -> ToleranceSettings:
 def probe_run(run: Run, share: float) -> Run:
     """Return the run of one budget; it shares data, space, and what does not depend on the budget."""
     metric = settings_of(run).metric
-    others = {m: value for m, value in run.recipe.search.budget.items() if m not in (metric, "flops")}
-    if "flops" in run.recipe.search.budget and metric != "macs":
-        others["flops"] = run.recipe.search.budget["flops"]
+    limits = run.recipe.search.budget.items()
+    others = {name: value for name, value in limits if parse_limit(name, value).metric != metric}
     search = run.recipe.search.model_copy(update={"budget": {**others, metric: f"{100 * share:.6g}%"}})
     recipe = run.recipe.model_copy(update={"tolerance": None, "search": search})
     made = Run(run.path(PROBES) / f"{100 * share:.6g}", recipe)
@@ -165,10 +165,10 @@ def _share_files(run: Run, shown: Shown, made: Run) -> None:
     """Give a probe what does not depend on its budget: latency table, threads, supernet."""
     from autocompress import stages
 
-    stages.profile(run, shown)
     names = [stages.TABLE]
     if not is_differentiable(run.recipe):
-        stages.train(run, shown)
+        if not run.path(stages.TRAINING).exists():
+            stages.train(run, shown)
         names += [stages.THREADS, stages.CHECKPOINT, stages.TRAINING]
     for name in names:
         if run.path(name).exists() and not made.path(name).exists():
