@@ -1,8 +1,11 @@
 """A trained ResNet-20 made narrower by every method, under a budget: accuracy after equal finetuning.
 
-    python benchmarks/shrink_resnet.py            # CPU size: about two hours on one core; resumes
+    python benchmarks/shrink_resnet.py            # CPU size: about five hours of one core; resumes
     python benchmarks/shrink_resnet.py --quick    # a smoke test of a minute
-    python benchmarks/shrink_resnet.py --methods "uniform;peel" --budgets "macs=40%"
+    python benchmarks/shrink_resnet.py --methods "uniform;AMC" --budgets "macs=40%"    # some of them
+
+Several such processes share the work and the file of results. The trained network and the latency table
+stand beside the results, so that runs of other sessions and machines are runs of the same network.
 
 CIFAR-10, a part of its training images, at 16 pixels. The network is trained once. Every method starts from
 these weights, finds widths under the budget by looking at validation images alone (or at none), and what it
@@ -11,13 +14,14 @@ finetuning. Test images are read once, for the finetuned networks. Beside it sta
 Torch-Pruning's own global pruner as its documentation shows it, and Scratch-E: the widths trained anew for as
 many epochs as the large network was (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019).
 
-Latency budgets are of a table that is measured first on this machine (ONNX Runtime, one thread).
+Latency budgets are of a table that is measured first (ONNX Runtime, one thread).
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,11 @@ import numpy as np
 import torch
 from differentiable import cifar10_folder
 from record import RESULTS, environment
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
-from autocompress.atomic import read_json, write_json, write_text
+from autocompress.atomic import held, read_json, replacing, write_json, write_text
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
 from autocompress.cost import operation_cost
@@ -59,12 +64,12 @@ from autocompress.training.supernet import train_supernet
 from autocompress.training.task import load_task
 from search_spaces.channels import channel_space
 
-SEEDS = (0, 1, 2)
+BUDGETS = ("macs=40%", "latency_ms=60%", "macs=20%")
 MOST_SEEDS = 10
 # For methods that end by themselves.
 ENOUGH = 10_000
 UNIFORM, RANDOM, TORCH_PRUNING = "uniform", "random", "Torch-Pruning, global L2"
-SCRATCH = "from scratch: "
+SCRATCH, SCRATCH_SEEDS = "from scratch: ", 3
 # Uniform widths in eighths would leave up to 28 % of a budget.
 FINE_STEPS = 64
 
@@ -83,6 +88,9 @@ class Method:
             least.
         trained: Epochs in which slices of the network are trained before or in the search; what is found
             starts finetuning from the weights before that, like all others.
+        variant: Of another method; run at the first budget only.
+        seeds: How many; five for those that a claim is made of.
+        scratch: Whether the widths found at the first budget are also trained anew.
     """
 
     criterion: str
@@ -92,30 +100,26 @@ class Method:
     warm: bool = False
     trained: int = 0
     images: int = 256
+    variant: bool = False
+    seeds: int = 3
+    scratch: bool = False
 
 
 METHODS: dict[str, Method] = {
-    UNIFORM: Method("l2"),
+    UNIFORM: Method("l2", seeds=5, scratch=True),
     RANDOM: Method("l2"),
     "L1, threshold": Method("l1", "importance"),
-    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}),
     "BN scale, threshold": Method("bn_scale", "importance"),
-    "Taylor, threshold": Method("taylor", "importance"),
     "PEEL-style, L1": Method("l1", "peel"),
-    "PEEL-style, BN scale": Method("bn_scale", "peel"),
-    "PEEL-style, Taylor": Method("taylor", "peel"),
-    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}),
-    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}),
     "PEEL-style, measured": Method(
-        "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048
+        "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048, scratch=True
     ),
-    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH),
     "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
-    "sensitivity": Method("l2", "sensitivity", None, ENOUGH),
-    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH),
-    "sensitivity, Taylor, 2048 images": Method("taylor", "sensitivity", None, ENOUGH, images=2048),
+    "sensitivity, Taylor, 2048 images": Method(
+        "taylor", "sensitivity", None, ENOUGH, images=2048, seeds=5, scratch=True
+    ),
     "AMC": Method("l2", "amc", {"episodes": 200}, 200, True),
-    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4),
+    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4, scratch=True),
     "evolution": Method("l2", "evolution", None, 200, True),
     "MetaPruning-style: evolution, slimmable": Method(
         "l2",
@@ -125,6 +129,16 @@ METHODS: dict[str, Method] = {
         True,
         trained=2,
     ),
+    TORCH_PRUNING: Method("l2"),
+    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}, variant=True),
+    "Taylor, threshold": Method("taylor", "importance", variant=True),
+    "PEEL-style, BN scale": Method("bn_scale", "peel", variant=True),
+    "PEEL-style, Taylor": Method("taylor", "peel", variant=True),
+    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}, variant=True),
+    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}, variant=True),
+    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH, variant=True),
+    "sensitivity": Method("l2", "sensitivity", None, ENOUGH, variant=True),
+    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH, variant=True),
 }
 
 
@@ -154,8 +168,14 @@ class Benchmark:
     """All runs of one size; what is done stands in a file."""
 
     def __init__(self, size: Size, path: Path, work: Path) -> None:
-        """Load the data; train the network, or read it."""
-        self.size, self.path, self.work = size, path, work
+        """Load the data; train the network, or read it.
+
+        Args:
+            size: What is trained.
+            path: File of results; the network and the latency table are kept in a folder beside it.
+            work: Folder for what may be lost.
+        """
+        self.size, self.path, self.kept, self.work = size, path, path.with_suffix(""), work
         torch.set_num_threads(1)
         total = size.images + size.validation
         self.data: DataSet = load_data(
@@ -163,8 +183,7 @@ class Benchmark:
         )
         self.task = load_task(TaskSettings())
         self.found: dict[str, Any] = {}
-        if path.exists():
-            self.found = read_json(path, StorageError, "results")["found"]
+        self._read()
         self.model = self._trained()
         image = torch.zeros(1, 3, size.resolution, size.resolution)
         self.source = Source(self.model, image)
@@ -206,14 +225,14 @@ class Benchmark:
     def _trained(self) -> nn.Module:
         torch.manual_seed(0)
         model = resnet20(classes=10, width=self.size.width)
-        path = self.work / "resnet20.pt"
+        path = self.kept / "resnet20.safetensors"
         if path.exists():
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model.load_state_dict(load_file(path))
             return model.eval()
         start = time.process_time()
         validation = self.train(model, self.size.epochs, self.size.learning_rate, 0, None)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+        with replacing(path) as temporary:
+            save_file(model.state_dict(), temporary)
         self._note(
             "trained",
             {"validation": validation, "test": self.test(model), "seconds": time.process_time() - start},
@@ -253,17 +272,19 @@ class Benchmark:
         return Budget.parse(budget).resolve(space, costs)
 
     def _table(self) -> LatencyTable:
-        folder = self.work / "profile"
-        if (folder / TABLE_FILE).exists():
-            return LatencyTable.load(folder / TABLE_FILE)
-        folder.mkdir(parents=True, exist_ok=True)
-        return profile(
-            self.space("l2", 0),
-            load_target("onnxruntime-cpu"),
-            folder=folder,
-            widths="grid",
-            networks=self.size.checked_networks,
-        )
+        path = self.kept / TABLE_FILE
+        if not path.exists():
+            folder = self.work / "profile"
+            folder.mkdir(parents=True, exist_ok=True)
+            profile(
+                self.space("l2", 0),
+                load_target("onnxruntime-cpu"),
+                folder=folder,
+                widths="grid",
+                networks=self.size.checked_networks,
+            )
+            write_text(path, (folder / TABLE_FILE).read_text())
+        return LatencyTable.load(path)
 
     def widths(self, method: Method, name: str, budget: str, seed: int) -> tuple[SearchSpace, Codes, int]:
         """Return what a method finds, and how many networks it looked at."""
@@ -380,38 +401,65 @@ class Benchmark:
             "seconds": time.process_time() - start,
         }
 
-    def everything(
-        self, methods: list[str], budgets: list[str], seeds: list[int], scratch: list[str]
-    ) -> None:
+    def everything(self, methods: Collection[str], budgets: list[str]) -> None:
         """Do what is missing."""
+        for key in self.runs(methods, budgets):
+            # Another process may have done it meanwhile, or be doing it.
+            claim = self.work / "claims" / f"{key.replace(' ', '_')}.lock"
+            claim.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(StorageError), held(claim, key):
+                self._read()
+                if key not in self.found:
+                    name, budget, seed = key.rsplit(" ", 2)
+                    anew = name.startswith(SCRATCH)
+                    run = self.scratch if anew else self.run
+                    self._note(key, run(name.removeprefix(SCRATCH), budget, int(seed)))
+
+    def runs(self, methods: Collection[str], budgets: list[str]) -> list[str]:
+        """Return the names of all runs; what is trained anew comes last."""
+        found, anew = [], []
         for budget in budgets:
-            for seed in seeds:
-                for name in methods:
+            for seed in range(MOST_SEEDS):
+                for name, method in METHODS.items():
+                    first = budget == BUDGETS[0]
+                    if name not in methods or seed >= method.seeds or (method.variant and not first):
+                        continue
                     if name == TORCH_PRUNING and "macs" not in budget:
                         continue
-                    self._once(f"{name} {budget} {seed}", lambda: self.run(name, budget, seed))  # noqa: B023
-        for budget in budgets:
-            for seed in seeds:
-                for name in scratch:
-                    key = f"{SCRATCH}{name} {budget} {seed}"
-                    self._once(key, lambda: self.scratch(name, budget, seed))  # noqa: B023
+                    found.append(f"{name} {budget} {seed}")
+                    if method.scratch and first and seed < SCRATCH_SEEDS:
+                        anew.append(f"{SCRATCH}{name} {budget} {seed}")
+        return found + anew
 
-    def _once(self, name: str, compute: Any) -> None:
-        if name not in self.found:
-            self._note(name, compute())
+    def _read(self) -> None:
+        if self.path.exists():
+            self.found = read_json(self.path, StorageError, "results")["found"]
 
     def _note(self, name: str, found: Mapping[str, Any]) -> None:
-        self.found[name] = {**found, "commit": environment()["commit"]}
-        content = {"environment": environment(), "size": asdict(self.size), "found": self.found}
-        write_json(self.path, content)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with held(self.work / "results.lock", "another process writes"):
+                    self._read()
+                    self.found[name] = {**found, "commit": environment()["commit"]}
+                    content = {"environment": environment(), "size": asdict(self.size), "found": self.found}
+                    write_json(self.path, content)
+                break
+            except StorageError:
+                time.sleep(0.1)
         print(f"{name}: {self.found[name]}", flush=True)
 
     def table(self, budgets: list[str]) -> str:
         """Return the results as Markdown."""
         trained = self.found.get("trained", {})
+        runs = self.runs(METHODS, budgets)
+        missing = len(set(runs) - set(self.found))
+        partial = f"Partial: {missing} of {len(runs)} runs are missing; the same command goes on from here."
         lines = [
             "# ResNet-20 made narrower",
             "",
+            *([partial, ""] if missing else []),
             f"{self.size}. The trained network: test {trained.get('test', float('nan')):.2f} %. Test "
             "accuracy in percent after finetuning, mean ± standard deviation over seeds.",
         ]
@@ -422,14 +470,14 @@ class Benchmark:
                 "| networks looked at | search s |",
                 "|---|---|---|---|---|---|---|",
             ]
-            base = self._tests(UNIFORM, budget)
-            names = [*METHODS, TORCH_PRUNING, *(f"{SCRATCH}{name}" for name in METHODS)]
+            names = [*METHODS, *(f"{SCRATCH}{name}" for name in METHODS)]
             rows = [(name, self._tests(name, budget)) for name in names]
             for name, tests in sorted(rows, key=lambda row: -np.mean(list(row[1].values()) or [0])):
                 if not tests:
                     continue
                 runs = [self.found[f"{name} {budget} {seed}"] for seed in tests]
                 values = list(tests.values())
+                base = self._tests(f"{SCRATCH if name.startswith(SCRATCH) else ''}{UNIFORM}", budget)
                 pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
                 lines.append(
                     f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
@@ -466,18 +514,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="smoke size; written to runs/")
-    parser.add_argument("--methods", default=";".join([*METHODS, TORCH_PRUNING]))
-    parser.add_argument("--budgets", default="macs=40%;latency_ms=60%;macs=20%")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--scratch", default=UNIFORM, help="methods whose widths are also trained anew")
+    parser.add_argument("--methods", default=";".join(METHODS))
+    parser.add_argument("--budgets", help="some of BUDGETS; by default all, or the first with --quick")
     options = parser.parse_args()
     name = "shrink_resnet" + ("_quick" if options.quick else "")
     path = (Path("runs") if options.quick else RESULTS) / f"{name}.json"
     benchmark = Benchmark(QUICK if options.quick else CPU, path, Path("runs") / name)
-    budgets = options.budgets.split(";")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    scratch = [name for name in options.scratch.split(";") if name]
-    benchmark.everything(options.methods.split(";"), budgets, seeds, scratch)
+    budgets = list(BUDGETS[:1] if options.quick else BUDGETS)
+    asked = options.budgets.split(";") if options.budgets else budgets
+    benchmark.everything(options.methods.split(";"), asked)
     text = benchmark.table(budgets)
     write_text(path.with_suffix(".md"), text)
     print(text)
