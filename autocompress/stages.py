@@ -658,6 +658,11 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
         )
         progress(1, 1, "")
     left_out = "".join(f"; no {name}: {reason}" for name, reason in manifest.left_out.items())
+    if manifest.input.shape[0] == 1:
+        left_out += (
+            "; ONNX and torch.export for one image at a time: forward() makes a constant of the batch size, "
+            "as len(x) does; x.shape[0] would leave it free"
+        )
     shown.say(f"exported to {folder}{left_out}")
     return folder
 

@@ -210,7 +210,7 @@ TECHNIQUES: dict[str, Callable[[Tried], str]] = {
     "whole = original, bit for bit": whole,
     "narrow = masked": removes,
     "price = count": prices,
-    "13 criteria": criteria,
+    "all criteria": criteria,
     "least squares": reconstructs,
     "slices": slices,
     "training of slices, DMCP": trains,

@@ -51,7 +51,8 @@ def export_network(
     """Write the network in each format, load each back, compare, and put the folder in place.
 
     The folder is replaced as a whole at the end, or not at all. The network is written in 32-bit floats and
-    contiguous memory format, whatever its own; it is not changed.
+    contiguous memory format, whatever its own; it is not changed. One whose `forward` makes a constant of
+    the batch size is written for one image at a time; the shapes in the manifest say so.
 
     Args:
         network: Plain PyTorch, in eval mode, `(batch, *in_shape)` to one tensor.
@@ -82,8 +83,8 @@ def export_network(
         reference = _reference(network)
         images = parity_images(in_shape, sample)
         expected = _expected(reference, images)
-        operators = _write(fresh, wanted, reference, blocks, in_shape)
-        parity = {name: _compare(name, fresh, images, expected) for name in wanted}
+        operators, batch = _write(fresh, wanted, reference, blocks, in_shape)
+        parity = {name: _compare(name, fresh, images, expected, batch) for name in wanted}
         manifest = Manifest(
             versions={
                 "autocompress": autocompress.__version__,
@@ -92,8 +93,8 @@ def export_network(
             },
             architecture=json.loads(architecture.to_json()),
             architecture_key=architecture.key,
-            input=TensorEntry(writers.INPUT, "float32", (writers.BATCH, *in_shape), "NCHW"),
-            output=_output_entry(expected[0]),
+            input=TensorEntry(writers.INPUT, "float32", (batch, *in_shape), "NCHW"),
+            output=_output_entry(expected[0], batch),
             preprocessing=facts,
             parity=parity,
             files={name: file_entry(fresh / name) for wanted_ in wanted for name in FILES[wanted_]},
@@ -153,24 +154,30 @@ def _write(
     reference: nn.Module,
     blocks: Sequence[tuple[str, Ops]],
     in_shape: Shape,
-) -> dict[str, int]:
-    """Write the files; return the operators of the ONNX graph."""
+) -> tuple[dict[str, int], int | str]:
+    """Write the files; return the operators of the ONNX graph, and the batch size that was traced."""
     operators: dict[str, int] = {}
+    batch: int | str = writers.BATCH
     if "safetensors" in wanted:
         _attempt("safetensors", "written", lambda: writers.write_safetensors(fresh, reference, blocks))
     if "torch_export" in wanted or "onnx" in wanted:
         traced = [name for name in wanted if name != "safetensors"]
         program = _attempt(" and ".join(traced), "traced", lambda: writers.trace(reference, in_shape))
+        batch = writers.batch_of(program)
         if "torch_export" in wanted:
             path = fresh / "network.pt2"
             _attempt("torch_export", "written", lambda: writers.write_torch_export(path, program))
         if "onnx" in wanted:
             path = fresh / "network.onnx"
             operators = _attempt("onnx", "written", lambda: writers.write_onnx(path, program))
-    return operators
+    return operators, batch
 
 
-def _compare(name: str, fresh: Path, images: Sequence[Tensor], expected: Sequence[Tensor]) -> Parity:
+def _compare(
+    name: str, fresh: Path, images: Sequence[Tensor], expected: Sequence[Tensor], batch: int | str
+) -> Parity:
+    if name != "safetensors" and batch != writers.BATCH:
+        images, expected = ([one for x in side for one in torch.split(x, 1)] for side in (images, expected))
     actual = _attempt(name, "loaded back", lambda: outputs(reload(name, fresh), images))
     return check_parity(name, expected, actual)
 
@@ -186,6 +193,6 @@ def _attempt(format_name: str, done: str, action: Callable[[], _Result]) -> _Res
         ) from error
 
 
-def _output_entry(output: Tensor) -> TensorEntry:
-    shape = (writers.BATCH, *output.shape[1:])
+def _output_entry(output: Tensor, batch: int | str) -> TensorEntry:
+    shape = (batch, *output.shape[1:])
     return TensorEntry(writers.OUTPUT, "float32", shape, {2: "NC", 4: "NCHW"}.get(output.ndim, ""))

@@ -36,20 +36,35 @@ KINDS = ("Conv2d", "SqueezeExcite", "GlobalAvgPool", "MaxPool", "Linear", "Add")
 def trace(network: nn.Module, in_shape: Shape) -> torch.export.ExportedProgram:
     """Trace the network with a free batch size, batch norm folded into the convolutions.
 
+    A network that makes a constant of the batch size, as `len(x)` does, is traced for one image.
+
     Args:
         network: On the CPU, in eval mode.
         in_shape: Channels, height, width.
     """
-    # Traced with noise, never with the user's images: the archive stores them. Batch 1 would be frozen in.
-    images = (torch.zeros(2, *in_shape),)
+    folded = _fold_batch_norm(network)
     with quiet(), torch.no_grad():
-        program = torch.export.export(
-            _fold_batch_norm(network), images, dynamic_shapes=({0: torch.export.Dim(BATCH)},)
-        )
+        try:
+            # Noise, never the user's images: the archive stores them. Batch 1 would be frozen in.
+            program = torch.export.export(
+                folded, (torch.zeros(2, *in_shape),), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
+            )
+        except Exception as error:  # noqa: BLE001  (of many classes; raised again if another batch fails too)
+            try:
+                program = torch.export.export(folded, (torch.zeros(1, *in_shape),))
+            except Exception:  # noqa: BLE001
+                raise error from None
     for node in program.graph.nodes:
         # Paths of this machine, half of the archive.
         node.meta.pop("stack_trace", None)
     return program
+
+
+def batch_of(program: torch.export.ExportedProgram) -> int | str:
+    """Return the batch size that a traced network takes: `BATCH` where it is free."""
+    (images,) = (n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+    size = images.meta["val"].shape[0]
+    return size if isinstance(size, int) else BATCH
 
 
 def _fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -135,7 +150,7 @@ def _strip(graph: Any) -> None:
     traced = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output):
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_param == traced:
+            if traced and size.dim_param == traced:
                 size.dim_param = BATCH
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]

@@ -57,7 +57,7 @@ class TensorEntry:
     Attributes:
         name: Its name in the ONNX graph.
         dtype: Type of its elements, `float32`.
-        shape: `"batch"`, which is free, then the fixed sizes.
+        shape: `"batch"`, which is free, or 1 where the network can only be traced so, then the fixed sizes.
         layout: Order of the axes, contiguous in memory with the last one fastest.
     """
 

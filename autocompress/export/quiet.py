@@ -1,6 +1,8 @@
 """Silence for the exporters of PyTorch, which report on their own affairs."""
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +28,23 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def quieter() -> Iterator[None]:
+    """Hide also what the older exporter says whatever `verbose` is: warnings, and graphs on standard output.
+
+    It writes the whole graph from C++ where it cannot convert an operator (torch 2.13: whether logging was
+    enabled is asked of a function that is not called). The file descriptor is that of the whole process.
+    """
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -40,6 +40,7 @@ CRITERIA: Final[dict[str, Criterion]] = {
     "first": Criterion(weights.first),
     "l1": Criterion(weights.l1),
     "l2": Criterion(weights.l2),
+    "group_l2": Criterion(weights.group_l2),
     "bn_scale": Criterion(weights.bn_scale),
     "fpgm": Criterion(weights.fpgm),
     "similarity": Criterion(weights.similarity),
@@ -66,6 +67,9 @@ def importance(
 ) -> Scores:
     """Score the units of each group of a model.
 
+    Groups that a criterion says nothing of are scored by `group_l2`: of transposed convolutions, of layers
+    that run inside of fused functions, and the like.
+
     Args:
         source: The model; run in evaluation mode, not changed, and left without gradients.
         criterion: One of `CRITERIA`.
@@ -79,7 +83,7 @@ def importance(
 
     Raises:
         ConversionError: There is no such criterion, it lacks batches or the loss, the loss has no derivative,
-            it cannot score a group, or a score is not finite.
+            or a score is not finite.
         DataError: There is no batch, or one is no pair.
     """
     if criterion not in CRITERIA:
@@ -91,13 +95,11 @@ def importance(
     for name, needed, value in (("batches", chosen.batches, batches), ("loss", chosen.loss, loss)):
         if needed and value is None:
             raise ConversionError(f"criterion {criterion!r} needs {name}")
-    found = chosen.scores(Given(source, structure(source), batches, loss, seed))
+    given = Given(source, structure(source), batches, loss, seed)
+    found = chosen.scores(given)
+    if any(group.name not in found for group in source.groups):
+        found = {**weights.group_l2(given), **found}
     for group in source.groups:
-        if group.name not in found:
-            raise ConversionError(
-                f"criterion {criterion!r} cannot score group {group.name!r}: no convolution or linear layer "
-                "was seen to run on some of its channels; put the layers on the list of those to ignore"
-            )
         bad = np.flatnonzero(~np.isfinite(found[group.name]))
         if len(bad):
             raise ConversionError(

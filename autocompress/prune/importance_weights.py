@@ -40,6 +40,27 @@ def l2(given: Given) -> Scores:
     return over_units(given.source, ((o, np.sqrt((w * w).sum(1))) for o, w in filters(given)))
 
 
+def group_l2(given: Given) -> Scores:
+    """Take the Euclidean norm of the weights that make a unit's channels and of those that read them, each.
+
+    Biases, batch norm and other vectors do not count. It is the one criterion that scores every group: of
+    layers that others do not look at, such as transposed convolutions, too.
+
+    Source: Fang et al., "DepGraph", CVPR 2023, section 3.3 (the norm over all that depends on a channel).
+    """
+    tensors = tensors_of(given.source.model)
+    return over_units(
+        given.source,
+        (
+            (labels, np.linalg.norm(np.moveaxis(weight, axis, 0).reshape(len(labels), -1), axis=1))
+            for name, axes in given.source.trace.slices.items()
+            if tensors[name].dim() > 1
+            for weight in (_numbers(tensors[name]),)
+            for axis, labels in axes.items()
+        ),
+    )
+
+
 def bn_scale(given: Given) -> Scores:
     """Take the magnitude of batch norm's scale (gamma), of all batch norms that a unit's channels go through.
 
@@ -93,9 +114,9 @@ def similarity(given: Given) -> Scores:
             makers.append((channels_of(given, norm), np.stack(_affine(norm, tensors), axis=1)))
     scores = {}
     for group in source.groups:
-        read = _by_unit(group, readers)
-        if read.shape[1]:
-            scores[group.name] = _removals(_by_unit(group, makers), read)
+        read, made = _by_unit(group, readers), _by_unit(group, makers)
+        if read.shape[1] and made.shape[1]:
+            scores[group.name] = _removals(made, read)
     return scores
 
 

@@ -350,6 +350,28 @@ def test_a_channels_last_network_is_exported_with_equal_bits(tmp_path: Path) -> 
     assert manifest.parity["safetensors"].max_abs_difference == 0
 
 
+class Counted(Shift):
+    """A user's operation that makes a constant of the batch size."""
+
+    def module(self) -> nn.Module:
+        return _Counted()
+
+
+class _Counted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), 2, 8, 8) + 1
+
+
+def test_a_network_that_makes_a_constant_of_the_batch_size_is_written_for_one_image(tmp_path: Path) -> None:
+    blocks: list[tuple[str, Ops]] = [("shift", (Counted(2),)), ("head", (Linear(128, 3),))]
+    manifest = write(tmp_path / "x", blocks, formats=("onnx", "torch_export"))
+    assert manifest.input.shape == (1, 2, 8, 8)
+    assert manifest.output.shape == (1, 3)
+    assert {parity.images for parity in manifest.parity.values()} == {4}
+    session = onnxruntime.InferenceSession(tmp_path / "x" / "network.onnx")
+    assert session.get_inputs()[0].shape == [1, 2, 8, 8]
+
+
 def test_an_operation_of_the_users_own_leaves_the_loader_out_and_says_why(tmp_path: Path) -> None:
     manifest = write(tmp_path / "x", CUSTOM, formats=("onnx", "torch_export", "safetensors"))
     assert set(contents(tmp_path / "x")) == {"network.onnx", "network.pt2", "manifest.json"}

@@ -127,6 +127,42 @@ def test_an_operation_of_a_spaces_own_is_exported_by_pytorch() -> None:
     check_parity([("a", (Conv2d(3, 4, 6, 6, kernel=3), Blur(4, 6)))])
 
 
+class Shuffle(Blur):
+    """Calls what the older exporter of PyTorch cannot convert."""
+
+    def module(self) -> nn.Module:
+        return nn.ChannelShuffle(2)
+
+
+class Dilated(Blur):
+    """What the older exporter leaves to a runtime that refuses it."""
+
+    def module(self) -> nn.Module:
+        return nn.Conv2d(self.channels, self.channels, 3, padding="same", dilation=2)
+
+
+class Unknown(Blur):
+    """What no exporter converts."""
+
+    def module(self) -> nn.Module:
+        module = nn.Module()
+        module.forward = lambda x: torch.linalg.matrix_exp(x)  # type: ignore[method-assign]
+        return module
+
+
+@pytest.mark.parametrize("op", [Shuffle(4, 6), Dilated(4, 6)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_newer_exporter_does_what_the_older_cannot(op: Blur, capfd: pytest.CaptureFixture[str]) -> None:
+    check_parity([("a", (Conv2d(3, 4, 6, 6, kernel=3), op))])
+    assert not capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_what_no_exporter_converts_is_an_error_of_ours() -> None:
+    with pytest.raises(ExportError, match="PyTorch cannot export the network as ONNX"):
+        onnx_model([("a", (Unknown(4, 6),))], batch=1)
+
+
 def test_equal_seeds_give_equal_models_and_others_do_not() -> None:
     blocks: Blocks = [("a", (Conv2d(3, 8, 6, 6),))]
     assert onnx_model(blocks, batch=1, seed=3) == onnx_model(blocks, batch=1, seed=3)

@@ -181,6 +181,28 @@ def test_scales_of_batch_norm_are_those_of_torch_pruning() -> None:
         np.testing.assert_allclose(found[name], other(group).numpy(), rtol=1e-5)
 
 
+def test_the_norm_of_a_group_counts_what_reads_a_channel() -> None:
+    source = networks.source_of(networks.chain())
+    made, read = (source.model.get_parameter(f"{layer}.weight").detach().numpy() for layer in "03")
+    norms = np.linalg.norm(made.reshape(len(made), -1), axis=1)
+    norms = norms + np.linalg.norm(read.swapaxes(0, 1).reshape(len(made), -1), axis=1)
+    np.testing.assert_allclose(scores_of(source, "group_l2")["0"], norms / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c not in ("random", "first", "group_l2")])
+def test_groups_that_a_criterion_says_nothing_of_have_the_norm_of_the_group(criterion: str) -> None:
+    up = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2), nn.Conv2d(4, 5, 1), nn.Flatten()
+    )
+    source = networks.source_of(up)
+    found, expected = scores_of(source, criterion), scores_of(source, "group_l2")
+    assert {"0", "2"} <= found.keys()
+    silent = {"thinet": "0", "lasso": "0", "similarity": "02", "apoz": "", "activation": ""}
+    for name in "02":
+        same = np.array_equal(found[name], expected[name])
+        assert same == (name in silent.get(criterion, "2"))
+
+
 def test_a_unit_of_two_layers_has_the_mean_of_its_filters() -> None:
     source = networks.source_of(networks.shake(networks.Added()))
     left, right = (source.model.get_parameter(f"{name}.weight").detach() for name in ("left", "right"))
@@ -381,7 +403,7 @@ def test_a_channel_that_is_always_zero_matters_least(criterion: str, group: str)
             model.get_parameter("3.bias")[2] = 0
     scores = scores_of(networks.source_of(model), criterion)[group]
     assert scores.argmin() == 2
-    if criterion not in ("thinet", "lasso"):  # whose scores are places
+    if criterion not in ("thinet", "lasso", "group_l2"):  # places; the last counts readers
         assert scores[2] == 0
 
 
