@@ -130,15 +130,17 @@ METHODS: dict[str, Method] = {
         trained=2,
     ),
     TORCH_PRUNING: Method("l2"),
-    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}, variant=True),
-    "Taylor, threshold": Method("taylor", "importance", variant=True),
-    "PEEL-style, BN scale": Method("bn_scale", "peel", variant=True),
-    "PEEL-style, Taylor": Method("taylor", "peel", variant=True),
-    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}, variant=True),
-    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}, variant=True),
-    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH, variant=True),
-    "sensitivity": Method("l2", "sensitivity", None, ENOUGH, variant=True),
-    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH, variant=True),
+    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}, variant=True, seeds=1),
+    "Taylor, threshold": Method("taylor", "importance", variant=True, seeds=1),
+    "PEEL-style, BN scale": Method("bn_scale", "peel", variant=True, seeds=1),
+    "PEEL-style, Taylor": Method("taylor", "peel", variant=True, seeds=1),
+    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}, variant=True, seeds=1),
+    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}, variant=True, seeds=1),
+    "greedy, the trained network": Method(
+        "l2", "slimming", {"per_cost": True}, ENOUGH, variant=True, seeds=1
+    ),
+    "sensitivity": Method("l2", "sensitivity", None, ENOUGH, variant=True, seeds=1),
+    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH, variant=True, seeds=1),
 }
 
 
