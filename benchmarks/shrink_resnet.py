@@ -88,7 +88,7 @@ class Method:
             least.
         trained: Epochs in which slices of the network are trained before or in the search; what is found
             starts finetuning from the weights before that, like all others.
-        variant: Of another method; run at the first budget only.
+        budgets: At how many of `BUDGETS` it is run: variants of other methods at the first only.
         seeds: How many; five for those that a claim is made of.
         scratch: Whether the widths found at the first budget are also trained anew.
     """
@@ -100,23 +100,23 @@ class Method:
     warm: bool = False
     trained: int = 0
     images: int = 256
-    variant: bool = False
+    budgets: int = 2
     seeds: int = 3
     scratch: bool = False
 
 
 METHODS: dict[str, Method] = {
-    UNIFORM: Method("l2", seeds=5, scratch=True),
-    RANDOM: Method("l2"),
-    "L1, threshold": Method("l1", "importance"),
+    UNIFORM: Method("l2", budgets=3, seeds=5, scratch=True),
+    RANDOM: Method("l2", budgets=3),
+    "L1, threshold": Method("l1", "importance", budgets=3),
     "BN scale, threshold": Method("bn_scale", "importance"),
-    "PEEL-style, L1": Method("l1", "peel"),
+    "PEEL-style, L1": Method("l1", "peel", budgets=3),
     "PEEL-style, measured": Method(
         "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048, scratch=True
     ),
     "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
     "sensitivity, Taylor, 2048 images": Method(
-        "taylor", "sensitivity", None, ENOUGH, images=2048, seeds=5, scratch=True
+        "taylor", "sensitivity", None, ENOUGH, images=2048, budgets=3, seeds=5, scratch=True
     ),
     "AMC": Method("l2", "amc", {"episodes": 200}, 200, True),
     "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4, scratch=True),
@@ -128,19 +128,19 @@ METHODS: dict[str, Method] = {
         200,
         True,
         trained=2,
+        budgets=1,
+        seeds=1,
     ),
-    TORCH_PRUNING: Method("l2"),
-    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}, variant=True, seeds=1),
-    "Taylor, threshold": Method("taylor", "importance", variant=True, seeds=1),
-    "PEEL-style, BN scale": Method("bn_scale", "peel", variant=True, seeds=1),
-    "PEEL-style, Taylor": Method("taylor", "peel", variant=True, seeds=1),
-    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}, variant=True, seeds=1),
-    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}, variant=True, seeds=1),
-    "greedy, the trained network": Method(
-        "l2", "slimming", {"per_cost": True}, ENOUGH, variant=True, seeds=1
-    ),
-    "sensitivity": Method("l2", "sensitivity", None, ENOUGH, variant=True, seeds=1),
-    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH, variant=True, seeds=1),
+    TORCH_PRUNING: Method("l2", budgets=3),
+    "L2, exact optimum": Method("l2", "importance", {"method": "exact"}, budgets=1, seeds=1),
+    "Taylor, threshold": Method("taylor", "importance", budgets=1, seeds=1),
+    "PEEL-style, BN scale": Method("bn_scale", "peel", budgets=1, seeds=1),
+    "PEEL-style, Taylor": Method("taylor", "peel", budgets=1, seeds=1),
+    "PEEL-style, L1, uniform backbone": Method("l1", "peel", {"backbone": "uniform"}, budgets=1, seeds=1),
+    "PEEL-style, L1, shift": Method("l1", "peel", {"sharing": "shift"}, budgets=1, seeds=1),
+    "greedy, the trained network": Method("l2", "slimming", {"per_cost": True}, ENOUGH, budgets=1, seeds=1),
+    "sensitivity": Method("l2", "sensitivity", None, ENOUGH, budgets=1, seeds=1),
+    "sensitivity, Taylor": Method("taylor", "sensitivity", None, ENOUGH, budgets=1, seeds=1),
 }
 
 
@@ -420,17 +420,17 @@ class Benchmark:
     def runs(self, methods: Collection[str], budgets: list[str]) -> list[str]:
         """Return the names of all runs; what is trained anew comes last."""
         found, anew = [], []
-        for budget in budgets:
-            for seed in range(MOST_SEEDS):
-                for name, method in METHODS.items():
-                    first = budget == BUDGETS[0]
-                    if name not in methods or seed >= method.seeds or (method.variant and not first):
-                        continue
-                    if name == TORCH_PRUNING and "macs" not in budget:
-                        continue
-                    found.append(f"{name} {budget} {seed}")
-                    if method.scratch and first and seed < SCRATCH_SEEDS:
-                        anew.append(f"{SCRATCH}{name} {budget} {seed}")
+        for place, budget in enumerate(BUDGETS):
+            for seed, (name, method) in itertools.product(range(MOST_SEEDS), METHODS.items()):
+                if name not in methods or budget not in budgets:
+                    continue
+                if seed >= method.seeds or place >= method.budgets:
+                    continue
+                if name == TORCH_PRUNING and "macs" not in budget:
+                    continue
+                found.append(f"{name} {budget} {seed}")
+                if method.scratch and not place and seed < SCRATCH_SEEDS:
+                    anew.append(f"{SCRATCH}{name} {budget} {seed}")
         return found + anew
 
     def _read(self) -> None:

@@ -38,6 +38,19 @@ def check_trainable(network: nn.Module, side: tuple[int, int], data: DataSet, ta
         network.eval()
 
 
+def describe_outputs(network: nn.Module, side: tuple[int, int], data: DataSet) -> list[str]:
+    """Warn where a classifier has outputs that stand for no class of the data."""
+    images = next(batches(data.train, TRIED_IMAGES, seed=None))[0]
+    with torch.no_grad():
+        outputs = network(resize(images, side))
+    if not data.classes or outputs.dim() != 2 or outputs.shape[1] <= data.classes:
+        return []
+    return [
+        f"WARNING: it has {outputs.shape[1]} outputs for {data.classes} classes: the first {data.classes} "
+        "are taken for these, the others are never right. Give it a last layer for your own classes"
+    ]
+
+
 def score_of(network: nn.Module, side: tuple[int, int], data: DataSet, task: Task) -> Scored:
     """Return the score of a model, as it is, on the validation part."""
     network.eval()
@@ -70,7 +83,7 @@ def in_shape_of(space: SearchSpace) -> tuple[int, int]:
 
 
 def report_of(space: SearchSpace, data: DataSet, task: Task, *, trained: bool) -> list[str]:
-    """Check that a model can be trained, and say what it scores if it was.
+    """Check that a model can be trained; say what is odd about it, and what it scores if it was trained.
 
     Args:
         space: Of `search_spaces.channels`.
@@ -86,7 +99,9 @@ def report_of(space: SearchSpace, data: DataSet, task: Task, *, trained: bool) -
     network, side = whole_network(space), in_shape_of(space)
     with torch.random.fork_rng(devices=[]):
         check_trainable(network, side, data, task)
-    if not trained:
-        return []
     # Statistics of batch norm moved with the gradients.
-    return describe_score(score_of(whole_network(space), side, data, task), side, data, task)
+    network = whole_network(space)
+    found = describe_outputs(network, side, data)
+    if not trained:
+        return found
+    return found + describe_score(score_of(network, side, data, task), side, data, task)

@@ -73,6 +73,13 @@ def test_scores_like_those_of_guessing_are_warned_of(data: DataSet, mean: float,
     assert (len(lines) == 2) == warned
 
 
+def test_outputs_that_stand_for_no_class_are_warned_of(data: DataSet) -> None:
+    model = plain()
+    model[4] = nn.Linear(4, 1000)
+    (warning,) = report_of(channel_space(Source(model, torch.zeros(1, 1, 8, 8))), data, TASK, trained=False)
+    assert warning.startswith("WARNING: it has 1000 outputs for 10 classes")
+
+
 def test_damaged_variances_are_refused() -> None:
     model = plain()
     norm = model[1]
