@@ -69,7 +69,7 @@ MOST_SEEDS = 10
 # For methods that end by themselves.
 ENOUGH = 10_000
 UNIFORM, RANDOM, TORCH_PRUNING = "uniform", "random", "Torch-Pruning, global L2"
-SCRATCH, SCRATCH_SEEDS = "from scratch: ", 3
+SCRATCH = "from scratch: "
 # Uniform widths in eighths would leave up to 28 % of a budget.
 FINE_STEPS = 64
 
@@ -90,7 +90,7 @@ class Method:
             starts finetuning from the weights before that, like all others.
         budgets: At how many of `BUDGETS` it is run: variants of other methods at the first only.
         seeds: How many; five for those that a claim is made of.
-        scratch: Whether the widths found at the first budget are also trained anew.
+        scratch: Of how many seeds the widths found at the first budget are also trained anew.
     """
 
     criterion: str
@@ -102,24 +102,24 @@ class Method:
     images: int = 256
     budgets: int = 2
     seeds: int = 3
-    scratch: bool = False
+    scratch: int = 0
 
 
 METHODS: dict[str, Method] = {
-    UNIFORM: Method("l2", budgets=3, seeds=5, scratch=True),
+    UNIFORM: Method("l2", budgets=3, seeds=5, scratch=3),
     RANDOM: Method("l2", budgets=3),
     "L1, threshold": Method("l1", "importance", budgets=3),
     "BN scale, threshold": Method("bn_scale", "importance"),
     "PEEL-style, L1": Method("l1", "peel", budgets=3),
     "PEEL-style, measured": Method(
-        "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048, scratch=True
+        "taylor", "peel", {"importance": "loss", "backbone": "uniform"}, ENOUGH, images=2048, scratch=1
     ),
     "AutoSlim: greedy, slimmable": Method("l2", "slimming", {"per_cost": True}, ENOUGH, trained=2),
     "sensitivity, Taylor, 2048 images": Method(
-        "taylor", "sensitivity", None, ENOUGH, images=2048, budgets=3, seeds=5, scratch=True
+        "taylor", "sensitivity", None, ENOUGH, images=2048, budgets=3, seeds=5, scratch=3
     ),
     "AMC": Method("l2", "amc", {"episodes": 200}, 200, True),
-    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4, scratch=True),
+    "DMCP": Method("l2", "dmcp", {"learning_rate": 0.05}, trained=4, scratch=1),
     "evolution": Method("l2", "evolution", None, 200, True),
     "MetaPruning-style: evolution, slimmable": Method(
         "l2",
@@ -429,7 +429,7 @@ class Benchmark:
                 if name == TORCH_PRUNING and "macs" not in budget:
                     continue
                 found.append(f"{name} {budget} {seed}")
-                if method.scratch and not place and seed < SCRATCH_SEEDS:
+                if not place and seed < method.scratch:
                     anew.append(f"{SCRATCH}{name} {budget} {seed}")
         return found + anew
 

@@ -323,6 +323,7 @@ def own_ray(left: Callable[[], set[int]]) -> Iterator[None]:
     assert soon(lambda: not left())
 
 
+@pytest.mark.slow
 def test_a_ray_that_runs_is_used_and_left_as_it_was(own_ray: None, tmp_path: Path) -> None:
     import ray
 

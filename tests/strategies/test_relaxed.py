@@ -576,7 +576,9 @@ def test_budget_forms_are_their_formulas() -> None:
         make_penalty("soft")
 
 
-@pytest.mark.parametrize("percent", [40, 60, 80])
+@pytest.mark.parametrize(
+    "percent", [pytest.param(40, marks=pytest.mark.slow), 60, pytest.param(80, marks=pytest.mark.slow)]
+)
 def test_the_lagrangian_lands_on_the_budget_where_the_loss_wants_more(percent: int) -> None:
     space = linear_space()
     macs = operation_cost(space, "macs")
