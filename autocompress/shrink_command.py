@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Strategies that find their network without evaluations need no more than the baselines and themselves.
 EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
+# What an agent plans its warm-up and noise for.
+LEARNING = {"amc": 200}
 UNTRAINED_EPOCHS, GRADIENT_EPOCHS, TRAINED_RATE = 30, 10, 0.02
 BUDGET, MINIMISED = "latency=60%", "latency"
 METRICS = {"latency": "latency_ms", "flops": "macs"}
@@ -97,7 +99,9 @@ def shrink_recipe(
 
 def _evaluations(strategy: str) -> int:
     """Return how many networks are evaluated at most: those that go beyond the budget end by themselves."""
-    return ALL_EVALUATIONS if getattr(load_strategy(strategy), "beyond_budget", False) else EVALUATIONS
+    if getattr(load_strategy(strategy), "beyond_budget", False):
+        return ALL_EVALUATIONS
+    return LEARNING.get(strategy, EVALUATIONS)
 
 
 def _training_epochs(strategy: str, *, trained: bool) -> int:

@@ -5,7 +5,8 @@
 
 The trained ResNet-20 of `shrink_resnet.py` (read, or trained first), at 40 % of its MACs, five seeds each.
 PEEL-style's search begins with a sparse warm-up of its own: an L1 penalty on the scales of batch norm, with
-another order of images for each seed; DMCP trains slices and chains. The figure is the standard deviation
+another order of images for each seed; DMCP trains slices and chains. Without the warm-up, as `shrink` does it
+with trained weights, PEEL-style by L1 draws nothing, and measured it draws images. The figure is the standard deviation
 over the seeds of the share of channels that a group keeps, in the mean over groups. The paper of PEEL claims
 that it is much smaller than that of DMCP.
 """
@@ -34,8 +35,16 @@ from search_spaces.channels import channel_space
 
 BUDGET, SEEDS = "macs=40%", range(5)
 WARM_UP_EPOCHS, STRENGTH = 3, 1e-3
-PEEL, PEEL_L1, DMCP = "PEEL-style, BN scale", "PEEL-style, L1", "DMCP"
-SEARCHES = (DMCP, PEEL, PEEL_L1, "sensitivity, Taylor", "evolution")
+DMCP, NO_WARM_UP = "DMCP", ", no warm-up"
+WARMED = ("PEEL-style, BN scale", "PEEL-style, L1")
+SEARCHES = (
+    DMCP,
+    *WARMED,
+    f"PEEL-style, L1{NO_WARM_UP}",
+    f"PEEL-style, measured{NO_WARM_UP}",
+    "sensitivity, Taylor",
+    "evolution",
+)
 PROMISED = 0.5
 
 
@@ -71,9 +80,10 @@ def peel(benchmark: Benchmark, criterion: str, seed: int) -> tuple[SearchSpace, 
 
 def shares(benchmark: Benchmark, name: str, seed: int) -> list[float]:
     """Search, and return the share of its channels that each group keeps."""
-    if name.startswith("PEEL"):
+    if name in WARMED:
         space, codes = peel(benchmark, METHODS[name].criterion, seed)
     else:
+        name = name.removesuffix(NO_WARM_UP)
         space, codes, _ = benchmark.widths(METHODS[name], name, BUDGET, seed)
     kept: Any = [choice.options[code] for choice, code in zip(space.choices, codes[0].tolist(), strict=True)]
     return [float(units / choice.options[-1]) for units, choice in zip(kept, space.choices, strict=True)]

@@ -465,6 +465,7 @@ class Benchmark:
             f"{self.size}. The trained network: test {trained.get('test', float('nan')):.2f} %. Test "
             "accuracy in percent after finetuning, mean ± standard deviation over seeds.",
         ]
+        lines += ["", *self._overview(budgets)]
         for budget in budgets:
             lines += ["", f"## {budget}", ""]
             lines += [
@@ -490,6 +491,19 @@ class Benchmark:
                 )
         return "\n".join([*lines, ""])
 
+    def _overview(self, budgets: list[str]) -> list[str]:
+        """Return mean, deviation and number of seeds of each method at each budget, without Scratch-E."""
+        lines = [f"| test accuracy, % (seeds) | {' | '.join(budgets)} |", "|---" * (len(budgets) + 1) + "|"]
+        rows = {}
+        for name in METHODS:
+            found = [list(self._tests(name, budget).values()) for budget in budgets]
+            if any(found):
+                rows[name] = found
+        for name, found in sorted(rows.items(), key=lambda row: [-np.mean(v) if v else 0.0 for v in row[1]]):
+            cells = [f"{_spread(v)} ({len(v)})" if v else "" for v in found]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
+
     def _tests(self, name: str, budget: str) -> dict[int, float]:
         found = {seed: self.found.get(f"{name} {budget} {seed}") for seed in range(MOST_SEEDS)}
         return {seed: run["test"] for seed, run in found.items() if run is not None}
@@ -498,8 +512,8 @@ class Benchmark:
 def _spread(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):{sign}.2f} ± {deviation:.2f}"
+    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.2f}{deviation}"
 
 
 def _interval(differences: list[float]) -> str:

@@ -1,5 +1,6 @@
 """`autocompress shrink` from the command line to a network that loads without autocompress."""
 
+import inspect
 import json
 import runpy
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from autocompress.cli import app
 from autocompress.errors import ConversionError, InfeasibleBudgetError, RecipeError, SpaceError
+from autocompress.plugins import load_strategy
 from autocompress.prune.network import source_of
 from autocompress.run import Run
 from autocompress.shrink_command import _alignment, _hint, account, shrink_recipe
@@ -133,6 +135,12 @@ def test_a_tolerance_takes_the_place_of_the_budget_or_stands_beside_one() -> Non
         recipe("a.py:b", tolerance=1, minimise="speed")
     with pytest.raises(RecipeError, match=r"--minimise flops belongs to --tolerance"):
         recipe("a.py:b", budget="flops=50%", minimise="flops")
+
+
+def test_an_agent_may_look_at_as_many_networks_as_it_plans_for() -> None:
+    planned = inspect.signature(load_strategy("amc")).parameters["episodes"].default
+    assert recipe("a.py:b", strategy="amc").search.evaluations == planned  # type: ignore[attr-defined]
+    assert recipe("a.py:b", strategy="evolution").search.evaluations == 100  # type: ignore[attr-defined]
 
 
 def test_a_limit_that_nothing_fits_is_refused_before_anything_is_measured(
