@@ -6,9 +6,9 @@
 The trained ResNet-20 of `shrink_resnet.py` (read, or trained first), at 40 % of its MACs, five seeds each.
 PEEL-style's search begins with a sparse warm-up of its own: an L1 penalty on the scales of batch norm, with
 another order of images for each seed; DMCP trains slices and chains. Without the warm-up, as `shrink` does it
-with trained weights, PEEL-style by L1 draws nothing, and measured it draws images. The figure is the standard deviation
-over the seeds of the share of channels that a group keeps, in the mean over groups. The paper of PEEL claims
-that it is much smaller than that of DMCP.
+with trained weights, PEEL-style by L1 draws nothing, and measured it draws images. The figure is the standard
+deviation over the seeds of the share of channels that a group keeps, in the mean over groups. The paper of
+PEEL claims that it is much smaller than that of DMCP.
 """
 
 import argparse
