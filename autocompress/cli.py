@@ -331,7 +331,7 @@ def select(
         float | None, typer.Option(help="...that loses at most this much of the best score (default 0.01).")
     ] = None,
 ) -> None:
-    """Choose a network from a finished search; finetune, export and report then work on it."""
+    """Choose a network from a finished search; finetune, export and resume then work on it."""
     from autocompress import stages
     from autocompress.budget import Budget
     from autocompress.describe import describe_costs

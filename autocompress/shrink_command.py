@@ -49,7 +49,7 @@ def shrink_recipe(
     """
     from autocompress.recipe import parse_recipe, with_absolute_paths
 
-    limits = {} if budget is None and tolerance is not None else _budget(budget or BUDGET)
+    limits = {} if budget is None and tolerance is not None else _budget(BUDGET if budget is None else budget)
     metric = METRICS.get(minimise, minimise)
     if tolerance is None and minimise != MINIMISED:
         raise RecipeError(
@@ -148,12 +148,15 @@ def _alignment(text: str, target: str, run: Path, *, measured: bool) -> int:
 
 def _budget(text: str) -> dict[str, str]:
     """Read `latency=60%,flops=50%`; `latency` stands for `latency_ms`."""
-    found = {}
+    found: dict[str, str] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name or not value:
             raise RecipeError(f"--budget takes metric=limit, such as latency=60% or flops=50%, got {part!r}")
-        found[METRICS.get(name, name)] = value
+        metric = METRICS.get(name, name)
+        if metric in found:
+            raise RecipeError(f"--budget limits {metric} twice, to {found[metric]} and {value}: give it once")
+        found[metric] = value
     return found
 
 

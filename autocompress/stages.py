@@ -536,6 +536,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
+    from autocompress.distill.finetune import Finetuned
     from autocompress.distill.finetune import finetune as finetune_network
 
     arch = selected(run, shown, arch)
@@ -545,7 +546,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         network: nn.Module = build_network(run.space.operations(run.space.encode([arch])), initialise=False)
         try:
             network.load_state_dict(load_file(weights), assign=True)
-            scored = Scored(**read_json(report, CheckpointError, "report of finetuning"))
+            scored = Finetuned(**read_json(report, CheckpointError, "report of finetuning"))
         except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"what was finetuned in {folder} is damaged: {error}; remove it") from None
         return network.eval(), scored
@@ -576,6 +577,11 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     write_json(report, vars(scored))
     done = "trained anew" if trains_anew(run.recipe) else "finetuned"
     shown.say(f"{done} {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before {before.mean:.4f}")
+    if scored.epoch == 0:
+        shown.say(
+            "  no epoch of finetuning was better: the weights before it were kept. More epochs, or more "
+            "steps in each (a smaller finetune.batch_size), may help"
+        )
     return network, scored
 
 

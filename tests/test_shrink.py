@@ -116,6 +116,10 @@ def test_budgets_may_use_the_words_of_the_field() -> None:
     assert made.search.budget == {"latency_ms": "60%", "macs": "1M", "params": "50%"}  # type: ignore[attr-defined]
     with pytest.raises(RecipeError, match=r"--budget takes metric=limit, such as latency=60%.*got '60%'"):
         recipe("a.py:b", budget="60%")
+    with pytest.raises(RecipeError, match=r"--budget takes metric=limit.*got ''"):
+        recipe("a.py:b", budget="")
+    with pytest.raises(RecipeError, match=r"--budget limits macs twice, to 50% and 1M"):
+        recipe("a.py:b", budget="flops=50%,macs=1M")
 
 
 def test_a_tolerance_takes_the_place_of_the_budget_or_stands_beside_one() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,23 @@ from autocompress.recipe import FinetuneSettings
 from autocompress.training.auxiliary import with_auxiliary
 from autocompress.training.data import DataSet
 from autocompress.training.drop_path import drop_paths, rate_of_epoch
-from autocompress.training.evaluate import Scored, evaluate
+from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
 from autocompress.training.speed import autocast, choose_formats
+from autocompress.training.statistics import CALIBRATION_IMAGES, lags, recalibrate
 from autocompress.training.supernet import FORMATS
 from autocompress.training.task import Task, soft_cross_entropy
+
+
+@dataclass(frozen=True)
+class Finetuned(Scored):
+    """The validation score of the weights that were kept.
+
+    Attributes:
+        epoch: After which they were as they are; 0 where no epoch was better than what was given.
+    """
+
+    epoch: int | None = None
 
 
 def finetune(
@@ -37,14 +50,15 @@ def finetune(
     checkpoint: Path | None = None,
     keep_best: bool = True,
     progress: Progress = silent,
-) -> Scored:
+) -> Finetuned:
     """Train a network in place, from its checkpoint if there is one.
 
     The loss is `(1 - alpha) * loss on labels + alpha * distillation` (Hinton et al., 2015); for tasks whose
     distillation is not soft cross-entropy, the task's own distillation loss takes the place of Hinton's.
     `settings.cosine` adds so many times 1 - cosine of the features that enter the last linear layer.
     `settings.auxiliary` adds so many times the loss on labels of an auxiliary classifier. It is trained along
-    and stands in the checkpoint; the network knows nothing of it.
+    and stands in the checkpoint; the network knows nothing of it. Statistics of batch norm that lag behind an
+    epoch of few steps are computed anew before its score.
 
     Args:
         network: A plain network; left in evaluation mode.
@@ -120,9 +134,10 @@ def finetune(
         network.train()
         return scored
 
-    def remember(scored: Scored, *, flattery: float = 0.0) -> None:
+    def remember(scored: Scored, epoch: int, *, flattery: float = 0.0) -> None:
         if not best or scored.mean >= best["mean"] - best["flattery"] or not keep_best:
             best.update(
+                epoch=epoch,
                 flattery=flattery,
                 mean=scored.mean,
                 standard_error=scored.standard_error,
@@ -131,9 +146,12 @@ def finetune(
             )
 
     def validate(epoch: int, position: Position) -> None:
+        if lags(network, per_epoch):
+            images = calibration_batches(data, CALIBRATION_IMAGES, seed=settings.seed)
+            recalibrate(network, (placed(batch, resolution) for batch in images))
         scored = score()
         position.scores.append([epoch + 1, "network", scored.mean])
-        remember(scored)
+        remember(scored, epoch + 1)
 
     def prepare(position: Position, _: torch.optim.Optimizer) -> None:
         if not position.choices:
@@ -157,7 +175,7 @@ def finetune(
                 module.to(memory_format=FORMATS[formats["memory_format"]])  # type: ignore[call-overload]
         if not best and keep_best:
             start = score()
-            remember(start, flattery=start.standard_error)
+            remember(start, 0, flattery=start.standard_error)
 
     try:
         run_epochs(
@@ -184,7 +202,7 @@ def finetune(
             features.close()
     network.load_state_dict(best["weights"])
     network.eval()
-    return Scored(best["mean"], best["standard_error"], best["count"])
+    return Finetuned(best["mean"], best["standard_error"], best["count"], best.get("epoch"))
 
 
 def _with_features(

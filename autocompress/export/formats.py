@@ -201,7 +201,9 @@ def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[s
         }
         weights = network.state_dict()
     path = folder / "network.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    # Copies: weights that layers share would be refused.
+    plain = torch.contiguous_format
+    save_file({name: tensor.clone(memory_format=plain) for name, tensor in weights.items()}, path)
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     (folder / "network.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")

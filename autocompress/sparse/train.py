@@ -18,18 +18,15 @@ from autocompress.recipe import OptimizerSettings
 from autocompress.sparse.account import account_of
 from autocompress.sparse.method import Options, Work
 from autocompress.sparse.methods import method_of
-from autocompress.sparse.statistics import recalibrate
 from autocompress.training.check import check_outputs
 from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
 from autocompress.training.speed import autocast, choose_formats
+from autocompress.training.statistics import CALIBRATION_IMAGES, recalibrate
 from autocompress.training.supernet import FORMATS
 from autocompress.training.task import Task
-
-CALIBRATION_IMAGES = 1024
-"""Training images for statistics of batch norm."""
 
 
 @dataclass(frozen=True)

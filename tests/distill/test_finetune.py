@@ -17,6 +17,7 @@ from autocompress.elastic.supernet import resize
 from autocompress.errors import CheckpointError
 from autocompress.recipe import FinetuneSettings, TaskSettings
 from autocompress.testing.toys import toy_classifier_space
+from autocompress.training import statistics
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
 from autocompress.training.loop import training_batches
 from autocompress.training.task import Task, load_task
@@ -153,8 +154,32 @@ def test_it_learns_and_returns_the_score_of_what_it_leaves() -> None:
     before = evaluate(small_network().eval(), DATA.validation, TASK.score)
     found = finetune(network, DATA, TASK, settings(epochs=10, learning_rate=0.2), resolution=SIDE)
     assert not network.training
-    assert found == evaluate(network, DATA.validation, TASK.score)
+    assert vars(found) == {**vars(evaluate(network, DATA.validation, TASK.score)), "epoch": found.epoch}
+    assert 0 < (found.epoch or 0) <= 10
     assert found.mean >= 0.9 > before.mean
+
+
+def test_statistics_that_lag_behind_a_short_epoch_are_computed_anew() -> None:
+    network = small_network()
+    finetune(network, DATA, TASK, settings(epochs=1), resolution=SIDE, keep_best=False)
+    left = copy.deepcopy(network.state_dict())
+    statistics.recalibrate(network, calibration_batches(DATA, 1024, seed=settings().seed))
+    assert_equal(network.state_dict(), left)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.9  # after four steps nothing is left of what was before
+    finetune(network, DATA, TASK, settings(epochs=1), resolution=SIDE, keep_best=False)
+    left = copy.deepcopy(network.state_dict())
+    statistics.recalibrate(network, calibration_batches(DATA, 1024, seed=settings().seed))
+    assert any(not torch.equal(left[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("momentum", "steps", "lags"), [(0.1, 43, True), (0.1, 44, False), (None, 1, False)])
+def test_statistics_lag_while_more_than_a_hundredth_is_old(
+    momentum: float | None, steps: int, lags: bool
+) -> None:
+    assert statistics.lags(nn.Sequential(nn.BatchNorm2d(2, momentum=momentum)), steps) == lags
+    assert not statistics.lags(nn.Sequential(nn.Conv2d(2, 2, 1)), steps)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +205,7 @@ def test_the_weights_of_the_best_epoch_are_kept_the_latest_of_equals_the_start_i
     monkeypatch.setattr("autocompress.distill.finetune.evaluate", score)
     found = finetune(network, DATA, TASK, settings(epochs=3), resolution=SIDE)
     assert found.mean == max(means)
+    assert found.epoch == best
     assert len(states) == 4
     assert_equal(weights(network), states[best])
     assert_equal(weights(small_network()), states[0])
@@ -247,7 +273,7 @@ def test_an_extracted_network_goes_on_from_the_supernet_s_weights_at_its_resolut
         network, DATA, TASK, settings(), resolution=(8, 8), teacher=teacher, teacher_resolution=SIDE
     )
     scored = evaluate(lambda x: network(resize(x, (8, 8))), DATA.validation, TASK.score)
-    assert found == scored
+    assert vars(found) == {**vars(scored), "epoch": found.epoch}
     assert set(weights(network)) == set(start)
 
 

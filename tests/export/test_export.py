@@ -350,6 +350,16 @@ def test_a_channels_last_network_is_exported_with_equal_bits(tmp_path: Path) -> 
     assert manifest.parity["safetensors"].max_abs_difference == 0
 
 
+def test_weights_that_layers_share_are_exported(tmp_path: Path) -> None:
+    one, two = (f"{name}.0.conv.weight" for name in ("one", "two"))
+    blocks: list[tuple[str, Ops]] = [(name, (Conv2d(2, 2, 8, 8),)) for name in ("one", "two")]
+    network = trained([*blocks, ("head", (Linear(128, 3),))], SMALL_SHAPE)
+    network.get_submodule("two.0.conv").weight = network.get_parameter(one)  # type: ignore[assignment]
+    assert network.get_parameter(two) is network.get_parameter(one)
+    manifest = write(tmp_path / "x", [*blocks, ("head", (Linear(128, 3),))], network=network)
+    assert manifest.parity["safetensors"].max_abs_difference == 0
+
+
 class Counted(Shift):
     """A user's operation that makes a constant of the batch size."""
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from autocompress.errors import CheckpointError, ConversionError, RecipeError
 from autocompress.sparse.methods import METHODS
-from autocompress.sparse.statistics import recalibrate
 from autocompress.training import loop
 from autocompress.training.evaluate import evaluate
+from autocompress.training.statistics import recalibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
