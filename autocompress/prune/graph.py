@@ -1,7 +1,11 @@
 """The graph of a PyTorch model as `torch.export` writes it: one node for each function that is called."""
 
+import io
+import traceback
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
 from autocompress.errors import ConversionError
+from autocompress.export.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,14 @@ class Graph:
     unused: tuple[str, ...]
 
 
+def _place(error: BaseException) -> str:
+    """Say in which line of the user's own code an error was raised; empty where that is not known."""
+    packages = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(packages)]
+    return f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
 def export(model: nn.Module, image: Tensor) -> Graph:
     """Follow a model, which is in evaluation mode and left as it is.
 
@@ -41,13 +54,15 @@ def export(model: nn.Module, image: Tensor) -> Graph:
     """
     kind = type(model).__name__
     try:
-        with torch.no_grad():
+        # Where it fails, torch.export prints what it has followed so far.
+        with torch.no_grad(), quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program: Any = torch.export.export(model, (image,), strict=False)
     except Exception as error:
         raise ConversionError(
             f"{kind} cannot be traced with images of shape {tuple(image.shape)} by torch.export: "
-            f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}; images must be of "
-            "the shape the model takes, and control flow that depends on values has to be moved out of it"
+            f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}{_place(error)}; "
+            "images must be of the shape the model takes, and control flow that depends on values has to be "
+            "moved out of it"
         ) from error
     signature = program.graph_signature
     nodes = tuple(program.graph.nodes)
