@@ -221,7 +221,10 @@ def test_what_the_predictor_was_worth_is_kept_and_said(tmp_path: Path, exported:
     assert any("predictor, leave-one-out Kendall tau" in line for line in said)
 
 
-@pytest.mark.parametrize("kind", ["none", "uniform", "synflow", "naswot", "params", "macs"])
+@pytest.mark.parametrize(
+    "kind",
+    ["none", "uniform", "synflow", pytest.param("naswot", marks=pytest.mark.slow), "params", "macs"],
+)
 def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) -> None:
     run = Run(with_table(tmp_path / "run"), small_recipe(search={"warm_start": kind}))
     limits = stages.constraints(run, SILENT)
@@ -239,6 +242,7 @@ def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) ->
         assert (np.diff(cost) <= 0).all()
 
 
+@pytest.mark.slow
 def test_a_search_by_two_workers_finds_what_one_process_finds(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

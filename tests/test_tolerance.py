@@ -159,6 +159,7 @@ def test_a_run_without_a_tolerance_has_none(model: Path, tmp_path: Path) -> None
         tolerance.smallest(opened(tmp_path / "run", made), SILENT)
 
 
+@pytest.mark.slow
 def test_a_killed_search_for_the_smallest_ends_as_one_that_was_not(model: Path, tmp_path: Path) -> None:
     made = payload(model)
     with_narrow_table(tmp_path / "whole", made)
@@ -183,6 +184,7 @@ def test_a_narrowing_killed_in_any_stage_ends_as_one_that_was_not(model: Path, t
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_dmcp_killed_in_its_training_ends_as_one_that_was_not(model: Path, tmp_path: Path) -> None:
     made = narrow_payload(model, train={"epochs": 2})
     made["search"] |= {"strategy": "dmcp", "options": {}}
