@@ -137,6 +137,12 @@ def build_network(blocks: Iterable[tuple[str, Ops]], *, initialise: bool = True)
     return network
 
 
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies of weights: safetensors refuses tensors that share memory."""
+    plain = torch.contiguous_format
+    return {name: tensor.detach().clone(memory_format=plain) for name, tensor in state.items()}
+
+
 def module_name(block: str) -> str:
     """Return the name of a block as a child of a network: PyTorch forbids dots there."""
     return block.replace(".", "_")

@@ -51,7 +51,7 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
-from autocompress.network import DropPath, build_network
+from autocompress.network import DropPath, build_network, unshared
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
 from autocompress.prune.beforehand import score_of
@@ -569,11 +569,8 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             checkpoint=folder / FINETUNE_CHECKPOINT,
             progress=progress,
         )  # fmt: skip
-    # Copies: weights that layers share would be refused.
-    keep = torch.contiguous_format
-    state = {name: tensor.clone(memory_format=keep) for name, tensor in network.state_dict().items()}
     with replacing(weights) as temporary:
-        save_file(state, temporary)
+        save_file(unshared(network.state_dict()), temporary)
     write_json(report, vars(scored))
     done = "trained anew" if trains_anew(run.recipe) else "finetuned"
     shown.say(f"{done} {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before {before.mean:.4f}")

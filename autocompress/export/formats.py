@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from autocompress.export import loader, narrow_loader
 from autocompress.export.quiet import quiet
-from autocompress.network import module_name
+from autocompress.network import module_name, unshared
 from autocompress.ops import Ops, OpSpec, Shape
 from autocompress.prune.network import NarrowNetwork, model_of
 
@@ -201,9 +201,7 @@ def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[s
         }
         weights = network.state_dict()
     path = folder / "network.safetensors"
-    # Copies: weights that layers share would be refused.
-    plain = torch.contiguous_format
-    save_file({name: tensor.clone(memory_format=plain) for name, tensor in weights.items()}, path)
+    save_file(unshared(weights), path)
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     (folder / "network.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.atomic import locked, read_json, remove_leftovers, replacing, write_json
 from autocompress.errors import RecipeError, StorageError
+from autocompress.network import unshared
 from autocompress.prune.check import check
 from autocompress.prune.load import arguments_of, load_model
 from autocompress.run import Shown
@@ -135,14 +136,9 @@ def make_model(recipe: SparsifyRecipe, data: DataSet) -> nn.Module:
 
 def write_weights(path: Path, network: nn.Module) -> None:
     """Write a state dict under the model's own names, whole or not at all."""
-    # Copies: safetensors refuses tensors that share memory, as those of modules used twice do.
-    tensors = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in network.state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
+    tensors = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(unshared(tensors), temporary)
 
 
 def _settled(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
