@@ -20,9 +20,7 @@ def lags(network: nn.Module, steps: int) -> bool:
     After `n` steps of momentum `m` the share `(1 - m)^n` of them is from before: with the usual 0.1 more than
     a hundredth up to 43 steps.
     """
-    momenta = (
-        m.momentum for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None
-    )
+    momenta = (norm.momentum for norm in _norms(network))
     return any(momentum is not None and (1 - momentum) ** steps > NEGLIGIBLE for momentum in momenta)
 
 
@@ -40,7 +38,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         network: Left in evaluation mode.
         batches: `(batch, channels, height, width)`, normalised.
     """
-    norms = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    norms = _norms(network)
     network.eval()
     if not norms:
         return
@@ -59,3 +57,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             if norm.num_batches_tracked is not None and counted is not None:
                 norm.num_batches_tracked.copy_(counted)
         network.eval()
+
+
+def _norms(network: nn.Module) -> list[BatchNorm]:
+    """Return the batch norms that have running statistics."""
+    return [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
