@@ -34,12 +34,13 @@ METRIC_UNITS = {
     "macs": "MACs",
     "params": "parameters",
     "size_bytes": "bytes",
+    "bops": "bit operations",
     "peak_activation_bytes": "bytes",
     "energy_mj": "mJ",
 }
 """Every metric a budget can limit, and its unit. `macs` counts a multiply-accumulate once."""
 
-OPERATION_METRICS = ("macs", "params", "size_bytes")
+OPERATION_METRICS = ("macs", "params", "size_bytes", "bops")
 """The metrics that operations know of themselves and that add up; latency comes from a table."""
 
 

@@ -41,6 +41,10 @@ class ConversionError(AutocompressError, ValueError):
     """A model of the user cannot be looked into, or cannot be narrowed."""
 
 
+class QuantizationError(AutocompressError, ValueError):
+    """A model, a width or calibration data cannot be quantized as asked."""
+
+
 class NegativeLatencyError(TableError):
     """By a latency table some network of a space would take less than no time."""
 

@@ -105,6 +105,14 @@ class OpSpec(ABC):
         return BYTES_PER_PARAMETER * self.params
 
     @property
+    def bops(self) -> int:
+        """Bit operations for one image: each MAC counts bits of the weights times bits of the activations.
+
+        32 times 32, unless the operation is quantized (`autocompress.quantize.ops.Quantized`).
+        """
+        return 32 * 32 * self.macs
+
+    @property
     def weight_tensors(self) -> tuple[int, ...]:
         """Elements of each tensor that quantization stores in few bits: kernels and matrices.
 

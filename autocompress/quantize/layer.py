@@ -1,0 +1,84 @@
+"""Layers whose weights, inputs and outputs pass through quantizers: what a network of few bits is made of."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autocompress.errors import QuantizationError
+from autocompress.quantize.quantizer import Quantizer
+
+Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+
+KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+"""Exactly these: a class of the user's own may compute something else."""
+
+
+class QuantizedLayer(nn.Module):
+    """A layer in which weights, inputs and outputs pass through quantizers, where there are some.
+
+    Args:
+        layer: Its parameters are taken, not copied; batch norm is folded into it beforehand.
+        weight: Of the weights; `None` leaves them as they are.
+        input: Of what the layer reads.
+        output: Of what it gives. Integer runtimes give integers: where no quantized layer reads them as they
+            are, somebody has to say at which scale.
+
+    Raises:
+        QuantizationError: The layer is of a kind that is not known.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        weight: Quantizer | None = None,
+        input: Quantizer | None = None,
+        output: Quantizer | None = None,
+    ) -> None:
+        """Hold the layer and its quantizers."""
+        super().__init__()
+        if type(layer) not in KINDS:
+            raise QuantizationError(
+                f"{type(layer).__name__} cannot be quantized; layers of {', '.join(k.__name__ for k in KINDS)} "
+                "can"
+            )
+        self.layer, self.weight, self.input, self.output = layer, weight, input, output
+        self.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer on quantized numbers; shapes are those of the layer."""
+        layer = cast(Layer, self.layer)
+        x = x if self.input is None else self.input(x)
+        weight = layer.weight if self.weight is None else self.weight(layer.weight)
+        x = apply(layer, x, weight)
+        return x if self.output is None else self.output(x)
+
+
+def apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    """Run a layer with other weights than its own."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return F.conv_transpose2d(
+            x, weight, layer.bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        )  # fmt: skip
+    return layer._conv_forward(x, weight, layer.bias)
+
+
+def out_axis(layer: nn.Module) -> int:
+    """Return the axis of the weights along which output channels lie."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
+def out_channels(layer: nn.Module) -> int:
+    """Return how many output channels a layer has."""
+    return int(cast(Layer, layer).weight.shape[out_axis(layer)])
+
+
+def quantized_layers(network: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Yield the layers of a network that were prepared for quantization, by name, in order."""
+    for name, module in network.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
