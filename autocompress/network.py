@@ -6,13 +6,17 @@ travels with every exported network.
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autocompress.ops import Add, Ops
+from autocompress.errors import SpaceError
+from autocompress.ops import Add, Ops, UserModel
+
+if TYPE_CHECKING:
+    from autocompress.space import Codes, SearchSpace
 
 _FILLING = (
     nn.init.kaiming_uniform_,
@@ -141,6 +145,39 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous copies of weights: safetensors refuses tensors that share memory."""
     plain = torch.contiguous_format
     return {name: tensor.detach().clone(memory_format=plain) for name, tensor in state.items()}
+
+
+def user_model(space: "SearchSpace", codes: "Codes | None" = None) -> UserModel | None:
+    """Return the user's own model as an architecture has it, by default the smallest; `None` if there is none.
+
+    Args:
+        space: Any.
+        codes: One row, `(1, choices)`.
+    """
+    for _, ops in space.operations(space.smallest() if codes is None else codes):
+        for op in ops:
+            if isinstance(op, UserModel):
+                return op
+    return None
+
+
+def whole_network(space: "SearchSpace") -> nn.Module:
+    """Return the user's own model as it was brought, as a network of the space.
+
+    Raises:
+        SpaceError: The space is not of a model that somebody brought.
+    """
+    model = user_model(space)
+    if model is None:
+        raise SpaceError(f"space {space.name!r} is not of a user's own model; channels and bits are")
+    network = nn.Sequential()
+    network.add_module("network", nn.Sequential(model.whole()))
+    return network.eval()
+
+
+def model_of(network: nn.Module) -> nn.Module:
+    """Return the user's own model out of a network of its space."""
+    return network.get_submodule("network.0")
 
 
 def module_name(block: str) -> str:

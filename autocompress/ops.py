@@ -247,6 +247,19 @@ class GatedSpec(OpSpec):
         """
 
 
+class UserModel(OpSpec):
+    """A user's own model as one operation, alone in its block, whose parts are its layers."""
+
+    @property
+    @abstractmethod
+    def is_whole(self) -> bool:
+        """Whether it is the model as it was brought."""
+
+    @abstractmethod
+    def whole(self) -> "nn.Module":
+        """Return a copy of the model as it was brought, in evaluation mode."""
+
+
 @dataclass(frozen=True)
 class Conv2d(OpSpec):
     """A convolution with 'same' padding (`kernel // 2`), then batch norm, then an activation."""

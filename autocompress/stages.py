@@ -51,11 +51,10 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
-from autocompress.network import DropPath, build_network, unshared
+from autocompress.network import DropPath, build_network, unshared, user_model, whole_network
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
 from autocompress.prune.beforehand import score_of
-from autocompress.prune.network import whole_network
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
@@ -474,8 +473,8 @@ def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn
 
     A model that brought its weights and was not trained further is itself where all of it is asked for.
     """
-    largest = run.space.decode(run.space.largest())[0]
-    if run.space.settings.get("weights") and not run.recipe.train.epochs and arch == largest:
+    brought = user_model(run.space, run.space.encode([arch]))
+    if run.space.settings.get("weights") and not run.recipe.train.epochs and brought and brought.is_whole:
         return whole_network(run.space)
     return extract(supernet, arch, recalibrate(supernet, arch, calibration(run)))
 

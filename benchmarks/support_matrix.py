@@ -30,8 +30,8 @@ from autocompress.errors import AutocompressError, StorageError
 from autocompress.export.export import export_network
 from autocompress.latency.runtime import prepare
 from autocompress.latency.target import load_target
+from autocompress.network import model_of
 from autocompress.prune.importance import CRITERIA, importance
-from autocompress.prune.network import model_of
 from autocompress.prune.reconstruct import reconstruct
 from autocompress.prune.source import Source, Widths
 from autocompress.space import SearchSpace

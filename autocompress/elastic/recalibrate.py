@@ -53,8 +53,10 @@ def recalibrate(supernet: Supernet, arch: Architecture, batches: Iterable[Tensor
         Mean and unbiased variance by name of the layer; empty for a network without batch norm.
 
     Raises:
-        DataError: There is no batch.
+        DataError: There is no batch, and there are layers of batch norm.
     """
+    if not any(layer.norms(op) for _, ops in supernet.plan(arch) for layer, op in ops if layer is not None):
+        return {}
     pooled: dict[str, _Pooled] = {}
 
     def record(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float = NORM_EPS) -> Tensor:

@@ -20,9 +20,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from autocompress.export import loader, narrow_loader
 from autocompress.export.quiet import quiet
-from autocompress.network import module_name, unshared
+from autocompress.network import model_of, module_name, unshared
 from autocompress.ops import Ops, OpSpec, Shape
-from autocompress.prune.network import NarrowNetwork, model_of
+from autocompress.prune.network import NarrowNetwork
 
 OPSET = 18
 """The exporter's own; a newer one gives the same graph and asks for a newer runtime."""

@@ -8,6 +8,7 @@ exported one.
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ from autocompress.ops import (
     OpSpec,
     SqueezeExcite,
 )
+from autocompress.quantize.ops import Conversion, Quantized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +50,8 @@ def onnx_model(
     A list with operations of a space's own, which have no rule here, is exported by PyTorch as a whole, which
     gives the same input and output.
 
+    A single operation on integers reads and gives integers: making them of floats is an operation of its own.
+
     Args:
         blocks: Name and operations of each active block, as `SearchSpace.operations` returns them.
         batch: Images at once, fixed in the model.
@@ -57,7 +61,8 @@ def onnx_model(
             taken instead, batch norm folded.
 
     Returns:
-        A serialized model, `input (batch, *in_shape)` to `output`, 32-bit floats.
+        A serialized model, `input (batch, *in_shape)` to `output`, 32-bit floats but for a single operation on
+        integers.
 
     Raises:
         ExportError: No operations, or a batch below 1.
@@ -69,6 +74,8 @@ def onnx_model(
             f"and batch {batch}"
         )
     shape = (batch, *operations[0].in_shape)
+    if len(operations) == 1 and isinstance(operations[0], Quantized | Conversion):
+        return _Graph(np.random.default_rng(seed)).alone(operations[0], batch)
     if not all(type(op) in KNOWN for op in operations):
         if network is None:
             return _random_by_torch(tuple(blocks), shape, seed)
@@ -105,6 +112,13 @@ def _exported_by_torch(network: "nn.Module", shape: tuple[int, ...]) -> bytes:
     """
     import torch
 
+    from autocompress.export.qdq import in_floats, insert_pairs
+    from autocompress.quantize.layer import quantized_layers
+
+    if any(True for _ in quantized_layers(network)):
+        model = onnx_of(_exported_by_torch(in_floats(network), shape))
+        paired: bytes = insert_pairs(model, network).SerializeToString()
+        return paired
     try:
         model = _by_exporter(network, shape, dynamo=False)
         if not any(attribute.name == "auto_pad" for node in model.graph.node for attribute in node.attribute):
@@ -119,8 +133,14 @@ def _exported_by_torch(network: "nn.Module", shape: tuple[int, ...]) -> bytes:
     return serialized
 
 
-def _by_exporter(network: "nn.Module", shape: tuple[int, ...], *, dynamo: bool) -> Any:
+def onnx_of(model: bytes) -> Any:
+    """Return a serialized model as ONNX's own object."""
     import onnx
+
+    return onnx.load_from_string(model)
+
+
+def _by_exporter(network: "nn.Module", shape: tuple[int, ...], *, dynamo: bool) -> Any:
     import torch
 
     from autocompress.export.quiet import quiet, quieter
@@ -138,7 +158,7 @@ def _by_exporter(network: "nn.Module", shape: tuple[int, ...], *, dynamo: bool) 
             external_data=False,
             verbose=False,
         )
-    return onnx.load_from_string(buffer.getvalue())
+    return onnx_of(buffer.getvalue())
 
 
 class _Graph:
@@ -153,11 +173,86 @@ class _Graph:
         """Close the graph at `value`."""
         out_shape = (batch, last.out_features) if isinstance(last, Linear) else (batch, *last.out_shape)
         self._nodes.append(helper.make_node("Identity", [value], ["output"]))
+        return self._model((TensorProto.FLOAT, TensorProto.FLOAT), shape, out_shape)
+
+    def alone(self, op: Quantized | Conversion, batch: int) -> bytes:
+        """Return the model of one operation on 8-bit integers, which reads and gives integers."""
+        floats = TensorProto.FLOAT, TensorProto.UINT8
+        if isinstance(op, Conversion):
+            way = floats if op.kind == "quantize" else floats[::-1]
+            kind = "QuantizeLinear" if op.kind == "quantize" else "DequantizeLinear"
+            scale = [self._constant(np.array(value)) for value in (np.float32(0.02), np.uint8(128))]
+            self._nodes.append(helper.make_node(kind, ["input", *scale], ["output"]))
+            return self._model(way, (batch, *op.in_shape), (batch, *op.out_shape))
+        if (op.weight_bits, op.activation_bits) != (8, 8):
+            raise ExportError(f"runtimes here have kernels for 8 bits alone, not for {op.key}")
+        if not isinstance(op.op, Conv2d | Linear):
+            raise ExportError(f"no ONNX rule for {op.key}")
+        value = self._dequantized("input", 0.02, 128)
+        bare = replace(op.op, activation="none")
+        rectified = op.op.activation in ("relu", "relu6")
+        if isinstance(bare, Conv2d):
+            shape: tuple[int, ...] = (
+                bare.out_channels, bare.in_channels // bare.groups, bare.kernel, bare.kernel
+            )  # fmt: skip
+            weights = self._quantized_weights(shape, bias=bare.bias or bare.norm)
+            value = self._node(
+                "Conv",
+                value,
+                *weights,
+                kernel_shape=[bare.kernel] * 2,
+                strides=[bare.stride] * 2,
+                pads=[bare.kernel // 2] * 4,
+                group=bare.groups,
+            )
+            shape = (batch, *bare.out_shape)
+        else:
+            weights = self._quantized_weights((bare.out_features, bare.in_features), bias=bare.bias)
+            value = self._node("Gemm", self._node("Flatten", value, axis=1), *weights, transB=1)
+            shape = (batch, bare.out_features)
+        if rectified:
+            value = self._node("Relu", value)
+        if isinstance(bare, Linear) or (op.op.activation != "none" and not rectified):
+            # Floats leave: of the last layer, and of activations that have no kernel on integers.
+            if isinstance(bare, Conv2d):
+                pair = [self._constant(np.array(v)) for v in (np.float32(0.05), np.uint8(128))]
+                value = self._node("DequantizeLinear", self._node("QuantizeLinear", value, *pair), *pair)
+            value = self._activation(op.op.activation if not rectified else "none", value)
+            self._nodes.append(helper.make_node("Identity", [value], ["output"]))
+            return self._model((floats[1], floats[0]), (batch, *op.in_shape), shape)
+        zero = np.uint8(0 if rectified else 128)
+        pair = [self._constant(np.array(v)) for v in (np.float32(0.05), zero)]
+        self._nodes.append(helper.make_node("QuantizeLinear", [value, *pair], ["output"]))
+        return self._model((floats[1], floats[1]), (batch, *op.in_shape), shape)
+
+    def _dequantized(self, value: str, scale: float, zero: int) -> str:
+        pair = [self._constant(np.array(v)) for v in (np.float32(scale), np.uint8(zero))]
+        return self._node("DequantizeLinear", value, *pair)
+
+    def _quantized_weights(self, shape: tuple[int, ...], *, bias: bool) -> list[str]:
+        """Store random 8-bit weights with a scale a channel, and a 32-bit bias if there is one."""
+        scale = np.full(shape[0], math.sqrt(2 / math.prod(shape[1:])) / 64, dtype=np.float32)
+        q = self._rng.integers(-127, 128, shape).astype(np.int8)
+        zero = np.zeros(shape[0], dtype=np.int8)
+        stored = [self._constant(array) for array in (q, scale, zero)]
+        found = [self._node("DequantizeLinear", *stored, axis=0)]
+        if bias:
+            stored = [
+                self._constant(array)
+                for array in (
+                    self._rng.integers(-100, 101, shape[0]).astype(np.int32),
+                    scale * np.float32(0.02),
+                )
+            ]
+            found.append(self._node("DequantizeLinear", *stored, axis=0))
+        return found
+
+    def _model(self, kinds: tuple[int, int], in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> bytes:
         graph = helper.make_graph(
             self._nodes,
             "blocks",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info("output", TensorProto.FLOAT, out_shape)],
+            [helper.make_tensor_value_info("input", kinds[0], in_shape)],
+            [helper.make_tensor_value_info("output", kinds[1], out_shape)],
             self._weights,
         )
         model = helper.make_model(

@@ -25,6 +25,7 @@ from autocompress.latency.roofline import (
     nonnegative_least_squares,
 )
 from autocompress.ops import Ops
+from autocompress.quantize.ops import bits_of
 from autocompress.space import SearchSpace
 from autocompress.weight_bytes import weight_bytes
 
@@ -191,25 +192,29 @@ class EnergyModel:
         Args:
             ops: What runs.
             batch: Images a run.
-            weight_bits: Bits of weights; biases and norms have 4 bytes (`autocompress.weight_bytes`).
+            weight_bits: Bits of weights; biases and norms have 4 bytes (`autocompress.weight_bytes`). Operations
+                of `autocompress.quantize.ops` have bits of their own.
             activation_bits: Bits of every activation.
             sram_bytes: Size of the memory on the chip that holds activations.
 
         Raises:
             CostError: A setting is not an integer >= 1, or there is no energy for these bits.
         """
-        mac_pj = self.mac_pj(weight_bits=weight_bits, activation_bits=activation_bits)
+        self.mac_pj(weight_bits=weight_bits, activation_bits=activation_bits)
         sram_pj = self.sram_pj_per_byte(sram_bytes)
         check_setting(batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
-        macs, near, far = 0, 0.0, float(weight_bytes(ops, weight_bits=weight_bits))
-        for op in ops:
-            macs += batch * op.macs
-            moved = activation_bytes(op, batch=batch, bits=activation_bits)
+        arithmetic_pj, near, far, widest = 0.0, 0.0, 0.0, 0
+        for given in ops:
+            op, weights, activations = bits_of(given, weight_bits, activation_bits)
+            arithmetic_pj += batch * op.macs * self.mac_pj(weight_bits=weights, activation_bits=activations)
+            far += weight_bytes((op,), weight_bits=weights)
+            widest = max(widest, weights, activations)
+            moved = activation_bytes(op, batch=batch, bits=activations)
             if moved <= sram_bytes:
                 near += moved
             else:
                 far += moved
-        compute, sram = macs * mac_pj / PJ_PER_MJ, near * sram_pj / PJ_PER_MJ
+        compute, sram = arithmetic_pj / PJ_PER_MJ, near * sram_pj / PJ_PER_MJ
         low, middle, high = (
             far * self.memory_scale * read_pj / BYTES_PER_READ / PJ_PER_MJ for read_pj in self.dram_read_pj
         )
@@ -219,7 +224,7 @@ class EnergyModel:
             dram_mj=middle,
             low_mj=compute + sram + low,
             high_mj=compute + sram + high,
-            assumed=self._assumed(max(weight_bits, activation_bits), sram_bytes),
+            assumed=self._assumed(widest or max(weight_bits, activation_bits), sram_bytes),
         )
 
     def _assumed(self, bits: int, sram_bytes: int) -> tuple[str, ...]:

@@ -17,12 +17,14 @@ from autocompress.ops import (
     OpSpec,
     SqueezeExcite,
 )
+from autocompress.quantize.ops import Conversion, Quantized
 
 KINDS: Final[dict[str, type[OpSpec]]] = {
-    kind.__name__: kind for kind in (Conv2d, SqueezeExcite, GlobalAvgPool, MaxPool, Linear, Add)
+    kind.__name__: kind for kind in (Conv2d, SqueezeExcite, GlobalAvgPool, MaxPool, Linear, Add, Conversion)
 }
 # One repetition only: nested ones take exponential time on a key that somebody made up.
 FORM: Final = re.compile(r"(\w+)\(([\w=,]*)\)")
+BITS: Final = re.compile(r"(\w+\([\w=,]*\))@w([1-9]\d?)a([1-9]\d?)")
 LONGEST_KEY: Final = 10_000
 
 
@@ -33,6 +35,9 @@ def parse_op(key: str) -> OpSpec:
     Raises:
         TableError: The key is of another kind of operation, or not as `OpSpec.key` writes it.
     """
+    bits = BITS.fullmatch(key) if len(key) <= LONGEST_KEY else None
+    if bits is not None:
+        return Quantized(parse_op(bits[1]), int(bits[2]), int(bits[3]))
     match = FORM.fullmatch(key) if len(key) <= LONGEST_KEY else None
     kind = KINDS.get(match[1]) if match else None
     if match is None or kind is None:

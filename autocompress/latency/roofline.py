@@ -24,6 +24,7 @@ from autocompress.errors import CostError, TableError
 from autocompress.latency.correction import Figures, figures
 from autocompress.latency.strict import Node
 from autocompress.ops import Add, Ops, OpSpec
+from autocompress.quantize.ops import bits_of
 from autocompress.space import SearchSpace
 from autocompress.weight_bytes import weight_bytes
 
@@ -126,11 +127,13 @@ class Roofline:
             CostError: A setting is not an integer >= 1, or there is no rate for these bits.
         """
         check_setting(batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
-        rate = self.rate(weight_bits=weight_bits, activation_bits=activation_bits)
+        self.rate(weight_bits=weight_bits, activation_bits=activation_bits)
         total = 0.0
-        for op in ops:
-            moved = activation_bytes(op, batch=batch, bits=activation_bits)
-            moved += weight_bytes((op,), weight_bits=weight_bits)
+        for given in ops:
+            op, weights, activations = bits_of(given, weight_bits, activation_bits)
+            rate = self.rate(weight_bits=weights, activation_bits=activations)
+            moved = activation_bytes(op, batch=batch, bits=activations)
+            moved += weight_bytes((op,), weight_bits=weights)
             total += self.per_op_ms + max(batch * op.macs / rate, moved / self.bytes_per_ms)
         return total
 

@@ -94,7 +94,7 @@ def report_of(space: SearchSpace, data: DataSet, task: Task, *, trained: bool) -
     Raises:
         ConversionError: Autograd refuses.
     """
-    from autocompress.prune.network import whole_network
+    from autocompress.network import whole_network
 
     network, side = whole_network(space), in_shape_of(space)
     with torch.random.fork_rng(devices=[]):

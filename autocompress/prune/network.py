@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autocompress.errors import ConversionError, CostError
-from autocompress.ops import GatedSpec, OpSpec, Shape
+from autocompress.ops import GatedSpec, OpSpec, Shape, UserModel
 from autocompress.prune.source import Source, Widths
 from autocompress.space import SearchSpace
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NarrowNetwork(GatedSpec):
+class NarrowNetwork(UserModel, GatedSpec):
     """A whole model with so many units of each group of channels.
 
     Attributes:
@@ -113,6 +113,15 @@ class NarrowNetwork(GatedSpec):
         (source,) = {id(op.source): op.source for op in ops if isinstance(op, NarrowNetwork)}.values()
         return source.narrowed(source.full)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all channels are kept."""
+        return self.widths == self.source.full
+
+    def whole(self) -> "nn.Module":
+        """Return the whole model, with its own weights and statistics."""
+        return self.source.narrowed(self.source.full)
+
     def full(self) -> "NarrowNetwork":
         """Return the whole model."""
         return self.at(self.source.full)
@@ -148,22 +157,3 @@ def source_of(space: SearchSpace) -> Source:
             if isinstance(op, NarrowNetwork):
                 return op.source
     raise ConversionError(f"space {space.name!r} does not narrow a model; space channels does")
-
-
-def model_of(network: "nn.Module") -> "nn.Module":
-    """Return the user's own model out of a network of the space."""
-    return network.get_submodule("network.0")
-
-
-def whole_network(space: SearchSpace) -> "nn.Module":
-    """Return the model that a space narrows, as a network of the space: its own weights and statistics.
-
-    Raises:
-        ConversionError: It narrows none.
-    """
-    from torch import nn
-
-    source = source_of(space)
-    network = nn.Sequential()
-    network.add_module("network", nn.Sequential(source.narrowed(source.full)))
-    return network.eval()

@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from autocompress.errors import QuantizationError
+from autocompress.quantize.ops import WIDTHS
 
 Levels = Literal["uniform", "power_of_two_scale", "logarithmic"]
 """Evenly spaced; evenly spaced at a scale that is a power of two; powers of two themselves."""
-
-WIDTHS: Final = (*range(2, 9), 16)
-"""Bits that a grid can have."""
-
-FULL_PRECISION: Final = 32
-"""Bits that stand for 32-bit floats: what is not quantized."""
 
 LEAST_SCALE: Final = 1e-12
 """A range of zeros alone would have scale 0."""

@@ -1,15 +1,20 @@
 """Operations at few bits, as data: what prices a network whose bit widths are chosen."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from autocompress.errors import QuantizationError
 from autocompress.ops import OpSpec, Shape
-from autocompress.quantize.grid import FULL_PRECISION, WIDTHS
 from autocompress.weight_bytes import weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
+
+WIDTHS: Final = (*range(2, 9), 16)
+"""Bits that integers can have."""
+
+FULL_PRECISION: Final = 32
+"""Bits that stand for 32-bit floats: what is not quantized."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,13 @@ def at_bits(op: OpSpec, weight_bits: int, activation_bits: int) -> OpSpec:
     if weight_bits == activation_bits == FULL_PRECISION:
         return op
     return Quantized(op, weight_bits, activation_bits)
+
+
+def bits_of(op: OpSpec, weight_bits: int, activation_bits: int) -> tuple[OpSpec, int, int]:
+    """Return what an operation computes and at which bits: its own, or those that all others have."""
+    if isinstance(op, Quantized):
+        return op.op, op.weight_bits, op.activation_bits
+    return op, weight_bits, activation_bits
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
-from autocompress.prune.network import whole_network
+from autocompress.network import user_model, whole_network
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -130,8 +130,13 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         largest = run.space.decode(run.space.largest())[0]
         slices = [("largest", largest), *baselines, *randoms, (name, arch)]
         networks += [(which, a, extract_recalibrated(run, supernet, a)) for which, a in slices]
-        if run.space.settings.get("weights") and run.recipe.train.epochs:
-            # Slices of it were trained since: what the user has is not the largest of them.
+        brought = user_model(run.space, run.space.largest())
+        if (
+            run.space.settings.get("weights")
+            and brought
+            and (run.recipe.train.epochs or not brought.is_whole)
+        ):
+            # Slices of it were trained since, or are of integers: the largest is not what the user has.
             networks.insert(0, ("as you brought it", largest, whole_network(run.space)))
     for which, a in [*baselines, (name, arch)]:
         networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))

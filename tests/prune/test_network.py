@@ -11,7 +11,8 @@ from torch import nn
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.errors import ConversionError, CostError
-from autocompress.prune.network import NarrowNetwork, model_of, source_of
+from autocompress.network import model_of
+from autocompress.prune.network import NarrowNetwork, source_of
 from autocompress.prune.source import Source
 from autocompress.space import SearchSpace
 from autocompress.testing.elastic import ElasticContract

@@ -1,0 +1,252 @@
+"""The bits of a user's own model: one choice for the weights and one for the input of each layer.
+
+Layers that read the same tensor share the choice of its bits. Where a device runs weights and activations of
+one width only, or few pairs, a layer has one choice for both; 32 stands for floating point. Nothing is built to
+price a network; what is built is the user's own model with quantizers in its layers.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autocompress.errors import QuantizationError, SpaceError
+from autocompress.latency.target import Scheme, Target, load_target
+from autocompress.ops import Ops, OpSpec
+from autocompress.prune.load import arguments_of, load_model
+from autocompress.quantize.calibrate import images_of
+from autocompress.quantize.network import QuantizedNetwork
+from autocompress.quantize.ops import FULL_PRECISION, at_bits
+from autocompress.quantize.plan import Site
+from autocompress.quantize.source import Bits, Policy, QuantizationSource
+from autocompress.space import Block, Choice, Option, SearchSpace
+
+ENDS = 8
+"""Bits of the first and the last layer where others have fewer, as published policies have them."""
+
+
+def bits(
+    model: str,
+    *,
+    image: Sequence[int] = (3, 32, 32),
+    weights: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    classes: int | None = None,
+    target: str = "onnxruntime-cpu",
+    widths: Sequence[int | Sequence[int]] | None = None,
+    ends: int | None = ENDS,
+    calibration: Sequence[Tensor] | None = None,
+    calibration_images: int = 512,
+    weight_ranges: str = "mse",
+    activation_ranges: str = "mse",
+    gradient: str = "lsq",
+) -> SearchSpace:
+    """Make the space of a model that a recipe names.
+
+    Args:
+        model: `file.py:factory` or `module:factory`.
+        image: Channels, height and width of the images it takes.
+        weights: File of its trained weights.
+        arguments: Of the factory.
+        classes: Given to the factory if it takes `classes` or `num_classes` and `arguments` has none.
+        target: Says which widths are legal, and how numbers are quantized.
+        widths: Of the target's widths, those that may be chosen: widths, for weights and activations alike,
+            or pairs (weights, activations). By default all; 32 is floating point.
+        ends: Bits of the first and the last layer, where the target has them; `None` leaves them open. They
+            are open in any case where all that can be chosen is this width and floating point.
+        calibration: Training images, in batches; a recipe leaves it out.
+        calibration_images: How many of them ranges are found on.
+        weight_ranges: A method of `autocompress.quantize.observers`.
+        activation_ranges: And of activations.
+        gradient: How finetuning learns scales: `lsq`, `pact` or `fixed`.
+
+    Raises:
+        ConversionError: The model cannot be made or traced.
+        QuantizationError: It cannot be quantized, or the target has no such widths.
+        SpaceError: An argument is out of its range.
+    """
+    if len(image) != 3 or not all(type(size) is int and size > 0 for size in image):
+        raise SpaceError(f"image must be channels, height and width, integers >= 1, got {image!r}")
+    device = load_target(target)
+    scheme, legal = legal_widths(device, widths)
+    given = arguments_of(model, arguments or {}, classes=classes, in_channels=image[0])
+    found = load_model(model, given, weights)
+    source = QuantizationSource(
+        found,
+        torch.zeros(1, *image),
+        calibration=images_of(calibration or (), calibration_images),
+        widths=legal,
+        scheme=scheme,
+        outputs=bool(device.runtime),
+        weight_ranges=weight_ranges,
+        activation_ranges=activation_ranges,
+        gradient=gradient,  # type: ignore[arg-type]  # checked there
+    )
+    source.origin = {"model": model, "arguments": given}
+    space = bit_space(source, ends=ends)
+    settings = {
+        "model": model,
+        "image": list(image),
+        "weights": weights,
+        "arguments": given,
+        "target": target,
+        "widths": [list(pair) for pair in legal],
+        "ends": ends,
+        "calibration_images": calibration_images,
+        "weight_ranges": weight_ranges,
+        "activation_ranges": activation_ranges,
+        "gradient": gradient,
+    }
+    return dataclasses.replace(space, settings=settings)
+
+
+def legal_widths(
+    target: Target, widths: Sequence[int | Sequence[int]] | None = None
+) -> tuple[Scheme, tuple[Bits, ...]]:
+    """Return how a target quantizes, and which pairs of widths may be chosen, ascending.
+
+    Weights and activations have one width where the target is measured here: its runtime has no other
+    kernels. It runs 32-bit floats beside integers, and so a layer may stay in floating point.
+
+    Raises:
+        QuantizationError: The target runs no integers, or not the widths that were asked for.
+    """
+    if not target.schemes:
+        raise QuantizationError(
+            f"target {target.name!r} states no way to quantize (schemes); take one that runs integers: "
+            "`autocompress list targets`"
+        )
+    scheme = target.schemes[0]
+    floats = ((FULL_PRECISION, FULL_PRECISION),) if target.runtime else ()
+    same = {(bits, bits) for bits in scheme.bits}
+    every = same if target.runtime else {(w, a) for w in scheme.bits for a in scheme.bits}
+    legal = {*every, *floats}
+    if widths is None:
+        return scheme, tuple(sorted(legal))
+    asked: list[Bits] = []
+    for entry in widths:
+        pair = (entry, entry) if isinstance(entry, int) else tuple(entry)
+        if len(pair) != 2 or pair not in legal:
+            raise QuantizationError(
+                f"target {target.name!r} cannot run widths {entry!r}; it runs "
+                f"{', '.join(f'{w}/{a}' for w, a in sorted(legal))} (weights/activations, 32 is floating point)"
+            )
+        asked.append((pair[0], pair[1]))
+    return scheme, tuple(sorted(set(asked)))
+
+
+def bit_space(source: QuantizationSource, *, ends: int | None = ENDS) -> SearchSpace:
+    """Make the space of a model that is at hand: its source says which widths are legal.
+
+    Args:
+        source: The model.
+        ends: See `bits`.
+
+    Raises:
+        QuantizationError: No widths are legal.
+    """
+    if not source.widths:
+        raise QuantizationError("no widths are legal; name at least one")
+    layers = [_layer(source, number, ends) for number in range(len(source.plan.sites))]
+    choices = {choice.name: choice for layer in layers for choice in layer.choices}
+    places = {name: place for place, name in enumerate(choices)}
+    whole = QuantizedNetwork(
+        type(source.model).__name__, source.digest, (source.widths[0],) * len(layers), source
+    )
+    readers = tuple((places[layer.names[0]], places[layer.names[-1]]) for layer in layers)
+    parts = [
+        *(Block(layer.site.name, layer.names, partial(_priced, layer.site.ops)) for layer in layers),
+        *(Block(f"other{n}", (), partial(_constant, op)) for n, op in enumerate(source.plan.others)),
+        *(_conversions(source, layers) if source.outputs else ()),
+    ]
+    block = Block("network", tuple(choices), partial(_network, whole, readers), tuple(parts))
+    return SearchSpace("bits", tuple(choices.values()), (block,))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and its choices: one for weights and one for its input, or one for both."""
+
+    site: Site
+    choices: tuple[Choice, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(choice.name for choice in self.choices)
+
+
+def _layer(source: QuantizationSource, number: int, ends: int | None) -> _Layer:
+    """Return a layer with the choices it has.
+
+    Raises:
+        QuantizationError: Its legal pairs are neither all of some widths nor equal ones only.
+    """
+    sites, pairs = source.plan.sites, source.widths
+    few = any(bits not in (ends, FULL_PRECISION) for pair in pairs for bits in pair)
+    if ends is not None and number in (0, len(sites) - 1) and few and (ends, ends) in pairs:
+        pairs = ((ends, ends),)
+    site = sites[number]
+    weights, inputs = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))
+    if len(pairs) == len(weights) * len(inputs) and (len(pairs) > 1 or len(source.widths) > 1):
+        names = f"{site.name}.weight", f"{site.source}.input"
+        return _Layer(site, (Choice(names[0], weights), Choice(names[1], inputs)))
+    if any(w != a for w, a in pairs):
+        raise QuantizationError(
+            "widths must be all pairs of some widths of weights and of activations, or equal ones only, got "
+            f"{', '.join(f'{w}/{a}' for w, a in pairs)}"
+        )
+    # Layers of one tensor share it, and with it the width of their weights.
+    return _Layer(site, (Choice(f"{site.source}.bits", weights),))
+
+
+def _constant(op: OpSpec) -> Ops:
+    return (op,)
+
+
+def _priced(ops: Ops, *options: Option) -> Ops:
+    return tuple(at_bits(op, int(options[0]), int(options[-1])) for op in ops)
+
+
+def _network(whole: QuantizedNetwork, places: Sequence[Bits], *options: Option) -> Ops:
+    return (whole.at(tuple((int(options[w]), int(options[a])) for w, a in places)),)
+
+
+def _conversions(source: QuantizationSource, layers: Sequence[_Layer]) -> list[Block]:
+    """Return the blocks that price conversions: what a layer gives and how it is read decide together."""
+    numbers = {layer.site.name: number for number, layer in enumerate(layers)}
+    blocks, handed = [], set()
+    for number, layer in enumerate(layers):
+        near = [number]
+        if layer.site.reader:
+            near.append(numbers[layer.site.reader])
+            handed.add(layer.site.reader)
+        names = tuple(dict.fromkeys(name for n in near for name in layers[n].names))
+        places = tuple((names.index(layers[n].names[0]), names.index(layers[n].names[-1])) for n in near)
+        run = partial(_after, source, tuple(near), places)
+        blocks.append(Block(f"{layer.site.name} > {layer.site.reader}", names, run))
+    for layer in layers:
+        if layer.site.source == layer.site.name and layer.site.name not in handed:
+            run = partial(_before, source, numbers[layer.site.name])
+            blocks.append(Block(f"> {layer.site.name}", layer.names, run))
+    return blocks
+
+
+def _policy(source: QuantizationSource, known: Mapping[int, Bits]) -> Policy:
+    floats = FULL_PRECISION, FULL_PRECISION
+    return tuple(known.get(number, floats) for number in range(len(source.plan.sites)))
+
+
+def _after(source: QuantizationSource, near: Sequence[int], places: Sequence[Bits], *options: Option) -> Ops:
+    known = {n: (int(options[w]), int(options[a])) for n, (w, a) in zip(near, places, strict=True)}
+    policy = _policy(source, known)
+    before = source.conversion_before(policy, source.plan.sites[near[1]].name) if len(near) > 1 else ()
+    return source.conversions_after(policy, near[0]) + before
+
+
+def _before(source: QuantizationSource, number: int, *options: Option) -> Ops:
+    policy = _policy(source, {number: (int(options[0]), int(options[-1]))})
+    return source.conversion_before(policy, source.plan.sites[number].name)
