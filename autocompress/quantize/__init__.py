@@ -1,1 +1,1 @@
-"""Numbers of few bits: grids and quantizers, calibration, reconstruction, and networks whose bits are chosen."""
+"""Numbers of few bits: grids, quantizers, calibration, reconstruction, networks whose bits are chosen."""

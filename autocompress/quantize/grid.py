@@ -1,7 +1,8 @@
 """Grids: which numbers a width can hold, and the scale that lays them over a range.
 
-A number x becomes the integer `q = clip(round(x / s) + z, qmin, qmax)` and stands for `s (q - z)`. Real zero is
-always exactly representable, as padding and ReLU need it: ranges are widened to hold 0, and z is an integer.
+A number x becomes the integer `q = clip(round(x / s) + z, qmin, qmax)` and stands for `s (q - z)`. Real zero
+is always exactly representable, as padding and ReLU need it: ranges are widened to hold 0, and z is an
+integer.
 
 Source of the affine form: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, section 2.1.
@@ -57,12 +58,12 @@ class Grid:
     @property
     def qmin(self) -> int:
         """The least integer."""
-        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+        return -(1 << (self.bits - 1)) + self.narrow if self.signed else 0
 
     @property
     def qmax(self) -> int:
         """The greatest integer."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - self.signed)) - 1
 
 
 def weight_grid(bits: int, levels: Levels = "uniform", *, symmetric: bool = True) -> Grid:
@@ -164,4 +165,4 @@ def log_steps(grid: Grid) -> int:
 
     At most 60 times, below which float32 ends.
     """
-    return min(2 ** (grid.bits - grid.signed) - 2, 60)
+    return min((1 << (grid.bits - grid.signed)) - 2, 60)

@@ -41,8 +41,8 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         if type(layer) not in KINDS:
             raise QuantizationError(
-                f"{type(layer).__name__} cannot be quantized; layers of {', '.join(k.__name__ for k in KINDS)} "
-                "can"
+                f"{type(layer).__name__} cannot be quantized; "
+                f"layers of {', '.join(kind.__name__ for kind in KINDS)} can"
             )
         self.layer, self.weight, self.input, self.output = layer, weight, input, output
         self.train(layer.training)
@@ -62,9 +62,17 @@ def apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, layer.bias)
     if isinstance(layer, nn.ConvTranspose2d):
         return F.conv_transpose2d(
-            x, weight, layer.bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        )  # fmt: skip
-    return layer._conv_forward(x, weight, layer.bias)
+            x,
+            weight,
+            layer.bias,
+            layer.stride,
+            cast(tuple[int, ...], layer.padding),
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
+        )
+    result: Tensor = layer._conv_forward(x, weight, layer.bias)
+    return result
 
 
 def out_axis(layer: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Quantizers as modules: numbers pass as the nearest level, gradients as if they had not been rounded.
 
-The gradient of rounding is taken for 1 inside the range and 0 outside (straight-through estimator: Bengio et al.,
-2013; Jacob et al., CVPR 2018). What the scale learns from is `Gradient`.
+The gradient of rounding is taken for 1 inside the range and 0 outside (straight-through estimator: Bengio et
+al., 2013; Jacob et al., CVPR 2018). What the scale learns from is `Gradient`.
 """
 
 import math
@@ -115,13 +115,17 @@ class Quantizer(nn.Module):
             # Rounded as scales of ranges are, and passed straight through.
             scale = scale + (power_of_two(scale) - scale).detach()
         if grid.levels == "logarithmic":
-            return cast(Tensor, _Logarithmic.apply(x, scale, grid, self.axis))
+            result = _Logarithmic.apply(x, scale, grid, self.axis)  # type: ignore[no-untyped-call]
+            return cast(Tensor, result)
         zero_point = self.zero_point.detach()
         if not torch.is_grad_enabled():
             return self._fused(x, scale, zero_point)
         if self.gradient == "lsq":
             scale = _scaled_gradient(scale, 1 / math.sqrt(self._count(x) * grid.qmax))
-        return cast(Tensor, FakeQuantize.apply(x, scale, zero_point, grid, self.axis, self.gradient))
+        result = FakeQuantize.apply(  # type: ignore[no-untyped-call]
+            x, scale, zero_point, grid, self.axis, self.gradient
+        )
+        return cast(Tensor, result)
 
     def _count(self, x: Tensor) -> int:
         """Return N of LSQ: weights that share the scale, or features of an image."""
