@@ -21,6 +21,7 @@ from autocompress.console import (
     with_changes,
 )
 from autocompress.errors import AutocompressError, RecipeError
+from autocompress.quantize_command import quantize
 from autocompress.shrink_command import shrink
 from autocompress.sparsify_command import sparsify
 from autocompress.table_commands import table_commands
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(table_commands, name="table")
 app.command()(compare)
 app.command()(shrink)
+app.command()(quantize)
 app.command()(sparsify)
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one

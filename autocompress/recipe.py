@@ -82,9 +82,10 @@ class ProfileSettings(_Settings):
     table: Path | None = None
     """An existing table of this target: taken as it is if it was measured for this space and lacks no row.
     Otherwise its rows are kept, missing ones measured, and the correction is fitted anew to this space."""
-    measured: Literal["here", "elsewhere"] = "here"
+    measured: Literal["here", "elsewhere", "nowhere"] = "here"
     """`elsewhere`: the table is of another device, such as an imported one. It must have every row, nothing
-    is measured here, and the comparison shows predictions only."""
+    is measured here, and the comparison shows predictions only. `nowhere`: nothing is known of time, and
+    budgets are on other costs."""
     networks: Annotated[int, Field(ge=8, strict=True)] = 40
     """Whole sub-networks that are measured to correct and to check the table."""
     granularity: Literal["auto", "block", "op"] = "auto"
@@ -106,6 +107,8 @@ class ProfileSettings(_Settings):
             raise ValueError(f"min_rounds ({self.min_rounds}) must not exceed max_rounds ({self.max_rounds})")
         if self.measured == "elsewhere" and self.table is None:
             raise ValueError("measured: elsewhere needs table: the latency table of the other device")
+        if self.measured == "nowhere" and self.table is not None:
+            raise ValueError("measured: nowhere takes no table; a table of another device is of elsewhere")
         return self
 
 

@@ -313,6 +313,10 @@ def make_space(
         arguments["in_channels"] = data().in_shape[0]
     if "image" in parameters and "image" not in arguments:
         arguments["image"] = list(data().in_shape)
+    if "target" in parameters and "target" not in arguments:
+        arguments["target"] = recipe.target.name
+    if "calibration" in parameters:
+        arguments["calibration"] = _calibration(data(), recipe.search.seed)
     if "sample" in parameters:
         arguments["sample"] = lambda: _sample(recipe, data())
     if "classes" in parameters and "classes" not in arguments:
@@ -333,6 +337,13 @@ def _sample(recipe: Recipe, data: "DataSet") -> "tuple[list[tuple[Tensor, Tensor
 
     some = itertools.islice(batches(data.train, SAMPLE_BATCH, seed=recipe.search.seed), SAMPLE_BATCHES)
     return list(some), load_task(recipe.task).training_loss(0.0)
+
+
+def _calibration(data: "DataSet", seed: int) -> "Iterator[Tensor]":
+    """Yield training images, not augmented, in batches; loaded as they are asked for."""
+    from autocompress.training.data import batches
+
+    return (images for images, _ in batches(data.train, SAMPLE_BATCH, seed=seed))
 
 
 def _outputs(data: "DataSet") -> int:

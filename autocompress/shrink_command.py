@@ -21,7 +21,7 @@ EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
 LEARNING = {"amc": 200}
 UNTRAINED_EPOCHS, GRADIENT_EPOCHS, TRAINED_RATE = 30, 10, 0.02
 BUDGET, MINIMISED = "latency=60%", "latency"
-METRICS = {"latency": "latency_ms", "flops": "macs"}
+METRICS = {"latency": "latency_ms", "flops": "macs", "size": "size_bytes", "energy": "energy_mj"}
 ALIGNED_BY_TARGET = "target"
 SHOWN_GROUPS = 60
 
@@ -49,7 +49,11 @@ def shrink_recipe(
     """
     from autocompress.recipe import parse_recipe, with_absolute_paths
 
-    limits = {} if budget is None and tolerance is not None else _budget(BUDGET if budget is None else budget)
+    limits = (
+        {}
+        if budget is None and tolerance is not None
+        else limits_of_options(BUDGET if budget is None else budget)
+    )
     metric = METRICS.get(minimise, minimise)
     if tolerance is None and minimise != MINIMISED:
         raise RecipeError(
@@ -61,15 +65,13 @@ def shrink_recipe(
         allowed = ", ".join([*METRICS, *METRIC_UNITS])
         raise RecipeError(f"--minimise takes one of {allowed}, got {minimise!r}")
 
-    path, _, factory = model.rpartition(":")
-    where = f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
     source, _, folder = data.partition("=")
     payload: dict[str, Any] = {
         "data": {"source": source, **({"folder": folder} if folder else {})},
         "space": {
             "name": "channels",
             "arguments": {
-                "model": where,
+                "model": with_file_path(model),
                 "importance": importance,
                 "align": align,
                 **({"weights": str(weights.resolve())} if weights else {}),
@@ -146,7 +148,13 @@ def _alignment(text: str, target: str, run: Path, *, measured: bool) -> int:
     return step
 
 
-def _budget(text: str) -> dict[str, str]:
+def with_file_path(model: str) -> str:
+    """Return `file.py:factory` with the absolute path of the file; `module:factory` as it is."""
+    path, _, factory = model.rpartition(":")
+    return f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
+
+
+def limits_of_options(text: str) -> dict[str, str]:
     """Read `latency=60%,flops=50%`; `latency` stands for `latency_ms`."""
     found: dict[str, str] = {}
     for part in text.split(","):

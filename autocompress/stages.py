@@ -45,6 +45,7 @@ from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
 from autocompress.evaluator import Evaluator
 from autocompress.latency.check import measure_beside, measured_before
+from autocompress.latency.correction import Correction
 from autocompress.latency.energy import EnergyModel
 from autocompress.latency.profile import profile as profile_space
 from autocompress.latency.runtime import pinned, prepare
@@ -55,6 +56,7 @@ from autocompress.network import DropPath, build_network, unshared, user_model, 
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
 from autocompress.prune.beforehand import score_of
+from autocompress.quantize.network import QuantizedNetwork
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
@@ -73,6 +75,8 @@ LATENCY = "latency_ms"
 PROXY_NETWORKS, PROXY_DRAWS, PROXY_IMAGES = 10, 200, 32
 """How many networks a zero-cost proxy adds to a warm start, of how many it scores, on how many images."""
 WINNER_RUNS = 60
+QUANTIZED_SAMPLE = 500
+"""Validation images on which decisions of a network of few bits are compared with those of its exported form."""
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
@@ -101,8 +105,10 @@ def target(run: Run) -> Target:
 
 
 def profile(run: Run, shown: Shown) -> LatencyTable:
-    """Measure the space on the target, or read what was measured."""
+    """Measure the space on the target, or read what was measured; a table without rows where nothing is."""
     path = run.path(TABLE)
+    if run.recipe.profile.measured == "nowhere":
+        return LatencyTable(target(run), {}, Correction(), None, {"device": {}})
     if run.recipe.profile.measured == "elsewhere":
         table = _table_from_elsewhere(run)
         if not path.exists():
@@ -146,9 +152,10 @@ def _table_from_elsewhere(run: Run) -> LatencyTable:
 
 
 def costs(run: Run, shown: Shown) -> list[Cost]:
-    """Return every cost of the run: MACs, parameters, bytes, peak of activations, latency."""
+    """Return every cost of the run: MACs, parameters, bytes, bit operations, activations, energy, latency."""
     table = profile(run, shown)
-    return [*untimed_costs(run.space, target(run)), table.cost(run.space)]
+    timed = [] if run.recipe.profile.measured == "nowhere" else [table.cost(run.space)]
+    return [*untimed_costs(run.space, target(run)), *timed]
 
 
 def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
@@ -444,6 +451,8 @@ def warm_start(run: Run, limits: Constraints) -> Codes:
 
 def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:
     """Measure the best network of a search, and say how far its prediction is off."""
+    if run.recipe.profile.measured == "nowhere":
+        return "its latency is not known: the target is not measured here, and no table of it was given"
     predicted = best.costs[LATENCY]
     if run.recipe.profile.measured == "elsewhere":
         return f"its latency of {predicted:.3f} ms is predicted for another device: nothing was measured"
@@ -637,6 +646,9 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     codes = run.space.encode([arch])
     size = resolution(run, arch)
     priced = {cost.metric: float(cost.of(codes)[0]) for cost in costs(run, shown)}
+    policy = _policy(run, arch)
+    # Decisions of networks of few bits are compared one by one.
+    sampled = QUANTIZED_SAMPLE if policy else 16
     with shown.stage("export") as progress:
         progress(0, 1, "writing and checking")
         manifest = export_network(
@@ -655,8 +667,13 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
                 "classes": list(run.data.class_names) or run.data.classes,
             },
             formats=run.recipe.export.formats,
-            sample=resize(next(batches(run.data.validation, 16, seed=None))[0], size),
-            extra={"predicted_costs": priced, "validation": vars(scored), "metric": run.task.metric},
+            sample=resize(next(batches(run.data.validation, sampled, seed=None))[0], size),
+            extra={
+                "predicted_costs": priced,
+                "validation": vars(scored),
+                "metric": run.task.metric,
+                **({"bits": policy} if policy else {}),
+            },
         )
         progress(1, 1, "")
     left_out = "".join(f"; no {name}: {reason}" for name, reason in manifest.left_out.items())
@@ -667,6 +684,12 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
         )
     shown.say(f"exported to {folder}{left_out}")
     return folder
+
+
+def _policy(run: Run, arch: Architecture) -> list[dict[str, Any]]:
+    """Return bits and storage of each layer of a network of few bits; nothing of others."""
+    model = user_model(run.space, run.space.encode([arch]))
+    return model.described() if isinstance(model, QuantizedNetwork) else []
 
 
 def select(run: Run, shown: Shown, *, budget: Budget | None, cheapest: str, within: float) -> Any:

@@ -6,7 +6,7 @@ price a network; what is built is the user's own model with quantizers in its la
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,11 +39,12 @@ def bits(
     target: str = "onnxruntime-cpu",
     widths: Sequence[int | Sequence[int]] | None = None,
     ends: int | None = ENDS,
-    calibration: Sequence[Tensor] | None = None,
+    calibration: Iterable[Tensor] = (),
     calibration_images: int = 512,
     weight_ranges: str = "mse",
     activation_ranges: str = "mse",
     gradient: str = "lsq",
+    worth: str = "",
 ) -> SearchSpace:
     """Make the space of a model that a recipe names.
 
@@ -78,7 +79,7 @@ def bits(
     source = QuantizationSource(
         found,
         torch.zeros(1, *image),
-        calibration=images_of(calibration or (), calibration_images),
+        calibration=images_of(calibration, calibration_images),
         widths=legal,
         scheme=scheme,
         outputs=bool(device.runtime),

@@ -26,6 +26,7 @@ from autocompress.export.manifest import (
     write_manifest,
 )
 from autocompress.export.parity import check_parity, outputs, parity_images, reload
+from autocompress.export.qdq import cannot_be_integers, has_quantizers, in_floats
 from autocompress.ops import Ops, Shape
 from autocompress.space import Architecture
 
@@ -84,7 +85,8 @@ def export_network(
         images = parity_images(in_shape, sample)
         expected = _expected(reference, images)
         operators, batch = _write(fresh, wanted, reference, blocks, in_shape)
-        parity = {name: _compare(name, fresh, images, expected, batch) for name in wanted}
+        quantized = has_quantizers(reference)
+        parity = {name: _compare(name, fresh, images, expected, batch, quantized) for name in wanted}
         manifest = Manifest(
             versions={
                 "autocompress": autocompress.__version__,
@@ -124,8 +126,11 @@ def _check_arguments(
         raise ExportError(f"in_shape must be {tuple(first)}, as the first operation states, got {in_shape}")
     if training := [name or "the network" for name, module in network.named_modules() if module.training]:
         raise ExportError(f"the network must be in eval mode, but {training[0]} is not; call .eval() first")
-    reason = writers.cannot_rebuild(blocks) if "safetensors" in formats else ""
-    return {"safetensors": reason} if reason else {}
+    reasons = {
+        "safetensors": writers.cannot_rebuild(blocks) if "safetensors" in formats else "",
+        "onnx": cannot_be_integers(network) if "onnx" in formats else "",
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _reference(network: nn.Module) -> nn.Module:
@@ -169,17 +174,24 @@ def _write(
             _attempt("torch_export", "written", lambda: writers.write_torch_export(path, program))
         if "onnx" in wanted:
             path = fresh / "network.onnx"
-            operators = _attempt("onnx", "written", lambda: writers.write_onnx(path, program))
+            if has_quantizers(reference):
+                program = _attempt("onnx", "traced", lambda: writers.trace(in_floats(reference), in_shape))
+            operators = _attempt("onnx", "written", lambda: writers.write_onnx(path, program, reference))
     return operators, batch
 
 
 def _compare(
-    name: str, fresh: Path, images: Sequence[Tensor], expected: Sequence[Tensor], batch: int | str
+    name: str,
+    fresh: Path,
+    images: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    batch: int | str,
+    quantized: bool,
 ) -> Parity:
     if name != "safetensors" and batch != writers.BATCH:
         images, expected = ([one for x in side for one in torch.split(x, 1)] for side in (images, expected))
     actual = _attempt(name, "loaded back", lambda: outputs(reload(name, fresh), images))
-    return check_parity(name, expected, actual)
+    return check_parity(name, expected, actual, quantized=quantized)
 
 
 def _attempt(format_name: str, done: str, action: Callable[[], _Result]) -> _Result:

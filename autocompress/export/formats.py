@@ -19,10 +19,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from autocompress.export import loader, narrow_loader
+from autocompress.export.qdq import has_quantizers, insert_pairs
 from autocompress.export.quiet import quiet
 from autocompress.network import model_of, module_name, unshared
 from autocompress.ops import Ops, OpSpec, Shape
 from autocompress.prune.network import NarrowNetwork
+from autocompress.quantize.network import QuantizedNetwork
 
 OPSET = 18
 """The exporter's own; a newer one gives the same graph and asks for a newer runtime."""
@@ -92,11 +94,18 @@ def write_torch_export(path: Path, program: torch.export.ExportedProgram) -> Non
     path.write_bytes(buffer.getvalue())
 
 
-def write_onnx(path: Path, program: torch.export.ExportedProgram) -> dict[str, int]:
+def write_onnx(
+    path: Path, program: torch.export.ExportedProgram, network: nn.Module | None = None
+) -> dict[str, int]:
     """Write the traced network as one ONNX file, weights inside.
 
     The exporter keeps HardSwish whole; `tests/export` holds it to that, because a graph of Add, Clip, Mul
     and Div takes a third longer than the one that was priced.
+
+    Args:
+        path: Of the file.
+        program: The traced network.
+        network: If it has quantizers, the program is that of `qdq.in_floats` of it; they are put in.
 
     Returns:
         How often each operator stands in the graph.
@@ -117,6 +126,8 @@ def write_onnx(path: Path, program: torch.export.ExportedProgram) -> dict[str, i
     model: onnx.ModelProto = exported.model_proto
     _pool_globally(model.graph)
     _strip(model.graph)
+    if network is not None and has_quantizers(network):
+        insert_pairs(model, network)
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
@@ -160,6 +171,10 @@ def _strip(graph: Any) -> None:
 
 def cannot_rebuild(blocks: Sequence[tuple[str, Ops]]) -> str:
     """Say why the loader cannot rebuild these blocks; empty when it can."""
+    if any(isinstance(op, QuantizedNetwork) for _, ops in blocks for op in ops):
+        return (
+            "a network of few bits is loaded from ONNX or torch.export: its quantizers are no part of PyTorch"
+        )
     narrow = _narrow(blocks)
     if narrow is not None:
         made = narrow.source.origin

@@ -34,12 +34,14 @@ class Parity:
         tolerance: Largest that is allowed; 0 demands equal bits.
         scale: Largest absolute output of the PyTorch network.
         images: Number of images that were compared.
+        agreement: Of a network of few bits, the share of the sample's images with the same greatest output.
     """
 
     max_abs_difference: float
     tolerance: float
     scale: float
     images: int
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,9 @@ def _exported_by_torch(network: "nn.Module", shape: tuple[int, ...]) -> bytes:
     """
     import torch
 
-    from autocompress.export.qdq import in_floats, insert_pairs
-    from autocompress.quantize.layer import quantized_layers
+    from autocompress.export.qdq import has_quantizers, in_floats, insert_pairs
 
-    if any(True for _ in quantized_layers(network)):
+    if has_quantizers(network):
         model = onnx_of(_exported_by_torch(in_floats(network), shape))
         paired: bytes = insert_pairs(model, network).SerializeToString()
         return paired

@@ -17,6 +17,14 @@ RELATIVE_TOLERANCE = {"onnx": 1e-4, "torch_export": 1e-4, "safetensors": 0.0}
 """Largest allowed difference of an output over the largest absolute output. The loader rebuilds the very
 same layers, so nothing but equal bits will do there; the others may fuse and reorder."""
 
+QUANTIZED_TOLERANCE = 0.1
+"""The same of a network of few bits. A sum that was added up in another order can be rounded to the next level,
+and the layers after it go on from there: single outputs differ by some levels, decisions hardly ever."""
+
+AGREEMENT = 0.995
+"""Least share of the sample's images in which such a network and its exported form have the same greatest
+output."""
+
 BATCHES = (1, 3)
 """One for the most common use, and one that differs from the batch that was traced."""
 
@@ -65,22 +73,27 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 
 
-def check_parity(format_name: str, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Parity:
+def check_parity(
+    format_name: str, expected: Sequence[Tensor], actual: Sequence[Tensor], *, quantized: bool = False
+) -> Parity:
     """Compare the outputs of a reloaded network with those of the PyTorch network.
 
     Args:
         format_name: Format, for the tolerance and the message.
         expected: Outputs of the PyTorch network, one tensor a batch, all finite.
         actual: Outputs of the reloaded network.
+        quantized: Whether the network has few bits; then decisions on all batches behind those of noise are
+            compared too, where outputs are scores of classes.
 
     Raises:
-        ExportError: A shape differs, or a difference exceeds the tolerance; `nan` always does.
+        ExportError: A shape differs, a difference exceeds the tolerance (`nan` always does), or too many
+            decisions differ.
     """
     shapes = [[tuple(output.shape) for output in side] for side in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise ExportError(f"format {format_name!r} gives outputs of shapes {shapes[1]}, PyTorch {shapes[0]}")
     scale = max(float(output.abs().max()) for output in expected)
-    tolerance = RELATIVE_TOLERANCE[format_name] * scale
+    tolerance = (QUANTIZED_TOLERANCE if quantized else RELATIVE_TOLERANCE[format_name]) * scale
     # torch.max hands nan on, Python's max may drop it.
     difference = float(
         torch.stack([(left - right).abs().max() for left, right in zip(expected, actual, strict=True)]).max()
@@ -90,4 +103,24 @@ def check_parity(format_name: str, expected: Sequence[Tensor], actual: Sequence[
             f"format {format_name!r} differs from the PyTorch network by {difference:.3g}, more than the "
             f"tolerance {tolerance:.3g} (outputs reach {scale:.3g})"
         )
-    return Parity(difference, tolerance, scale, sum(len(output) for output in expected))
+    count = sum(len(output) for output in expected)
+    agreement = _agreement(expected, actual) if quantized else None
+    if agreement is not None and agreement < AGREEMENT:
+        raise ExportError(
+            f"format {format_name!r} has another greatest output than the PyTorch network for "
+            f"{1 - agreement:.1%} of the images, more than {1 - AGREEMENT:.1%}; the runtime computes the "
+            "integers differently: report it with the model"
+        )
+    return Parity(difference, tolerance, scale, count, agreement)
+
+
+def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:
+    """Return in which share of the sample both have the same greatest output; `None` where nothing decides."""
+    pairs = [
+        pair for pair in zip(expected, actual, strict=True) if pair[0].dim() == 2 and pair[0].shape[1] > 1
+    ]
+    pairs = pairs[len(BATCHES) :]
+    if not pairs:
+        return None
+    same = torch.cat([left.argmax(1) == right.argmax(1) for left, right in pairs])
+    return float(same.double().mean())

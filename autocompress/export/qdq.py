@@ -28,10 +28,15 @@ def in_floats(network: nn.Module) -> nn.Module:
     """Return a copy of a network without its quantizers."""
     found = copy.deepcopy(network)
     if isinstance(found, QuantizedLayer):
-        return cast(nn.Module, found.layer)
+        return found.layer
     for name, layer in list(quantized_layers(found)):
-        found.set_submodule(name, cast(nn.Module, layer.layer))
+        found.set_submodule(name, layer.layer)
     return found
+
+
+def has_quantizers(network: nn.Module) -> bool:
+    """Whether a network has layers that were prepared for quantization."""
+    return any(True for _ in quantized_layers(network))
 
 
 def cannot_be_integers(network: nn.Module) -> str:
@@ -135,7 +140,8 @@ class _Pairs:
         key = value, repr((quantizer.grid, quantizer.scale.tolist(), quantizer.zero_point.tolist())).encode()
         if key not in self._entered:
             self._entered[key] = self._pair(value, quantizer, self._before.setdefault(at, []))
-        return self._entered[key]
+        entered: str = self._entered[key]
+        return entered
 
     def _output(self, at: int, quantizer: Quantizer) -> None:
         """Quantize what a layer, or the ReLU that alone reads it, gives: readers see the pair's output."""
@@ -146,9 +152,8 @@ class _Pairs:
         raw = self._name("raw")
         self._graph.node[at].output[0] = raw
         nodes = self._behind.setdefault(at, [])
-        made = self._pair(raw, quantizer, nodes)
+        self._pair(raw, quantizer, nodes)
         nodes[-1].output[0] = value
-        del made
 
     def _pair(self, value: str, quantizer: Quantizer, nodes: list[Any]) -> str:
         grid, scale = quantizer.grid, _array(quantizer.scale)

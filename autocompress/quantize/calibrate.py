@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import QuantizationError
-from autocompress.quantize.observers import Histogram
+from autocompress.quantize.observers import Observer, observer
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Seen:
         outputs: By name of the layer that gives one.
     """
 
-    inputs: dict[str, Histogram] = field(default_factory=dict)
-    outputs: dict[str, Histogram] = field(default_factory=dict)
+    inputs: dict[str, Observer] = field(default_factory=dict)
+    outputs: dict[str, Observer] = field(default_factory=dict)
 
 
 def ranges(
@@ -32,6 +32,7 @@ def ranges(
     *,
     inputs: Sequence[str],
     outputs: Mapping[str, bool],
+    method: str,
 ) -> Seen:
     """Run a model on images and look at what layers read and give.
 
@@ -40,11 +41,12 @@ def ranges(
         images: Batches that it takes.
         inputs: Layers whose input is looked at.
         outputs: Layers whose output is, with whether negative values of it count as 0 (ReLU comes next).
+        method: A name of `OBSERVERS`.
 
     Raises:
         QuantizationError: There are no images, a layer did not run, or a number is not finite.
     """
-    seen = Seen({name: Histogram() for name in inputs}, {name: Histogram() for name in outputs})
+    seen = Seen({name: observer(method) for name in inputs}, {name: observer(method) for name in outputs})
     count = 0
     with ExitStack() as stack, torch.no_grad():
         for name in dict.fromkeys([*inputs, *outputs]):

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import CostError, QuantizationError
 from autocompress.ops import OpSpec, Shape, UserModel
+from autocompress.quantize.ops import FULL_PRECISION
 from autocompress.quantize.source import Policy, QuantizationSource
 from autocompress.space import SearchSpace
 
@@ -118,6 +119,19 @@ class QuantizedNetwork(UserModel):
         import copy
 
         return copy.deepcopy(self.source.model)
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return for people and manifests what each layer has, and how its weights are stored."""
+        found = []
+        for site, (weights, inputs) in zip(self.source.plan.sites, self.policy, strict=True):
+            stored = "float32"
+            if weights != FULL_PRECISION:
+                grid = self.source.weight_grid_of(weights)
+                stored = f"int8 in {grid.qmin}..{grid.qmax}" if weights <= 8 else f"{weights} bits"
+            found.append(
+                {"layer": site.name, "weight_bits": weights, "input_bits": inputs, "weights_stored": stored}
+            )
+        return found
 
     def at(self, policy: Policy) -> "QuantizedNetwork":
         """Return the same model at other bits."""

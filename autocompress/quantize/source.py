@@ -96,7 +96,8 @@ class QuantizationSource:
         """Widths of activations, ascending, without floating point."""
         return tuple(sorted({a for _, a in self.widths if a != FULL_PRECISION}))
 
-    def _weight_grid(self, bits: int) -> Grid:
+    def weight_grid_of(self, bits: int) -> Grid:
+        """Return the grid of weights of a width."""
         return weight_grid(bits, self._levels, symmetric=self.scheme.weights == "symmetric")
 
     def _input_grid(self, site: Site, bits: int) -> Grid:
@@ -122,7 +123,11 @@ class QuantizationSource:
         inputs = {sites[0].name: sites for sites in self._by_source.values()}
         outputs = {site.name: site for site in self.plan.sites} if self.outputs else {}
         seen = ranges(
-            self.model, images, inputs=list(inputs), outputs={n: s.rectified for n, s in outputs.items()}
+            self.model,
+            images,
+            inputs=list(inputs),
+            outputs={n: s.rectified for n, s in outputs.items()},
+            method=activations,
         )
         holder = copy.deepcopy(self.model)
         for source, sites in self._by_source.items():
@@ -132,19 +137,19 @@ class QuantizationSource:
                 weight = Quantizer(Grid(8), channels=count * len(self.weight_widths), axis=axis)
                 _lay(weight, [
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
-                    for grid in map(self._weight_grid, self.weight_widths)
+                    for grid in map(self.weight_grid_of, self.weight_widths)
                 ])  # fmt: skip
                 input_ = Quantizer(Grid(8), channels=len(self.activation_widths))
                 grids = [self._input_grid(site, bits) for bits in self.activation_widths]
                 first = self._by_source[source][0]
                 _lay(
                     input_,
-                    [scale_of(*seen.inputs[first.name].range(grid, activations), grid) for grid in grids],
+                    [scale_of(*seen.inputs[first.name].range(grid), grid) for grid in grids],
                 )
                 output = None
                 if site.name in seen.outputs:
                     output, grid = Quantizer(Grid(8)), self._output_grid(site)
-                    _lay(output, [scale_of(*seen.outputs[site.name].range(grid, activations), grid)])
+                    _lay(output, [scale_of(*seen.outputs[site.name].range(grid), grid)])
                 holder.set_submodule(
                     site.name, QuantizedLayer(layer, weight=weight, input=input_, output=output)
                 )
@@ -162,7 +167,7 @@ class QuantizationSource:
         found: dict[str, Quantizer] = {}
         if weight_bits != FULL_PRECISION:
             count, axis = self._scales(layer)
-            grid = self._weight_grid(weight_bits)
+            grid = self.weight_grid_of(weight_bits)
             found["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=self.gradient)
         if input_bits != FULL_PRECISION:
             found["input"] = Quantizer(self._input_grid(site, input_bits), gradient=self.gradient)

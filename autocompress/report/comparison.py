@@ -207,6 +207,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
     """Return some networks of the table's error report, small to large, and what they took then, in ms."""
+    if run.recipe.profile.measured == "nowhere":
+        return {}
     return measured_before(profile(run, shown), run.space, run.recipe.profile.seed)
 
 
@@ -222,7 +224,7 @@ def _measure(
         table was measured, as a factor (the median over them): the speed of a shared machine changes.
     """
     where = target(run)
-    if run.recipe.profile.measured == "elsewhere":
+    if run.recipe.profile.measured != "here":
         return {}, None, None
     with pinned(where):
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
@@ -234,7 +236,7 @@ def _measure(
 
 def _peak_memory(run: Run, arch: Architecture) -> int | None:
     where = target(run)
-    if run.recipe.profile.measured == "elsewhere" or (where.runtime, where.number_format) != (
+    if run.recipe.profile.measured != "here" or (where.runtime, where.number_format) != (
         "onnxruntime",
         "float32",
     ):

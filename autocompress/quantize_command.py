@@ -1,0 +1,192 @@
+"""`autocompress quantize`: a user's own model in fewer bits under a budget."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, whole, with_changes
+from autocompress.errors import RecipeError
+from autocompress.shrink_command import beforehand, limits_of_options, with_file_path
+
+if TYPE_CHECKING:
+    from autocompress.latency.target import Target
+    from autocompress.recipe import Recipe
+    from autocompress.space import SearchSpace
+
+# What HAQ's agent plans for; the others take what they need of it.
+EVALUATIONS: Final = {"haq": 600, "haq-compat": 600}
+MOST_EVALUATIONS, ALL_EVALUATIONS = 200, 1_000_000
+MEASURED_BUDGET, OTHER_BUDGET = "latency=50%", "size=50%"
+SHOWN: Final = 60
+
+STRATEGIES: Final[dict[str, dict[str, Any]]] = {
+    "exact": {"strategy": "sensitivity"},
+    "hawq": {"strategy": "importance", "options": {"method": "exact"}},
+}
+"""Names that stand for a strategy and its options: the proven optimum of measured sensitivities, and of those
+that the Hessian gives."""
+
+
+def quantize_recipe(
+    model: str,
+    *,
+    weights: Path | None,
+    data: str,
+    target: str,
+    table: Path | None,
+    budget: str | None,
+    strategy: str,
+    widths: str,
+    calibration: int,
+    gradient: str,
+    epochs: int,
+    changes: list[str] | None,
+) -> "Recipe":
+    """Return the recipe that a call of the command stands for.
+
+    Raises:
+        RecipeError: It is not valid.
+    """
+    from autocompress.latency.target import load_target
+    from autocompress.plugins import load_strategy
+    from autocompress.recipe import parse_recipe, with_absolute_paths
+
+    measured = _measured(load_target(target), table)
+    limits = limits_of_options(budget or (OTHER_BUDGET if measured == "nowhere" else MEASURED_BUDGET))
+    search: dict[str, Any] = STRATEGIES.get(strategy, {"strategy": strategy})
+    beyond = getattr(load_strategy(search["strategy"]), "beyond_budget", False)
+    source, _, folder = data.partition("=")
+    payload: dict[str, Any] = {
+        "data": {"source": source, **({"folder": folder} if folder else {})},
+        "space": {
+            "name": "bits",
+            "arguments": {
+                "model": with_file_path(model),
+                "calibration_images": calibration,
+                "gradient": gradient,
+                **({"weights": str(weights.resolve())} if weights else {}),
+                **({"widths": _widths(widths)} if widths else {}),
+                **({"worth": "hawq"} if strategy == "hawq" else {}),
+            },
+        },
+        "target": {"name": target},
+        "profile": {"measured": measured, **({"table": str(table)} if table else {})},
+        "train": {"epochs": 0},
+        "search": {
+            "budget": limits,
+            "evaluations": ALL_EVALUATIONS if beyond else EVALUATIONS.get(strategy, MOST_EVALUATIONS),
+            **search,
+        },
+        "finetune": {"epochs": epochs, "learning_rate": 0.01},
+    }
+    recipe = parse_recipe(with_changes(payload, changes), "what the options of quantize say")
+    return with_absolute_paths(recipe, Path.cwd())
+
+
+def _measured(target: "Target", table: Path | None) -> str:
+    if table is not None:
+        return "elsewhere"
+    return "here" if target.runtime else "nowhere"
+
+
+def _widths(text: str) -> list[int | list[int]]:
+    """Read `4,8` or `4/8,8/8`."""
+    found: list[int | list[int]] = []
+    for part in text.split(","):
+        numbers = part.strip().split("/")
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise RecipeError(
+                f"--widths takes bits such as 4,8, or weights/activations such as 4/8, got {text!r}"
+            )
+        found.append(int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers])
+    return found
+
+
+def account(space: "SearchSpace") -> list[str]:
+    """Return in lines what of a model can be quantized, and what cannot, with the reason."""
+    from autocompress.quantize.network import quantized_network_of
+
+    source = quantized_network_of(space).source
+    sites = source.plan.sites
+    pairs = ", ".join(f"{w}/{a}" for w, a in source.widths[:8])
+    more = f" and {len(source.widths) - 8} more" if len(source.widths) > 8 else ""
+    lines = [
+        f"{type(source.model).__name__}: {len(sites)} layers can be quantized, at bits of weights/inputs "
+        f"{pairs}{more} (32 is floating point); {sum(bool(site.norm) for site in sites)} batch norms are folded"
+    ]
+    for left in source.plan.left[:SHOWN]:
+        advice = f"; {left.advice}" if left.advice else ""
+        lines.append(f"  {left.layer} stays in floating point: {left.reason}{advice}")
+    return lines
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Your model: file.py:factory or module:factory.")],
+    weights: WeightsOption = None,
+    data: DataOption = "digits",
+    target: Annotated[
+        str, typer.Option(help="What it runs on, and its legal bits; see `autocompress list targets`.")
+    ] = "onnxruntime-cpu",
+    table: Annotated[
+        Path | None, typer.Option(help="Latencies of that target that were measured elsewhere.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="latency=50%, size=500k, bops=30%, energy=1, several by commas; by default latency=50%, or "
+            "size=50% where no latency is known."
+        ),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="exact, hawq, haq, greedy, or any of `autocompress list strategies`.")
+    ] = "exact",
+    widths: Annotated[str, typer.Option(help="Bits to choose from, of those the target runs: 4,8.")] = "",
+    calibration: Annotated[int, typer.Option(help="Training images that ranges are found on.")] = 512,
+    gradient: Annotated[str, typer.Option(help="How finetuning learns scales: lsq, pact or fixed.")] = "lsq",
+    epochs: Annotated[int, typer.Option(help="Of finetuning with distillation.")] = 5,
+    run: RunOption = Path("runs/quantize"),
+    set_: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what can be quantized and what cannot; write nothing.")
+    ] = False,
+) -> None:
+    """Quantize your own network: bits for each layer under a budget, measured and exported as integers.
+
+    Batch norm is folded, ranges are found on training images, the device is measured at each precision; a
+    strategy finds the bits of each layer; the network is finetuned, taught by yours in floating point, exported
+    as ONNX with QuantizeLinear and DequantizeLinear, and measured. Your model is never changed. The run can be
+    resumed: `autocompress resume RUN`.
+    """
+    from autocompress.run import Run, load_recipe_data, make_space
+
+    recipe = quantize_recipe(
+        model,
+        weights=weights,
+        data=data,
+        target=target,
+        table=table,
+        budget=budget,
+        strategy=strategy,
+        widths=widths,
+        calibration=calibration,
+        gradient=gradient,
+        epochs=epochs,
+        changes=set_,
+    )
+    if dry_run:
+        loaded = load_recipe_data(recipe)
+        space = make_space(recipe, lambda: loaded)
+        show(space)
+        beforehand(recipe, space, loaded)
+        return
+    opened = Run(run, recipe)
+    show(opened.space)
+    beforehand(opened.recipe, opened.space, opened.data)
+    whole(opened)
+
+
+def show(space: "SearchSpace") -> None:
+    """Print what can be quantized and what cannot."""
+    for line in account(space):
+        typer.echo(line)
