@@ -61,8 +61,8 @@ def onnx_model(
             taken instead, batch norm folded.
 
     Returns:
-        A serialized model, `input (batch, *in_shape)` to `output`, 32-bit floats but for a single operation on
-        integers.
+        A serialized model, `input (batch, *in_shape)` to `output`, 32-bit floats but for a single operation
+        on integers.
 
     Raises:
         ExportError: No operations, or a batch below 1.

@@ -133,6 +133,9 @@ class Quantizer(nn.Module):
 
     def _fused(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return the same by PyTorch's kernel, in one pass over the numbers."""
+        if torch.compiler.is_exporting():
+            # That kernel has no form with a free batch size in torch.export.
+            return quantized(x, scale, zero_point.round(), self.grid, self.axis)
         points = zero_point.round().to(torch.int32)
         if self.axis is None:
             return torch.fake_quantize_per_tensor_affine(x, scale, points, self.grid.qmin, self.grid.qmax)
