@@ -148,7 +148,7 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def user_model(space: "SearchSpace", codes: "Codes | None" = None) -> UserModel | None:
-    """Return the user's own model as an architecture has it, by default the smallest; `None` if there is none.
+    """Return the user's own model as an architecture has it, by default the smallest; `None` without one.
 
     Args:
         space: Any.

@@ -113,7 +113,8 @@ def account(space: "SearchSpace") -> list[str]:
     more = f" and {len(source.widths) - 8} more" if len(source.widths) > 8 else ""
     lines = [
         f"{type(source.model).__name__}: {len(sites)} layers can be quantized, at bits of weights/inputs "
-        f"{pairs}{more} (32 is floating point); {sum(bool(site.norm) for site in sites)} batch norms are folded"
+        f"{pairs}{more} (32 is floating point); {sum(bool(site.norm) for site in sites)} batch norms are "
+        "folded"
     ]
     for left in source.plan.left[:SHOWN]:
         advice = f"; {left.advice}" if left.advice else ""
@@ -134,8 +135,8 @@ def quantize(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="latency=50%, size=500k, bops=30%, energy=1, several by commas; by default latency=50%, or "
-            "size=50% where no latency is known."
+            help="latency=50%, size=500k, bops=30%, energy=1, several by commas; by default latency=50%, "
+            "or size=50% where no latency is known."
         ),
     ] = None,
     strategy: Annotated[
@@ -154,9 +155,9 @@ def quantize(
     """Quantize your own network: bits for each layer under a budget, measured and exported as integers.
 
     Batch norm is folded, ranges are found on training images, the device is measured at each precision; a
-    strategy finds the bits of each layer; the network is finetuned, taught by yours in floating point, exported
-    as ONNX with QuantizeLinear and DequantizeLinear, and measured. Your model is never changed. The run can be
-    resumed: `autocompress resume RUN`.
+    strategy finds the bits of each layer; the network is finetuned, taught by yours in floating point,
+    exported as ONNX with QuantizeLinear and DequantizeLinear, and measured. Your model is never changed. The
+    run can be resumed: `autocompress resume RUN`.
     """
     from autocompress.run import Run, load_recipe_data, make_space
 

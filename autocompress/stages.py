@@ -76,7 +76,7 @@ PROXY_NETWORKS, PROXY_DRAWS, PROXY_IMAGES = 10, 200, 32
 """How many networks a zero-cost proxy adds to a warm start, of how many it scores, on how many images."""
 WINNER_RUNS = 60
 QUANTIZED_SAMPLE = 500
-"""Validation images on which decisions of a network of few bits are compared with those of its exported form."""
+"""Validation images on which decisions of a network of few bits and its exported form are compared."""
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"

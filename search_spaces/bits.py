@@ -1,8 +1,8 @@
 """The bits of a user's own model: one choice for the weights and one for the input of each layer.
 
 Layers that read the same tensor share the choice of its bits. Where a device runs weights and activations of
-one width only, or few pairs, a layer has one choice for both; 32 stands for floating point. Nothing is built to
-price a network; what is built is the user's own model with quantizers in its layers.
+one width only, a layer has one choice for both; 32 stands for floating point. Nothing is built to price a
+network; what is built is the user's own model with quantizers in its layers.
 """
 
 import dataclasses
@@ -134,7 +134,8 @@ def legal_widths(
         if len(pair) != 2 or pair not in legal:
             raise QuantizationError(
                 f"target {target.name!r} cannot run widths {entry!r}; it runs "
-                f"{', '.join(f'{w}/{a}' for w, a in sorted(legal))} (weights/activations, 32 is floating point)"
+                f"{', '.join(f'{w}/{a}' for w, a in sorted(legal))} (weights/activations, 32 is floating "
+                "point)"
             )
         asked.append((pair[0], pair[1]))
     return scheme, tuple(sorted(set(asked)))

@@ -18,8 +18,8 @@ RELATIVE_TOLERANCE = {"onnx": 1e-4, "torch_export": 1e-4, "safetensors": 0.0}
 same layers, so nothing but equal bits will do there; the others may fuse and reorder."""
 
 QUANTIZED_TOLERANCE = 0.1
-"""The same of a network of few bits. A sum that was added up in another order can be rounded to the next level,
-and the layers after it go on from there: single outputs differ by some levels, decisions hardly ever."""
+"""The same of a network of few bits. A sum that was added up in another order can be rounded to the next
+level, and the layers after it go on from there: single outputs differ by some levels, decisions hardly ever."""
 
 AGREEMENT = 0.995
 """Least share of the sample's images in which such a network and its exported form have the same greatest
@@ -116,10 +116,8 @@ def check_parity(
 
 def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:
     """Return in which share of the sample both have the same greatest output; `None` where nothing decides."""
-    pairs = [
-        pair for pair in zip(expected, actual, strict=True) if pair[0].dim() == 2 and pair[0].shape[1] > 1
-    ]
-    pairs = pairs[len(BATCHES) :]
+    sample = list(zip(expected, actual, strict=True))[len(BATCHES) :]
+    pairs = [pair for pair in sample if pair[0].dim() == 2 and pair[0].shape[1] > 1]
     if not pairs:
         return None
     same = torch.cat([left.argmax(1) == right.argmax(1) for left, right in pairs])

@@ -1,9 +1,9 @@
 """ONNX models of few bits: QuantizeLinear and DequantizeLinear where a network has quantizers.
 
-The network is exported in floating point, then pairs are put around its layers: runtimes turn a layer between
-two pairs into one on integers. Weights are stored as 8-bit integers, those of fewer bits in a restricted range;
-inputs of fewer bits are clipped to their range. Biases become 32-bit integers at the product of both scales, as
-integer kernels have them.
+The network is exported in floating point, then pairs are put around its layers: runtimes turn a layer
+between two pairs into one on integers. Weights are stored as 8-bit integers, those of fewer bits in a
+restricted range; inputs of fewer bits are clipped to their range. Biases become 32-bit integers at the product
+of both scales, as integer kernels have them.
 """
 
 import copy
@@ -118,7 +118,8 @@ class _Pairs:
         self._graph.initializer.extend(kept)
 
     def _origin(self, name: str) -> str:
-        return self._alias.get(name, name)
+        found: str = self._alias.get(name, name)
+        return found
 
     def _layer(self, at: int, layer: QuantizedLayer) -> None:
         node = self._graph.node[at]

@@ -192,8 +192,8 @@ class EnergyModel:
         Args:
             ops: What runs.
             batch: Images a run.
-            weight_bits: Bits of weights; biases and norms have 4 bytes (`autocompress.weight_bytes`). Operations
-                of `autocompress.quantize.ops` have bits of their own.
+            weight_bits: Bits of weights; biases and norms have 4 bytes (`autocompress.weight_bytes`).
+                Operations of `autocompress.quantize.ops` have bits of their own.
             activation_bits: Bits of every activation.
             sram_bytes: Size of the memory on the chip that holds activations.
 

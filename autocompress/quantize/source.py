@@ -1,4 +1,4 @@
-"""A model that can be quantized: folded, calibrated once for all widths, and the network of one bit policy."""
+"""A model that can be quantized: folded, calibrated once for all widths, and the network of a policy."""
 
 import copy
 import hashlib
@@ -58,7 +58,8 @@ class QuantizationSource:
 
     Raises:
         ConversionError: The model cannot be traced, or has a weight that is not finite.
-        QuantizationError: Nothing can be quantized, there are no calibration images, or a range is not finite.
+        QuantizationError: Nothing can be quantized, there are no calibration images, or a range is not
+            finite.
     """
 
     def __init__(
