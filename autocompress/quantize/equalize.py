@@ -90,15 +90,28 @@ def absorb_bias(first: nn.Module, second: nn.Module, beta: Tensor, gamma: Tensor
     with torch.no_grad():
         absorbed = (beta - 3 * gamma.abs()).clamp_min(0).to(a.bias)
         a.bias -= absorbed
-        per_input = _by_input(b, len(absorbed))
-        # Each output adds up its inputs; a group adds up its own.
-        through = per_input.sum(-1) * absorbed.reshape(per_input.shape[0], 1, -1)
-        moved = through.sum(-1).flatten()
+        moved = response(b, b.weight, absorbed)
         if b.bias is None:
             b.bias = nn.Parameter(moved)
         else:
             b.bias += moved
     return absorbed
+
+
+def response(layer: Layer, weight: Tensor, inputs: Tensor) -> Tensor:
+    """Return what a layer with some weights and no bias gives on constant channels, away from borders.
+
+    Args:
+        layer: The layer.
+        weight: In the shape of its weights.
+        inputs: `(channels,)`, the constants; a linear layer may read several positions of each.
+
+    Returns:
+        `(output channels,)`.
+    """
+    per_input = _by_input(layer, weight, len(inputs)).sum(-1)
+    # Each output adds up its inputs; a group adds up its own.
+    return (per_input * inputs.reshape(per_input.shape[0], 1, -1)).sum(-1).flatten()
 
 
 def _layers(chain: Sequence[nn.Module]) -> tuple[Layer, ...]:
@@ -138,7 +151,7 @@ def _equalize(layers: tuple[Layer, ...]) -> list[Tensor]:
     ranges = [_by_output(layers[0]).abs().amax(1)]
     if len(layers) == 3:
         ranges.append(_by_output(layers[1]).abs().amax(1))
-    ranges.append(_by_input(layers[-1], channels).abs().amax((1, 3)).flatten())
+    ranges.append(_by_input(layers[-1], layers[-1].weight, channels).abs().amax((1, 3)).flatten())
     # All ranges become their geometric mean. A channel that is zero somewhere has nothing to be equal to.
     alive = torch.stack(ranges).amin(0) > 0
     goal = torch.stack(ranges).log().mean(0).exp()
@@ -173,13 +186,12 @@ def _by_output(layer: Layer) -> Tensor:
     return layer.weight.movedim(out_axis(layer), 0).flatten(1)
 
 
-def _by_input(layer: Layer, channels: int) -> Tensor:
+def _by_input(layer: Layer, weight: Tensor, channels: int) -> Tensor:
     """Return the weights as `(groups, outputs a group, inputs a group, rest)`."""
     if isinstance(layer, nn.Linear):
-        return layer.weight.reshape(1, layer.out_features, channels, -1)
+        return weight.reshape(1, layer.out_features, channels, -1)
     if isinstance(layer, nn.ConvTranspose2d):
-        return layer.weight.flatten(2).transpose(0, 1)[None]
-    weight = layer.weight
+        return weight.flatten(2).transpose(0, 1)[None]
     return weight.reshape(layer.groups, weight.shape[0] // layer.groups, weight.shape[1], -1)
 
 
