@@ -153,7 +153,8 @@ def sparse_entries(mask: Tensor, bits: int) -> int:
     """Return how many entries a sparse tensor stores when each holds its distance from the last one.
 
     A distance that does not fit into `bits` is bridged by entries of value zero, as in figure 2 of the
-    source. Each entry takes these bits beside those of its value: 8 for convolutions there, 5 for linear layers.
+    source. Each entry takes these bits beside those of its value: 8 for convolutions there, 5 for linear
+    layers.
 
     Args:
         mask: True where a weight is kept, of any shape.
