@@ -26,6 +26,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "macs": _THOUSANDS,
     "params": _THOUSANDS,
     "size_bytes": _THOUSANDS | _BYTES,
+    "bops": _THOUSANDS,
     "peak_activation_bytes": _THOUSANDS | _BYTES,
     "energy_mj": {"": 1.0, "mJ": 1.0, "uJ": 1e-3, "J": 1e3},
 }

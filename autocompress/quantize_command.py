@@ -40,6 +40,7 @@ def quantize_recipe(
     widths: str,
     calibration: int,
     gradient: str,
+    rounding: str,
     epochs: int,
     changes: list[str] | None,
 ) -> "Recipe":
@@ -78,6 +79,7 @@ def quantize_recipe(
             "evaluations": ALL_EVALUATIONS if beyond else EVALUATIONS.get(strategy, MOST_EVALUATIONS),
             **search,
         },
+        "quantize": {"rounding": rounding},
         "finetune": {"epochs": epochs, "learning_rate": 0.01},
     }
     recipe = parse_recipe(with_changes(payload, changes), "what the options of quantize say")
@@ -145,6 +147,9 @@ def quantize(
     widths: Annotated[str, typer.Option(help="Bits to choose from, of those the target runs: 4,8.")] = "",
     calibration: Annotated[int, typer.Option(help="Training images that ranges are found on.")] = 512,
     gradient: Annotated[str, typer.Option(help="How finetuning learns scales: lsq, pact or fixed.")] = "lsq",
+    rounding: Annotated[
+        str, typer.Option(help="Of weights, before finetuning: nearest, adaround or brecq.")
+    ] = "nearest",
     epochs: Annotated[int, typer.Option(help="Of finetuning with distillation.")] = 5,
     run: RunOption = Path("runs/quantize"),
     set_: SetOption = None,
@@ -172,6 +177,7 @@ def quantize(
         widths=widths,
         calibration=calibration,
         gradient=gradient,
+        rounding=rounding,
         epochs=epochs,
         changes=set_,
     )

@@ -240,6 +240,19 @@ class FinetuneSettings(OptimizerSettings):
     et al., 2015); 0.4 in DARTS. Only for labels that are classes."""
 
 
+class QuantizeSettings(_Settings):
+    """What is done to a network of few bits before finetuning, without labels (space `bits`)."""
+
+    rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
+    """How weights are rounded: to the nearest level, or as keeps what a layer gives, or a block."""
+    steps: Positive = 1000
+    """Of the optimizer that learns rounding, for each layer or block."""
+    images: Positive = 512
+    """Training images that it looks at."""
+    bias_correction: bool = False
+    """Whether biases are shifted so that means of channels are as in floating point."""
+
+
 class ToleranceSettings(_Settings):
     """Instead of a budget that is known: the smallest cost whose score loses no more than this."""
 
@@ -278,6 +291,7 @@ class Recipe(_Settings):
     profile: ProfileSettings = ProfileSettings()
     train: TrainSettings = TrainSettings()
     search: SearchSettings = SearchSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     export: ExportSettings = ExportSettings()
     tolerance: ToleranceSettings | None = None

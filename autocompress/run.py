@@ -41,6 +41,7 @@ BEGUN = {
     "profile": ("latency_samples.jsonl", "latency_table.json"),
     "train": ("supernet.pt",),
     "search": SEARCHED,
+    "quantize": ("networks",),
     "finetune": ("networks",),
     "export": ("networks",),
     "random_networks": ("networks",),

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autocompress.atomic import read_json, replacing, write_json
@@ -52,11 +54,21 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.machine import cores
-from autocompress.network import DropPath, build_network, unshared, user_model, whole_network
+from autocompress.network import (
+    DropPath,
+    build_network,
+    model_of,
+    unshared,
+    user_model,
+    whole_network,
+)
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
 from autocompress.prune.beforehand import score_of
+from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
+from autocompress.quantize.ptq import improve
+from autocompress.quantize.reconstruct import Settings as RoundingSettings
 from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, strategy_factory, trains_anew
@@ -79,6 +91,7 @@ QUANTIZED_SAMPLE = 500
 """Validation images on which decisions of a network of few bits and its exported form are compared."""
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
+IMPROVED = "rounded.safetensors"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
 
 
@@ -488,6 +501,39 @@ def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn
     return extract(supernet, arch, recalibrate(supernet, arch, calibration(run)))
 
 
+def untrained(run: Run, shown: Shown, supernet: Supernet, arch: Architecture) -> nn.Module:
+    """Return a network as it is before finetuning; one of few bits improved as the recipe says."""
+    network = extract_recalibrated(run, supernet, arch)
+    settings = run.recipe.quantize
+    if not has_quantizers(network) or (settings.rounding == "nearest" and not settings.bias_correction):
+        return network
+    path = run.network_folder(arch) / IMPROVED
+    if path.exists():
+        try:
+            network.load_state_dict(load_file(path), strict=False)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; remove it, and it is made again") from None
+        return network
+    size, done = resolution(run, arch), list[str]()
+    images = calibration_batches(run.data, settings.images, seed=run.recipe.search.seed)
+    with shown.stage(f"round {arch.key} by {settings.rounding}") as progress:
+        progress(0, 1, "")
+        done = improve(
+            model_of(network),
+            model_of(whole_network(run.space)),
+            torch.cat([resize(batch, size) for batch in images]),
+            rounding=settings.rounding,
+            bias_correction=settings.bias_correction,
+            settings=RoundingSettings(steps=settings.steps, seed=run.recipe.search.seed),
+        )
+        progress(1, 1, "")
+    for line in done:
+        shown.say(f"{arch.key}: {line}")
+    with replacing(path) as temporary:
+        save_file(unshared(network.state_dict()), temporary)
+    return network
+
+
 def reference_score(run: Run, shown: Shown) -> float:
     """Return the validation score of what is made smaller: the model as it was brought, or the largest slice.
 
@@ -541,9 +587,6 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     Returns:
         The network in evaluation mode and its score on the validation part.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     from autocompress.distill.finetune import Finetuned
     from autocompress.distill.finetune import finetune as finetune_network
 
@@ -605,7 +648,7 @@ def _start(
         # A model that brought its weights teaches, even where slices of it were trained since.
         brought = run.space.settings.get("weights")
         teacher = whole_network(run.space) if brought else extract_recalibrated(run, supernet, largest)
-        return supernet, extract_recalibrated(run, supernet, arch), teacher, resolution(run, largest)
+        return supernet, untrained(run, shown, supernet, arch), teacher, resolution(run, largest)
     supernet, _, strategy = train_together(run, shown)
     (start,) = supernet.space.decode(strategy.start)
     with torch.random.fork_rng(devices=[]):
@@ -622,6 +665,9 @@ def _settings_of(run: Run, network: nn.Module) -> FinetuneSettings:
     if not any(isinstance(module, DropPath) for module in network.modules()):
         # A cell of identities alone has no path to drop, though others of its space have.
         updates["drop_path"] = 0.0
+    if has_quantizers(network):
+        # Levels are numbers of 32 bits: rounded to bfloat16 on the way they would be others.
+        updates["precision"] = "fp32"
     return settings.model_copy(update=updates)
 
 

@@ -6,7 +6,7 @@ network; what is built is the user's own model with quantizers in its layers.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,15 @@ from autocompress.latency.target import Scheme, Target, load_target
 from autocompress.ops import Ops, OpSpec
 from autocompress.prune.load import arguments_of, load_model
 from autocompress.quantize.calibrate import images_of
+from autocompress.quantize.hawq import Losses, expected_losses
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.quantize.ops import FULL_PRECISION, at_bits
 from autocompress.quantize.plan import Site
 from autocompress.quantize.source import Bits, Policy, QuantizationSource
 from autocompress.space import Block, Choice, Option, SearchSpace
+
+Sample = tuple[Iterable[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+"""Batches of training images with their targets, and the loss of the task."""
 
 ENDS = 8
 """Bits of the first and the last layer where others have fewer, as published policies have them."""
@@ -45,6 +49,7 @@ def bits(
     activation_ranges: str = "mse",
     gradient: str = "lsq",
     worth: str = "",
+    sample: Callable[[], Sample] | None = None,
 ) -> SearchSpace:
     """Make the space of a model that a recipe names.
 
@@ -64,6 +69,9 @@ def bits(
         weight_ranges: A method of `autocompress.quantize.observers`.
         activation_ranges: And of activations.
         gradient: How finetuning learns scales: `lsq`, `pact` or `fixed`.
+        worth: `hawq` says of every option what it is expected to add to the loss, by traces of Hessians;
+            without, options have no worth.
+        sample: Gives training images with their targets, and the loss, to that; a recipe leaves it out.
 
     Raises:
         ConversionError: The model cannot be made or traced.
@@ -88,7 +96,15 @@ def bits(
         gradient=gradient,  # type: ignore[arg-type]  # checked there
     )
     source.origin = {"model": model, "arguments": given}
+    if worth not in ("", "hawq"):
+        raise SpaceError(f"worth must be 'hawq' or nothing, got {worth!r}")
+    if worth and sample is None:
+        raise SpaceError("worth 'hawq' looks at images and their targets: give a sample")
     space = bit_space(source, ends=ends)
+    if sample is not None and worth:
+        batches, loss = sample()
+        of_weights, of_inputs = expected_losses(source, [*batches], loss)
+        space = dataclasses.replace(space, worth=_worth(source, space, of_weights, of_inputs))
     settings = {
         "model": model,
         "image": list(image),
@@ -101,6 +117,7 @@ def bits(
         "weight_ranges": weight_ranges,
         "activation_ranges": activation_ranges,
         "gradient": gradient,
+        "worth": worth,
     }
     return dataclasses.replace(space, settings=settings)
 
@@ -203,6 +220,26 @@ def _layer(source: QuantizationSource, number: int, ends: int | None) -> _Layer:
         )
     # Layers of one tensor share it, and with it the width of their weights.
     return _Layer(site, (Choice(f"{site.source}.bits", weights),))
+
+
+def _worth(
+    source: QuantizationSource, space: SearchSpace, of_weights: Losses, of_inputs: Losses
+) -> dict[str, tuple[float, ...]]:
+    """Return minus the expected loss of every option; a choice for both has that of weights and inputs."""
+    found = {choice.name: [0.0] * len(choice.options) for choice in space.choices}
+    for site in source.plan.sites:
+        for name, losses in (
+            (f"{site.name}.weight", of_weights[site.name]),
+            (f"{site.source}.bits", of_weights[site.name]),
+            *(((f"{site.source}.input", of_inputs[site.name]),) if site.name in of_inputs else ()),
+            *(((f"{site.source}.bits", of_inputs[site.name]),) if site.name in of_inputs else ()),
+        ):
+            if name in found:
+                options = space.choices[space.positions[name]].options
+                found[name] = [
+                    worth - losses[int(option)] for worth, option in zip(found[name], options, strict=True)
+                ]
+    return {name: tuple(values) for name, values in found.items()}
 
 
 def _constant(op: OpSpec) -> Ops:

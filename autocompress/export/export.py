@@ -26,8 +26,9 @@ from autocompress.export.manifest import (
     write_manifest,
 )
 from autocompress.export.parity import check_parity, outputs, parity_images, reload
-from autocompress.export.qdq import cannot_be_integers, has_quantizers, in_floats
+from autocompress.export.qdq import cannot_be_integers, in_floats
 from autocompress.ops import Ops, Shape
+from autocompress.quantize.layer import has_quantizers
 from autocompress.space import Architecture
 
 Format = Literal["onnx", "torch_export", "safetensors"]

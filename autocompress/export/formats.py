@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from autocompress.export import loader, narrow_loader
-from autocompress.export.qdq import has_quantizers, insert_pairs
+from autocompress.export.qdq import insert_pairs
 from autocompress.export.quiet import quiet
 from autocompress.network import model_of, module_name, unshared
 from autocompress.ops import Ops, OpSpec, Shape
 from autocompress.prune.network import NarrowNetwork
+from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
 
 OPSET = 18

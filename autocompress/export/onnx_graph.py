@@ -112,7 +112,8 @@ def _exported_by_torch(network: "nn.Module", shape: tuple[int, ...]) -> bytes:
     """
     import torch
 
-    from autocompress.export.qdq import has_quantizers, in_floats, insert_pairs
+    from autocompress.export.qdq import in_floats, insert_pairs
+    from autocompress.quantize.layer import has_quantizers
 
     if has_quantizers(network):
         model = onnx_of(_exported_by_torch(in_floats(network), shape))

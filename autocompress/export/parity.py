@@ -19,7 +19,7 @@ same layers, so nothing but equal bits will do there; the others may fuse and re
 
 QUANTIZED_TOLERANCE = 0.1
 """The same of a network of few bits. A sum that was added up in another order can be rounded to the next
-level, and the layers after it go on from there: single outputs differ by some levels, decisions hardly ever."""
+level, and the layers after it go on from there: outputs differ by some levels, decisions hardly ever."""
 
 AGREEMENT = 0.995
 """Least share of the sample's images in which such a network and its exported form have the same greatest
@@ -109,7 +109,7 @@ def check_parity(
         raise ExportError(
             f"format {format_name!r} has another greatest output than the PyTorch network for "
             f"{1 - agreement:.1%} of the images, more than {1 - AGREEMENT:.1%}; the runtime computes the "
-            "integers differently: report it with the model"
+            "integers differently: please report it with the model"
         )
     return Parity(difference, tolerance, scale, count, agreement)
 

@@ -2,8 +2,8 @@
 
 The network is exported in floating point, then pairs are put around its layers: runtimes turn a layer
 between two pairs into one on integers. Weights are stored as 8-bit integers, those of fewer bits in a
-restricted range; inputs of fewer bits are clipped to their range. Biases become 32-bit integers at the product
-of both scales, as integer kernels have them.
+restricted range; inputs of fewer bits are clipped to their range. Biases become 32-bit integers at the
+product of both scales, as integer kernels have them.
 """
 
 import copy
@@ -32,11 +32,6 @@ def in_floats(network: nn.Module) -> nn.Module:
     for name, layer in list(quantized_layers(found)):
         found.set_submodule(name, layer.layer)
     return found
-
-
-def has_quantizers(network: nn.Module) -> bool:
-    """Whether a network has layers that were prepared for quantization."""
-    return any(True for _ in quantized_layers(network))
 
 
 def cannot_be_integers(network: nn.Module) -> str:

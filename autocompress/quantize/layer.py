@@ -90,3 +90,8 @@ def quantized_layers(network: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]
     for name, module in network.named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
+
+
+def has_quantizers(network: nn.Module) -> bool:
+    """Whether a network has layers that were prepared for quantization."""
+    return any(True for _ in quantized_layers(network))

@@ -27,8 +27,8 @@ _SAME: Final = {"dropout", "feature_dropout", "clone", "contiguous", "alias", "d
 # Of these no output is negative if no input is.
 _KEEP_SIGN: Final = {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax",
-    "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "cat", "add", "mul", "slice",
-    "select", "upsample_nearest2d", "upsample_bilinear2d", "pad", "getitem", "split", "chunk",
+    "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "cat", "add", "mul",
+    "slice", "select", "upsample_nearest2d", "upsample_bilinear2d", "pad", "getitem", "split", "chunk",
 }  # fmt: skip
 # And of these never.
 _POSITIVE: Final = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "abs", "square", "exp"}

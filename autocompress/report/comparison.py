@@ -33,7 +33,6 @@ from autocompress.stages import (
     constraints,
     evaluator,
     export,
-    extract_recalibrated,
     finetune,
     latency_margin,
     profile,
@@ -42,6 +41,7 @@ from autocompress.stages import (
     selection,
     target,
     train,
+    untrained,
 )
 from autocompress.training.evaluate import evaluate
 
@@ -129,7 +129,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     else:
         largest = run.space.decode(run.space.largest())[0]
         slices = [("largest", largest), *baselines, *randoms, (name, arch)]
-        networks += [(which, a, extract_recalibrated(run, supernet, a)) for which, a in slices]
+        networks += [(which, a, untrained(run, shown, supernet, a)) for which, a in slices]
         brought = user_model(run.space, run.space.largest())
         if (
             run.space.settings.get("weights")
