@@ -1,12 +1,14 @@
-"""A space under a budget as decisions in turn: one ratio in 0..1 a choice, no end over the budget.
+"""A space under a budget as decisions in turn: one action in 0..1 a choice, no end over the budget.
 
 What AMC and HAQ do layer by layer, for any space whose options are numbers and any costs with a lower bound.
+For AMC an action is the share of the largest option to keep, for HAQ one of equal slices, an option each.
 
 Source: He et al., AMC, ECCV 2018, section 3.1 and algorithm 1: an action is cut to what leaves room for all
 later layers at their smallest. There the room is a formula for the MACs of a chain of layers; here it is
 `Cost.lower_bound`, exact for every cost, of which that formula is a special case (tests compare them).
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import final
 
@@ -21,6 +23,9 @@ from autocompress.space import Choice, Codes
 State = NDArray[np.float32]
 """`(features,)`, all in 0..1."""
 
+Actions = Callable[[Choice, str], NDArray[np.float64]]
+"""Given a choice and the name of its space: the action of each option, ascending in 0..1, `(options,)`."""
+
 
 @final
 class RatioProcess:
@@ -29,16 +34,28 @@ class RatioProcess:
     A state has, each in 0..1: of the choice to be decided its index, number of options, largest option and
     least ratio; of each metric what the choice can save of it, what was saved so far (`reduced`), what the
     undecided choices can save (`rest`), and how much of the limit is free while these are at their cheapest;
-    and the last ratio. Costs are shares of the largest network's; what is known of choices beforehand is
+    and the last action. Costs are shares of the largest network's; what is known of choices beforehand is
     spread over 0..1 among them.
 
     Attributes:
         constraints: Space, costs and limits.
-        features: Length of a state; 9 with one limit.
+        ratios: The action of each option of each choice; AMC's are ratios.
+        features: Length of a state; with one limit 9 and one more for each column of `also`.
     """
 
-    def __init__(self, constraints: Constraints) -> None:
+    def __init__(
+        self,
+        constraints: Constraints,
+        *,
+        actions: Actions | None = None,
+        also: NDArray[np.float64] | None = None,
+    ) -> None:
         """Price the choices.
+
+        Args:
+            constraints: Space, costs and limits.
+            actions: By default `shares_of_largest`.
+            also: More that is known of each choice beforehand, `(choices, columns)`.
 
         Raises:
             SpaceError: Options of a choice are not positive numbers in ascending order.
@@ -46,7 +63,9 @@ class RatioProcess:
         """
         constraints.check_feasible()
         self.constraints = constraints
-        self.ratios = [_ratios(choice, constraints.space.name) for choice in constraints.space.choices]
+        space, actions = constraints.space, actions or shares_of_largest
+        self.ratios = [actions(choice, space.name) for choice in space.choices]
+        self._also = np.zeros((len(space.choices), 0)) if also is None else also
         # Without limits, costs are still something to see: a reward may speak of them.
         metrics = tuple(constraints.limits) or tuple(constraints.costs)
         self._seen = [constraints.costs[metric] for metric in metrics]
@@ -70,6 +89,7 @@ class RatioProcess:
             np.array([len(ratios) for ratios in self.ratios], dtype=np.float64),
             np.array(largest),
             np.array([ratios[0] for ratios in self.ratios]),
+            *self._also.T,
         ]
         alone = np.where(np.eye(count, dtype=np.bool_), 0, self._largest)
         for cost, full in zip(self._seen, self._full, strict=True):
@@ -80,7 +100,7 @@ class RatioProcess:
         return spread
 
     def state(self, prefix: Codes, last: float) -> State:
-        """Return the state after the choices of a prefix `(1, p)`, p < choices, and a last ratio."""
+        """Return the state after the choices of a prefix `(1, p)`, p < choices, and a last action."""
         position = prefix.shape[1]
         upper = np.hstack([prefix, self._largest[:, position:]])
         numbers = [*self._known[position]]
@@ -216,12 +236,32 @@ class Walk:
             self.state = self._process.state(self._row[:, : self.position], self._last)
 
 
-def _ratios(choice: Choice, space: str) -> NDArray[np.float64]:
+def shares_of_largest(choice: Choice, space: str) -> NDArray[np.float64]:
     """Return each option as a share of the largest; 1 where there is only one option, whatever it is.
 
     Raises:
         SpaceError: They are not positive numbers in ascending order.
     """
+    values = _numbers(choice, space)
+    ratios: NDArray[np.float64] = values / values[-1]
+    return ratios
+
+
+def equal_slices(choice: Choice, space: str) -> NDArray[np.float64]:
+    """Return the middle of the slice of 0..1 that each option has, all of one length.
+
+    The nearest middle to an action is that of its slice; 0 and 1 are in the first and the last.
+
+    Raises:
+        SpaceError: They are not positive numbers in ascending order.
+    """
+    count = len(_numbers(choice, space))
+    middles: NDArray[np.float64] = (np.arange(count) + 0.5) / count
+    return middles
+
+
+def _numbers(choice: Choice, space: str) -> NDArray[np.float64]:
+    """Return the options as numbers; a single one, whatever it is, as 1."""
     if len(choice.options) == 1:
         return np.ones(1)
     numbers = [option for option in choice.options if not isinstance(option, str)]
@@ -232,5 +272,4 @@ def _ratios(choice: Choice, space: str) -> NDArray[np.float64]:
             f"to be decided by ratios, got {list(choice.options)}; take a strategy for any options, such as "
             "'reinforce' or 'evolution'"
         )
-    ratios: NDArray[np.float64] = values / values[-1]
-    return ratios
+    return values

@@ -13,33 +13,22 @@ from typing import final
 import numpy as np
 
 from autocompress.budget import Constraints
-from autocompress.ddpg import DDPG, DDPGSettings, Transition
-from autocompress.proposals import (
-    Asked,
-    check_count,
-    check_positive,
-    check_share,
-    fresh_sample,
-    random_generator,
-)
+from autocompress.cost import Values
+from autocompress.ddpg import DDPG, DDPGSettings
+from autocompress.proposals import check_count, check_positive, check_share, random_generator
 from autocompress.ratios import RatioProcess
 from autocompress.rewards import PricedReward
-from autocompress.space import Codes
 from autocompress.trial import Batch
 from strategies.breeding import objective_values
+from strategies.walking import Exploration, Walker
 
 PUBLISHED_EPISODES, PUBLISHED_WARMUP = 800, 100
 LAST_SIGMA = 0.05
 """Share of its start that the noise has at the end of a search."""
 
-# The policy does not change before it is told: more rows of one policy are worth less and less.
-MOST_WAITING = 64
-# Where what is drawn was asked before, noise doubles until it is nearly uniform; then rows are random.
-ATTEMPTS, LEAST_SIGMA = 8, 0.01
-
 
 @final
-class Amc:
+class Amc(Walker):
     """One episode a network: decided choice by choice, learned from as soon as it was told.
 
     Every measured row is an episode, also random ones and those of `WarmStart`: its actions are the ratios of
@@ -114,12 +103,12 @@ class Amc:
         self._reward = PricedReward.of(constraints, reward, cost, target)
         shorter = max(1.0, PUBLISHED_EPISODES / check_count("episodes", episodes))
         share = PUBLISHED_WARMUP / PUBLISHED_EPISODES
-        self._warmup = check_count("warmup", max(1, round(share * episodes)) if warmup is None else warmup)
-        self._sigma = check_positive("sigma", sigma)
+        warmup = check_count("warmup", max(1, round(share * episodes)) if warmup is None else warmup)
+        check_positive("sigma", sigma)
         if sigma_decay is None:
-            sigma_decay = LAST_SIGMA ** (1 / max(1, episodes - self._warmup))
-        self._decay = check_share("sigma_decay", sigma_decay)
-        self._updates = check_count("updates", updates)
+            sigma_decay = LAST_SIGMA ** (1 / max(1, episodes - warmup))
+        exploration = Exploration(warmup, sigma, check_share("sigma_decay", sigma_decay))
+        check_count("updates", updates)
         rng = random_generator(seed)
         settings = DDPGSettings(
             hidden=hidden,
@@ -130,71 +119,18 @@ class Amc:
             batch_size=batch_size,
             baseline_decay=baseline_decay,
         )
-        self._constraints, self._rng = constraints, rng
-        self._process = RatioProcess(constraints)
-        self._agent = DDPG(
-            self._process.features,
+        process = RatioProcess(constraints)
+        agent = DDPG(
+            process.features,
             seed=int(rng.integers(2**62)),
             capacity=check_count("replay", replay) * len(constraints.space.choices),
             settings=settings,
         )
-        self._asked, self._told = Asked(constraints.space), Asked(constraints.space)
-        # Asked and not yet told.
-        self._waiting: set[bytes] = set()
-        self._learned = 0
+        super().__init__(process, agent, rng, exploration, updates)
 
-    def ask(self, n: int) -> Codes:
-        """Walk through `n` episodes; fewer where many wait to be told, or the space is exhausted."""
-        found = [self._constraints.space.smallest()[:0]]
-        for _ in range(min(n, MOST_WAITING - len(self._waiting))):
-            row = self._drawn()
-            if not len(row):
-                break
-            self._waiting.add(row.tobytes())
-            found.append(row)
-        return np.vstack(found)
-
-    def tell(self, batch: Batch) -> None:
-        """Learn from every measured row, an episode each, in their order.
-
-        Raises:
-            EvaluationError: Rows were measured, but not on the objective.
-            RecipeError: The reward is not defined for a value of the objective.
-        """
-        self._asked.fresh(batch.codes)
+    def _rewards(self, batch: Batch) -> Values:
         values = objective_values(batch, self._objective)
         usable = ~np.isnan(values)
         rewards = np.full(len(batch), np.nan)
         rewards[usable] = self._reward(values[usable], batch.costs, usable)
-        for index, reward in enumerate(rewards.tolist()):
-            row = batch.codes[index : index + 1]
-            self._waiting.discard(row.tobytes())
-            if usable[index] and len(self._told.fresh(row)):
-                self._learn(row, reward)
-
-    def _drawn(self) -> Codes:
-        """Return a row that was not asked before, `(1, choices)`; no row if none is left."""
-        sigma = self._sigma * self._decay ** (self._learned - self._warmup)
-        for _ in range(ATTEMPTS):
-            row = self._episode(sigma)
-            if self._constraints.feasible(row)[0] and len(self._asked.fresh(row)):
-                return row
-            sigma = max(LEAST_SIGMA, 2 * sigma)
-        return fresh_sample(self._constraints, 1, self._rng, self._asked)
-
-    def _episode(self, sigma: float) -> Codes:
-        walk, warm = self._process.start(), self._learned < self._warmup
-        while not walk.done:
-            walk.act(self._agent.random_action() if warm else self._agent.action(walk.state, sigma))
-        return walk.row
-
-    def _learn(self, row: Codes, reward: float) -> None:
-        """Walk through a row as an episode, and let the agent learn from it."""
-        walk = self._process.start()
-        episode: list[Transition] = []
-        while not walk.done:
-            state = walk.state
-            ratio = walk.take(int(row[0, walk.position]))
-            episode.append(Transition(state, ratio, reward, walk.state, walk.done))
-        self._learned += 1
-        self._agent.learn(episode, updates=self._updates if self._learned > self._warmup else 0)
+        return rewards

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
 from autocompress.cost import Values
@@ -26,6 +27,9 @@ MAX_PROPOSALS = 64
 # until it fits: genes that came back stay. After the last step it is its parent.
 REPAIR_STEPS = np.arange(1, 6) / 6
 
+# Random genes that an exchanged child may raise once more, if they fit.
+FILLING = 16
+
 Propose = Callable[[int, int], tuple[Codes, Codes]]
 """Given how many and the attempt, from 0: children and for each a feasible parent, `(n, choices)` both."""
 
@@ -35,7 +39,13 @@ class Breeding:
     """Feasible children, none asked before."""
 
     def __init__(
-        self, constraints: Constraints, rng: np.random.Generator, *, rate: float, deduplicate: bool = True
+        self,
+        constraints: Constraints,
+        rng: np.random.Generator,
+        *,
+        rate: float,
+        exchange: float = 0.0,
+        deduplicate: bool = True,
     ) -> None:
         """Start with nothing asked.
 
@@ -43,6 +53,7 @@ class Breeding:
             constraints: Space, costs and limits.
             rng: The strategy's own generator.
             rate: Probability that a gene of a mutant changes; at least one does.
+            exchange: Share of the mutants that are exchanges, see `exchanged`.
             deduplicate: Never return a row twice.
 
         Raises:
@@ -51,7 +62,7 @@ class Breeding:
         constraints.check_feasible()
         self._constraints = constraints
         self._rng = rng
-        self._rate = rate
+        self._rate, self._exchange = rate, exchange
         self._asked = Asked(constraints.space) if deduplicate else None
 
     def founders(self, n: int) -> Codes:
@@ -71,7 +82,49 @@ class Breeding:
         rate = self._rate
         if attempt:
             rate = min(MAX_RATE, max(rate, 1 / len(space.choices)) * 2**attempt)
-        return space.mutate(parents, self._rng, rate=rate)
+        mutants = space.mutate(parents, self._rng, rate=rate)
+        if self._exchange:
+            chosen = self._rng.random(len(parents)) < self._exchange
+            mutants[chosen] = self.exchanged(parents[chosen], raised=1 + attempt)
+        return mutants
+
+    def exchanged(self, parents: Codes, *, raised: int) -> Codes:
+        """Raise genes of feasible parents by one option, lower others until they fit, raise what still does.
+
+        Near the budget a gene can grow only where another shrinks, which one change at random does not do,
+        and its repair undoes.
+
+        Args:
+            parents: `(n, choices)`.
+            raised: How many genes at first.
+
+        Returns:
+            Canonical and feasible, of the shape given; the parent where lowering all others is not enough.
+        """
+        space, fits = self._constraints.space, self._constraints.feasible
+        children, grown = parents.copy(), np.zeros(parents.shape, dtype=np.bool_)
+        for _ in range(raised):
+            able = space.active(children) & (children < space.counts - 1)
+            children, at = self._stepped(children, able, 1)
+            grown |= at
+        for _ in range(int(space.counts.sum())):
+            broken = np.flatnonzero(~fits(children))
+            able = (children[broken] > 0) & ~grown[broken]
+            if not able.any():
+                break
+            children[broken] = self._stepped(children[broken], able, -1)[0]
+        children = np.where(fits(children)[:, None], children, parents)
+        for _ in range(FILLING):
+            able = space.active(children) & (children < space.counts - 1)
+            larger = self._stepped(children, able, 1)[0]
+            children = np.where(fits(larger)[:, None], larger, children)
+        return children
+
+    def _stepped(self, codes: Codes, able: NDArray[np.bool_], step: int) -> tuple[Codes, NDArray[np.bool_]]:
+        """Move one random gene of those able in every row; return canonical rows, and which gene it was."""
+        draws = np.where(able, self._rng.random(codes.shape), -1.0)
+        at = (draws == draws.max(axis=1, keepdims=True)) & able
+        return self._constraints.space.canonical(codes + step * at), at
 
     def crossed(self, first: Codes, second: Codes) -> Codes:
         """Take each gene from either parent."""

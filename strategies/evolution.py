@@ -46,6 +46,7 @@ class AgingEvolution:
         population: int = 20,
         sample_size: int | None = None,
         mutation_rate: float = 0.0,
+        exchange: float = 0.0,
         deduplicate: bool = True,
     ) -> None:
         """Make the search.
@@ -58,6 +59,8 @@ class AgingEvolution:
             sample_size: Members that compete to be the parent of a child, drawn with repetition; by
                 default half of the population.
             mutation_rate: Probability that a gene changes; 0 changes exactly one gene a child.
+            exchange: Share of the mutants in which one gene grows and others shrink for it, as far as the
+                budget asks; for ordinal choices under one budget, such as bits.
             deduplicate: Never ask an architecture twice.
 
         Raises:
@@ -70,7 +73,8 @@ class AgingEvolution:
         self._objective = objective
         self._rng = random_generator(seed)
         rate = check_share("mutation_rate", mutation_rate)
-        self._breeding = Breeding(constraints, self._rng, rate=rate, deduplicate=deduplicate)
+        share = check_share("exchange", exchange)
+        self._breeding = Breeding(constraints, self._rng, rate=rate, exchange=share, deduplicate=deduplicate)
         # Oldest first.
         self._codes: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
         self._values: Values = np.zeros(0)
@@ -131,6 +135,7 @@ class ElitistEvolution:
         parent_ratio: float = 0.25,
         mutation_ratio: float = 0.5,
         mutation_rate: float = 0.1,
+        exchange: float = 0.0,
         deduplicate: bool = True,
     ) -> None:
         """Make the search.
@@ -144,6 +149,8 @@ class ElitistEvolution:
             parent_ratio: Parents as a share of the population; at least one.
             mutation_ratio: Share of the children that are mutants; the rest are crossovers.
             mutation_rate: Probability that a gene of a mutant changes; at least one does.
+            exchange: Share of the mutants in which one gene grows and others shrink for it, as far as the
+                budget asks; for ordinal choices under one budget, such as bits.
             deduplicate: Never ask an architecture twice.
 
         Raises:
@@ -156,7 +163,8 @@ class ElitistEvolution:
         self._objective = objective
         self._rng = random_generator(seed)
         rate = check_share("mutation_rate", mutation_rate)
-        self._breeding = Breeding(constraints, self._rng, rate=rate, deduplicate=deduplicate)
+        share = check_share("exchange", exchange)
+        self._breeding = Breeding(constraints, self._rng, rate=rate, exchange=share, deduplicate=deduplicate)
         none: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
         # Best first; equal ones in the order in which they were told.
         self._best, self._best_values = none, np.zeros(0)

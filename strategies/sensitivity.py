@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.budget import Constraints
+from autocompress.cost import AdditiveCost
 from autocompress.errors import RecipeError
 from autocompress.exact import separable, solve
-from autocompress.proposals import check_count, compared_by, qualities
+from autocompress.proposals import check_count, check_one_of, compared_by, qualities
 from autocompress.space import Codes
 from autocompress.strategy import DISTANCE
 from autocompress.trial import Batch
@@ -47,6 +48,7 @@ class Sensitivity:
         measure: str = "",
         points: int | None = None,
         rounds: int = 1,
+        solver: str = "exact",
     ) -> None:
         """Start from the largest network.
 
@@ -60,6 +62,8 @@ class Sensitivity:
             points: Options of a choice that are evaluated, spread evenly; the others are interpolated. By
                 default all are evaluated.
             rounds: After the first, the start is the network that was found last.
+            solver: `exact` finds the proven optimum of the sum. `greedy` walks down from the start, each time
+                by the option that loses least for what it takes off the excess over the budget.
 
         Raises:
             RecipeError: An option is out of its range.
@@ -71,6 +75,7 @@ class Sensitivity:
         self._constraints, self._objective, self._measure = constraints, objective, measure
         self._points = None if points is None else check_count("points", points)
         self._rounds = check_count("rounds", rounds)
+        self._greedy = check_one_of("solver", solver, ("exact", "greedy")) == "greedy"
         self._at = constraints.space.largest()
         self._values: dict[bytes, float] = {}
         self._notes: list[dict[str, Any]] = []
@@ -115,21 +120,52 @@ class Sensitivity:
         self._untold = {row.tobytes() for row in rows}
 
     def _solve(self) -> None:
-        tables, forbidden = [], []
-        for position, choice in enumerate(self._constraints.space.choices):
-            values, missing = self._table(position)
+        tables, missing = [], []
+        for position in range(len(self._constraints.space.choices)):
+            values, failed = self._table(position)
             tables.append(values)
-            forbidden += [{choice.name: choice.options[code]} for code in missing]
+            missing += [(position, code) for code in failed]
         if self._at.tobytes() not in self._values:
             # The start itself failed, or everything: there is nothing to add up.
             return
         start = self._values[self._at.tobytes()]
         value = separable(self._constraints.space, [table - start for table in tables], "sensitivity")
-        optimum = solve(value, self._constraints, sense="maximize", forbidden=forbidden)
-        self._found = optimum.codes
-        sum_ = start + optimum.value
-        self._notes.append({"measure": self._measure, "sum": self._plain(sum_), "proven": optimum.proven})
-        self._await([optimum.codes])
+        found = self._walked_down(value, missing) if self._greedy else None
+        proven = False
+        if found is None:
+            choices = self._constraints.space.choices
+            forbidden = [{choices[p].name: choices[p].options[code]} for p, code in missing]
+            optimum = solve(value, self._constraints, sense="maximize", forbidden=forbidden)
+            found, proven = optimum.codes, optimum.proven
+        self._found = found
+        sum_ = start + float(value.of(found)[0])
+        self._notes.append({"measure": self._measure, "sum": self._plain(sum_), "proven": proven})
+        self._await([found])
+
+    def _walked_down(self, value: AdditiveCost, missing: list[tuple[int, int]]) -> Codes | None:
+        """Return the first network that fits on the way down; `None` if the way ends above the budget."""
+        space, at = self._constraints.space, self._at
+        while (excess := self._excess(at)[0]) > 0:
+            steps = [
+                (position, code)
+                for position in range(len(space.choices))
+                for code in range(int(at[0, position]))
+                if (position, code) not in missing
+            ]
+            rows = np.repeat(at, len(steps), axis=0)
+            for row, (position, code) in zip(rows, steps, strict=True):
+                row[position] = code
+            rows = space.canonical(rows)
+            saved = excess - self._excess(rows)
+            # What takes nothing off the excess must not be walked by, whatever it gains.
+            rows, saved = rows[saved > 0], saved[saved > 0]
+            if not len(rows):
+                return None
+            at = rows[[int(((value.of(rows) - value.of(at)) / saved).argmax())]]
+        return at
+
+    def _excess(self, codes: Codes) -> NDArray[np.float64]:
+        return np.maximum(self._constraints.violation(codes), 0.0)
 
     def _plain(self, value: float) -> float:
         return -value if self._measure == DISTANCE else value
@@ -166,3 +202,29 @@ class Sensitivity:
                 row = self._changed(position, code)
                 found.setdefault(row.tobytes(), row)
         return list(found.values())
+
+
+def greedy(
+    constraints: Constraints,
+    *,
+    seed: int,
+    objective: str = "accuracy",
+    measure: str = "",
+    points: int | None = None,
+    rounds: int = 1,
+) -> Sensitivity:
+    """Make a `Sensitivity` that walks down instead of solving; `slimming` measures anew at every step.
+
+    Raises:
+        RecipeError: An option is out of its range.
+        InfeasibleBudgetError: Nothing fits.
+    """
+    return Sensitivity(
+        constraints,
+        seed=seed,
+        objective=objective,
+        measure=measure,
+        points=points,
+        rounds=rounds,
+        solver="greedy",
+    )

@@ -264,7 +264,7 @@ def test_it_finds_better_networks_than_random_search_with_as_many_evaluations() 
         ({"reward": "flops"}, "reward must be one of accuracy, .*log_cost, got 'flops'"),
         (
             {"reward": "log_cost", "cost": "watts"},
-            "cost must be one of macs, params, size_bytes, got 'watts'",
+            "cost must be one of macs, params, size_bytes, bops, got 'watts'",
         ),
         ({"reward": "log_cost", "cost": "macs", "target": 3}, "'log_cost' has no target, got target=3"),
     ],

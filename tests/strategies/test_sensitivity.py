@@ -17,7 +17,7 @@ from autocompress.errors import EvaluationError, InfeasibleBudgetError, RecipeEr
 from autocompress.space import Codes
 from autocompress.strategy import DISTANCE, WarmStart, at_most, beyond_budget, compares
 from strategies.importance import worth_of
-from strategies.sensitivity import Sensitivity
+from strategies.sensitivity import Sensitivity, greedy
 
 
 class Additive:
@@ -167,3 +167,57 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_a_budget_that_nothing_fits_is_refused() -> None:
     with pytest.raises(InfeasibleBudgetError, match="reachable minimum"):
         Sensitivity(limited(chain(random_scores(0)), "macs=1%"), seed=0)
+
+
+# Greedy --------------------------------------------------------------------------------------------------
+
+
+def walked_down(constraints: Constraints, evaluator: Additive) -> Codes:
+    """The loop: while too large, the smaller option of a choice that loses least for what it takes away."""
+
+    def excess(row: Codes) -> float:
+        return max(0.0, float(constraints.violation(row)[0]))
+
+    at = constraints.space.largest()
+    while excess(at) > 0:
+        ratios = {}
+        for position in range(LAYERS):
+            for code in range(int(at[0, position])):
+                row = at.copy()
+                row[0, position] = code
+                lost = float(evaluator.of(at)[0] - evaluator.of(row)[0])
+                ratios[(position, code)] = lost / (excess(at) - excess(row))
+        position, code = min(ratios, key=lambda step: ratios[step])
+        at[0, position] = code
+    return at
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_walks_down_by_what_loses_least_for_what_it_saves(seed: int) -> None:
+    constraints = limited(chain(random_scores(seed)))
+    evaluator = Additive(constraints)
+    result = search(greedy(constraints, seed=0), constraints, evaluator, evaluations=500)
+    found = constraints.space.encode([result.trials[-1].architecture])
+    np.testing.assert_array_equal(found, walked_down(constraints, evaluator))
+    assert len(evaluator.asked) <= LAYERS * (len(WIDTHS) - 1) + 2
+    assert constraints.feasible(found)[0]
+    (round_,) = result.notes["sensitivity"]
+    assert not round_["proven"]
+    np.testing.assert_allclose(round_["sum"], round_["measured"], atol=1e-9)
+
+
+def test_greedy_passes_by_options_whose_evaluation_failed() -> None:
+    constraints = limited(chain(random_scores(0)))
+    whole = walked_down(constraints, Additive(constraints))[0]
+    position = int(np.flatnonzero(whole < len(WIDTHS) - 1)[0])
+    failed = tuple(int(whole[position]) if p == position else len(WIDTHS) - 1 for p in range(LAYERS))
+    evaluator = Additive(constraints, fails=lambda row: row == failed)
+    result = search(greedy(constraints, seed=0), constraints, evaluator, evaluations=500)
+    found = constraints.space.encode([result.trials[-1].architecture])[0]
+    assert found[position] != whole[position]
+    assert constraints.feasible(found[None])[0]
+
+
+def test_another_solver_is_refused() -> None:
+    with pytest.raises(RecipeError, match="solver must be one of exact, greedy, got 'luck'"):
+        Sensitivity(limited(chain(random_scores(0))), seed=0, solver="luck")
