@@ -103,8 +103,7 @@ def bits(
     space = bit_space(source, ends=ends)
     if sample is not None and worth:
         batches, loss = sample()
-        of_weights, of_inputs = expected_losses(source, [*batches], loss)
-        space = dataclasses.replace(space, worth=_worth(source, space, of_weights, of_inputs))
+        space = worth_by_losses(source, space, *expected_losses(source, [*batches], loss))
     settings = {
         "model": model,
         "image": list(image),
@@ -222,10 +221,13 @@ def _layer(source: QuantizationSource, number: int, ends: int | None) -> _Layer:
     return _Layer(site, (Choice(f"{site.source}.bits", weights),))
 
 
-def _worth(
+def worth_by_losses(
     source: QuantizationSource, space: SearchSpace, of_weights: Losses, of_inputs: Losses
-) -> dict[str, tuple[float, ...]]:
-    """Return minus the expected loss of every option; a choice for both has that of weights and inputs."""
+) -> SearchSpace:
+    """Return a space of `bit_space` whose options are worth minus what they are expected to add to the loss.
+
+    A choice for both weights and inputs is worth the sum.
+    """
     found = {choice.name: [0.0] * len(choice.options) for choice in space.choices}
     for site in source.plan.sites:
         for name, losses in (
@@ -239,7 +241,7 @@ def _worth(
                 found[name] = [
                     worth - losses[int(option)] for worth, option in zip(found[name], options, strict=True)
                 ]
-    return {name: tuple(values) for name, values in found.items()}
+    return dataclasses.replace(space, worth={name: tuple(values) for name, values in found.items()})
 
 
 def _constant(op: OpSpec) -> Ops:

@@ -115,7 +115,7 @@ def check_parity(
 
 
 def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:
-    """Return in which share of the sample both have the same greatest output; `None` where nothing decides."""
+    """Return the share of the sample of which both have the same greatest output; `None` without classes."""
     sample = list(zip(expected, actual, strict=True))[len(BATCHES) :]
     pairs = [pair for pair in sample if pair[0].dim() == 2 and pair[0].shape[1] > 1]
     if not pairs:

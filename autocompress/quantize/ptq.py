@@ -71,8 +71,8 @@ def improve(
             done = reconstruct(network, reference, blocks, images, settings)
             before, after = (sum(getattr(one, when) for one in done) for when in ("before", "after"))
             said.append(
-                f"{rounding}: squared error of {len(done)} blocks {after / max(before, 1e-30):.0%} of that of "
-                "the nearest levels"
+                f"{rounding}: squared error of {len(done)} blocks {after / max(before, 1e-30):.0%} of that "
+                "of the nearest levels"
             )
     if bias_correction:
         # Layers without a bias do not get one: the network keeps the parameters that it was built with.
