@@ -256,6 +256,6 @@ def test_the_mse_range_of_weights_is_the_best_of_all_shares(grid: Grid) -> None:
     for channel in range(3):
         x = weight[:, channel]
         shares = [1 - step / 100 for step in range(80)]
-        best = min(shares, key=lambda share: error(x, share * x.min(), share * x.max(), grid))  # noqa: B023
+        best = min(shares, key=lambda share: error(x, share * x.min(), share * x.max(), grid))
         torch.testing.assert_close(low[channel], best * x.min())
         torch.testing.assert_close(high[channel], best * x.max())
