@@ -259,3 +259,10 @@ def test_the_mse_range_of_weights_is_the_best_of_all_shares(grid: Grid) -> None:
         best = min(shares, key=lambda share: error(x, share * x.min(), share * x.max(), grid))
         torch.testing.assert_close(low[channel], best * x.min())
         torch.testing.assert_close(high[channel], best * x.max())
+
+
+def test_zeros_of_relu_do_not_move_the_kl_range() -> None:
+    x = normal(20_000).abs()
+    with_zeros = torch.cat([x, torch.zeros(200_000)])
+    grid = Grid(4, signed=False)
+    assert torch.equal(kl_range(seen(with_zeros), grid)[1], kl_range(seen(x), grid)[1])
