@@ -19,7 +19,7 @@ _LEAST_EXPONENT: Final = -100
 # Of the width of bins, as a power of two: the edges stay normal float32 numbers.
 
 _CHUNK: Final = 1 << 23
-# Values at once: their bins take memory.
+# torch.histc counts in float32, which holds integers up to 2^24.
 
 
 class Histogram:
@@ -61,9 +61,7 @@ class Histogram:
                 self.counts[1] += below
 
     def _count(self, x: Tensor) -> Tensor:
-        # Exact, as the width is a power of two; torch.histc puts values at edges now here, now there.
-        bins = (x[x >= 0].float() / self.width).to(torch.int32)
-        return torch.bincount(bins, minlength=BINS).to(self.counts)
+        return torch.histc(x.float(), BINS, 0.0, self.width * BINS).to(self.counts)
 
     def _grow(self, magnitude: float) -> None:
         """Widen bins until the magnitude is inside."""
