@@ -175,14 +175,24 @@ def weight_range(weight: Tensor, grid: Grid, axis: int | None = None, method: st
 
 def _least_error(weight: Tensor, low: Tensor, high: Tensor, grid: Grid, axis: int | None) -> Range:
     """Return the share of each range at which the squared error of its weights is least."""
+    rows = (weight[None] if axis is None else weight.movedim(axis, 0)).flatten(1).contiguous()
+    room = torch.empty_like(rows)
     least = torch.full_like(low, torch.inf)
     share = torch.ones_like(low)
     for step in range(SHRINK_STEPS):
         now = 1 - step / 100
-        rounded = quantized(weight, *scale_of(now * low, now * high, grid), grid, axis)
-        squares = (rounded - weight).square()
-        error = squares.sum() if axis is None else squares.movedim(axis, 0).flatten(1).sum(1)
+        error = _squared_error(rows, *scale_of(now * low, now * high, grid), grid, room)
         better = error < least
         least = torch.where(better, error, least)
         share = torch.where(better, torch.full_like(share, now), share)
     return share * low, share * high
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, room: Tensor) -> Tensor:
+    """Return the squared error of each row; `quantized` in place, which takes half of the time."""
+    if grid.levels == "logarithmic":
+        return (quantized(rows, scale, zero_point, grid, 0) - rows).square().sum(1)
+    s, z = scale[:, None], zero_point[:, None]
+    torch.div(rows, s, out=room)
+    room.add_(z).round_().clamp_(grid.qmin, grid.qmax).sub_(z).mul_(s).sub_(rows)
+    return room.square_().sum(1)

@@ -42,7 +42,9 @@ def test_values_inside_the_range_move_by_half_a_step_at_most(grid: Grid, first: 
     low, high = min(first, second, 0.0), max(first, second, 0.0)
     if grid.levels == "logarithmic":
         return
-    scale, zero_point = scale_of(torch.tensor([low]), torch.tensor([high]), grid)
+    # Ranges without zero are widened to it.
+    given = torch.tensor([min(first, second)]), torch.tensor([max(first, second)])
+    scale, zero_point = scale_of(*given, grid)
     x = torch.linspace(0.0 if grid.symmetric and not grid.signed else low, high, 33)
     moved = (quantized(x, scale, zero_point, grid) - x).abs().max()
     # A zero point that is rounded takes up to half a step from either end.

@@ -238,3 +238,31 @@ def test_the_mse_range_of_weights_is_no_worse_than_minmax(bits: int) -> None:
         scale, zero_point = scale_of(*weight_range(weight, grid, 0, method), grid)
         errors.append(float((quantized(weight, scale, zero_point, grid, 0) - weight).square().sum()))
     assert errors[0] <= errors[1] * (1 if bits == 8 else 0.95)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        weight_grid(2),
+        weight_grid(3, symmetric=False),
+        weight_grid(4, "power_of_two_scale"),
+        weight_grid(3, "logarithmic"),
+    ],
+    ids=str,
+)
+def test_the_mse_range_of_weights_is_the_best_of_all_shares(grid: Grid) -> None:
+    weight = normal(4, 3, 5)
+    low, high = weight_range(weight, grid, 1, "mse")
+    for channel in range(3):
+        x = weight[:, channel]
+        shares = [1 - step / 100 for step in range(80)]
+        best = min(shares, key=lambda share: error(x, share * x.min(), share * x.max(), grid))
+        torch.testing.assert_close(low[channel], best * x.min())
+        torch.testing.assert_close(high[channel], best * x.max())
+
+
+def test_zeros_of_relu_do_not_move_the_kl_range() -> None:
+    x = normal(20_000).abs()
+    with_zeros = torch.cat([x, torch.zeros(200_000)])
+    grid = Grid(4, signed=False)
+    assert torch.equal(kl_range(seen(with_zeros), grid)[1], kl_range(seen(x), grid)[1])
