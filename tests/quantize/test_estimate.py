@@ -126,7 +126,7 @@ def test_bitfusions_other_shapes_are_estimated_within_the_stated_error(
 
 @pytest.mark.slow
 def test_haqs_other_shapes_can_be_estimated_from_mobilenet_v2() -> None:
-    """Few shapes, and the error says so: 34 % on layers without groups; of others there are too few to tell."""
+    """Few shapes, and the error says so: 34 % on layers without groups; of others there are too few."""
     table = read_haq(published("haq_mobilenetv2_batch16_latency.npy"))
     ops = [op for op in mobilenet_v2(1.0) if isinstance(op, Conv2d | Linear)]
     found = ShapePrice(table, dict(zip(table.layers, ops, strict=True)), batch=16)
