@@ -62,6 +62,8 @@ WITH_TORCH = {
             "proxyless",
             "dmcp",
             "amc",
+            "haq",
+            "walking",
         )
     ),
     "search_spaces.darts_modules",

@@ -30,7 +30,8 @@ BITS = range(2, 9)
 
 class TestHaq(StrategyContract):
     def make(self, constraints: Constraints, seed: int) -> Haq:
-        return small(constraints, seed)
+        # Updates take most of the time, and what they do is the agent's, which has tests of its own.
+        return small(constraints, seed, warmup=50, batch_size=8)
 
 
 @pytest.mark.slow

@@ -38,11 +38,13 @@ class BitFusionTables:
     Attributes:
         latency_ms: Latency, in ms.
         energy_mj: Energy, in mJ.
+        operations: Layer to what it computes, where the padding is that of `Conv2d`.
         fixed: `head` and `tail`, where the table has them.
     """
 
     latency_ms: BitTable
     energy_mj: BitTable
+    operations: Mapping[str, Conv2d]
     fixed: Mapping[str, FixedCost]
 
 
@@ -78,6 +80,7 @@ def read_bitfusion(path: Path) -> BitFusionTables:
         expect_columns(header, [*SHAPE, *BITS, *COSTS])
         latency: dict[tuple[str, int, int], float] = {}
         energy: dict[tuple[str, int, int], float] = {}
+        operations: dict[str, Conv2d] = {}
         fixed: dict[str, FixedCost] = {}
         for number, row in enumerate(rows, start=2):
             cost = FixedCost(*(cost_of(row[name]) for name in COSTS))
@@ -87,13 +90,22 @@ def read_bitfusion(path: Path) -> BitFusionTables:
                     raise TableError(f"line {number}: {name} stands twice; remove one")
                 fixed[name] = cost
                 continue
-            key = (_name(_shape(row)), _width(row["w_bits"]), _width(row["a_bits"]))
+            shape = _shape(row)
+            key = (_name(shape), _width(row["w_bits"]), _width(row["a_bits"]))
             if key in latency:
                 raise TableError(f"line {number}: {key} stands twice; a shape has one row a pair of bits")
             latency[key], energy[key] = cost.latency_ms, cost.energy_mj
+            inputs, outputs, size, kernel, stride, pad, groups = shape
+            if pad == kernel // 2:
+                operations[key[0]] = Conv2d(
+                    inputs, outputs, size, size, kernel=kernel, stride=stride, groups=groups, norm=False
+                )
         layers = tuple(dict.fromkeys(name for name, _, _ in latency))
         return BitFusionTables(
-            BitTable(str(path), "ms", layers, latency), BitTable(str(path), "mJ", layers, energy), fixed
+            BitTable(str(path), "ms", layers, latency),
+            BitTable(str(path), "mJ", layers, energy),
+            operations,
+            fixed,
         )
 
 
