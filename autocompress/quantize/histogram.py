@@ -65,6 +65,8 @@ class Histogram:
 
     def _grow(self, magnitude: float) -> None:
         """Widen bins until the magnitude is inside."""
+        if magnitude == 0:
+            return  # it is in the first bin at any width, and has no exponent
         exponent = max(math.frexp(magnitude)[1], _LEAST_EXPONENT + BINS.bit_length() - 1)
         factor = round(math.ldexp(1.0, exponent) / (self.width * BINS))
         if factor <= 1:

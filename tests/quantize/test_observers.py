@@ -45,6 +45,16 @@ def test_a_histogram_knows_neither_order_nor_batches(values: list[float], chance
     assert whole.counts.sum() == len(values)
 
 
+def test_zeros_that_come_first_do_not_decide_the_width() -> None:
+    one, other = Histogram(), Histogram()
+    for value in (0.0, 0.25):
+        one.observe(torch.tensor([value]))
+    for value in (0.25, 0.0):
+        other.observe(torch.tensor([value]))
+    assert torch.equal(one.counts, other.counts)
+    assert one.width == other.width
+
+
 def test_growing_loses_no_counts_and_keeps_edges() -> None:
     histogram = seen(normal(1000))
     before = histogram.counts.sum(1)
