@@ -277,7 +277,7 @@ def test_by_default_the_limited_costs_are_minimised_or_else_the_first() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"costs": ("latency_ms",)}, "costs must be among macs, params, size_bytes, got latency_ms"),
+        ({"costs": ("latency_ms",)}, "costs must be among macs, params, size_bytes, bops, got latency_ms"),
         ({"costs": "macs"}, r"costs must be a list of metrics, such as \[macs\], got 'macs'"),
         ({"costs": ()}, "minimises at least one cost, got none; priced are macs, params, size_bytes"),
         ({"costs": ("macs", "flops")}, r"each metric once, got \['macs', 'macs'\]"),
