@@ -15,9 +15,9 @@ it, since the table has neither these shapes nor 2, 3 and 5 bits: an estimate, w
 
 Searches look at 500 validation images, seeds are those of calibration images, of searches and of finetuning.
 Every policy is scored as it is (after training: PTQ), then finetuned for the same epochs with LSQ, taught by
-the network in floating point (QAT). Test images are read once, for these two. Beside them: rounding to nearest
-against AdaRound and BRECQ at 4-bit weights, and 4 bits everywhere by LSQ against floating point, which is
-finetuned for the same epochs as well.
+the network in floating point (QAT). Test images are read once, for these two. Beside them: rounding to
+nearest against AdaRound and BRECQ at 4-bit weights, and 4 bits everywhere by LSQ against floating point, which
+is finetuned for the same epochs as well.
 """
 
 import argparse
@@ -40,15 +40,17 @@ from torch.utils.data import Subset
 
 from autocompress.atomic import read_json, write_json, write_text
 from autocompress.budget import Budget, Constraints
-from autocompress.cost import Cost, Values, operation_cost
+from autocompress.cost import Cost, Values, compile_cost, operation_cost
 from autocompress.distill.finetune import finetune
 from autocompress.elastic.supernet import resize
 from autocompress.engine import search
 from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
+from autocompress.latency.foreign.bitfusion import read_bitfusion
 from autocompress.latency.target import Scheme
 from autocompress.models.resnet_cifar import resnet20
 from autocompress.plugins import load_strategy
+from autocompress.quantize.estimate import ShapePrice, fused_bits
 from autocompress.quantize.hawq import expected_losses
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.quantize.ptq import improve
@@ -212,12 +214,17 @@ class Benchmark:
 
     def latency(self, space: SearchSpace) -> Cost:
         """Return the latency on BitFusion."""
-        from autocompress.quantize.foreign import bitfusion_prices
-
-        prices = bitfusion_prices(SHARED / "tables" / "bitfusion_conv_latency_energy.csv.gz")
+        tables = read_bitfusion(SHARED / "tables" / "bitfusion_conv_latency_energy.csv.gz")
+        price = ShapePrice(tables.latency_ms, tables.operations, computes=fused_bits)
+        cost = compile_cost(space, price, "latency_ms")
         if "bitfusion model" not in self.found:
-            self._note("bitfusion model", prices.describe())
-        return prices.cost(space, "latency_ms")
+            errors = [f"{kind} {found.mape_percent:.0f} %" for kind, found in price.held_out().items()]
+            text = (
+                f"{len(price.estimated)} operations at their bits were estimated; mean error for shapes that "
+                f"were held out: {', '.join(errors)}"
+            )
+            self._note("bitfusion model", {"text": text, "estimated": price.estimated})
+        return cost
 
     def uniform(self, space: SearchSpace, weights: int, inputs: int) -> Codes:
         """Return the network with these bits everywhere but at its ends."""
@@ -372,7 +379,7 @@ class Benchmark:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.found[name] = {**found, "commit": environment()["commit"]}
         write_json(self.path, {"environment": environment(), "size": asdict(self.size), "found": self.found})
-        short = {k: v for k, v in found.items() if k != "policy"}
+        short = {k: v for k, v in found.items() if k not in ("policy", "estimated")}
         print(f"{name}: {short}", flush=True)
         write_text(self.path.with_suffix(".md"), self.table())
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Final, Literal
@@ -36,6 +36,9 @@ METRIC: Final = "latency_ms"
 PARAMETERS: Final = {"roofline": 3, "macs_only": 2}
 
 AnalyticForm = Literal["roofline", "macs_only"]
+
+Effort = Callable[[int, int], float]
+"""Bits of weights and of activations to what a multiply-accumulate takes at them."""
 
 # What a rate may be worth, relative to the rest, where the best fit would make it infinite.
 NEGLIGIBLE: Final = 1e-9
@@ -289,6 +292,7 @@ def fit(
     batch: int = 1,
     weight_bits: int = 32,
     activation_bits: int = 32,
+    effort: Effort | None = None,
 ) -> Roofline:
     """Fit time per operation, rate of computing and rate of memory by least squares of relative errors.
 
@@ -308,6 +312,8 @@ def fit(
         batch: Images a run.
         weight_bits: At which it was measured.
         activation_bits: At which it was measured.
+        effort: Says what a multiply-accumulate takes at bits of weights and activations, where operations of
+            `autocompress.quantize.ops` have bits of their own; the rate is then of effort 1.
 
     Returns:
         A roofline with one rate of computing, for the wider of both widths.
@@ -318,7 +324,7 @@ def fit(
     """
     times = check_rows(blocks, measured_ms, PARAMETERS["roofline"])
     check_setting(batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
-    work = _Work.of(blocks, batch, weight_bits, activation_bits)
+    work = _Work.of(blocks, batch, weight_bits, activation_bits, effort)
     counts = np.bincount(work.row) / times
     best, least = (0.0, 0.0, 0.0), math.inf
     ridges = work.ridges()
@@ -347,14 +353,16 @@ class _Work:
     row: NDArray[np.int64]
 
     @staticmethod
-    def of(rows: Sequence[Ops], batch: int, weight_bits: int, activation_bits: int) -> "_Work":
-        ops = [op for row in rows for op in row]
+    def of(
+        rows: Sequence[Ops], batch: int, weight_bits: int, activation_bits: int, effort: Effort | None
+    ) -> "_Work":
+        ops = [bits_of(op, weight_bits, activation_bits) for row in rows for op in row]
         moved = [
-            activation_bytes(op, batch=batch, bits=activation_bits)
-            + weight_bytes((op,), weight_bits=weight_bits)
-            for op in ops
+            activation_bytes(op, batch=batch, bits=activations) + weight_bytes((op,), weight_bits=weights)
+            for op, weights, activations in ops
         ]
-        macs = batch * np.array([op.macs for op in ops], dtype=np.float64)
+        efforts = [1.0 if effort is None else effort(weights, inputs) for _, weights, inputs in ops]
+        macs = batch * np.array([op.macs for op, _, _ in ops], dtype=np.float64) * np.array(efforts)
         return _Work(macs, np.array(moved), np.repeat(np.arange(len(rows)), [len(row) for row in rows]))
 
     def ridges(self) -> list[float]:
@@ -423,9 +431,8 @@ def held_out(
     def fitted(rows: list[Ops], values: Vector) -> Price:
         if form == "macs_only":
             return fit_macs_only(rows, values).network_ms
-        setting = {"batch": batch, "weight_bits": weight_bits, "activation_bits": activation_bits}
-        model = fit(rows, values, **setting)
-        return lambda ops: model.price(ops, **setting)
+        model = fit(rows, values, batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
+        return partial(model.price, batch=batch, weight_bits=weight_bits, activation_bits=activation_bits)
 
     predicted = np.empty(len(times))
     order = np.random.default_rng(seed).permutation(len(times))

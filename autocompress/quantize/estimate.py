@@ -1,26 +1,28 @@
 """Prices of operations at few bits by their shape: a table's row, or an estimate that is marked as one.
 
-A table of a network or of a search space has some shapes and widths. For other shapes a roofline is fitted
-to the rows at the same widths, depthwise convolutions and strides apart; for other widths the next wider ones
-of the table count, as hardware without them would compute. What was estimated is listed, and `held_out` says
-how far such estimates are off for shapes that the table has.
+A table of a network or of a search space has some shapes and widths. To its rows a roofline is fitted, for
+depthwise and for other convolutions apart, with one rate of computing and one of memory for all widths: bytes
+go with the bits, and multiplications with what the hardware makes of them. A width that the table lacks is
+priced by the model's ratio to the next wider row of the shape, if there is one. What was estimated is listed,
+and `held_out` says how far estimates are off for shapes that the table has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import final
 
 import numpy as np
 
 from autocompress.errors import CostError
-from autocompress.latency.correction import Figures
-from autocompress.latency.foreign.bit_table import BitTable, Widths
-from autocompress.latency.roofline import PARAMETERS, Roofline, fit, held_out
+from autocompress.latency.correction import Figures, figures
+from autocompress.latency.foreign.bit_table import BitTable
+from autocompress.latency.roofline import PARAMETERS, Roofline, fit
 from autocompress.ops import Conv2d, Linear, Ops, OpSpec
 from autocompress.quantize.ops import Quantized
 from autocompress.quantize.tables import TableLayer, plain
 
-Kind = tuple[bool, int]
-"""Whether a convolution is depthwise or grouped, and its stride."""
+Kind = str
+"""`grouped`, as depthwise convolutions are, or `dense`."""
 
 
 @final
@@ -31,28 +33,34 @@ class ShapePrice:
     conversions) are in none, and cost nothing here.
     """
 
-    def __init__(self, table: BitTable, operations: Mapping[str, OpSpec], *, batch: int = 1) -> None:
+    def __init__(
+        self,
+        table: BitTable,
+        operations: Mapping[str, OpSpec],
+        *,
+        batch: int = 1,
+        computes: Callable[[int], int] = int,
+    ) -> None:
         """Sort the rows by shape; layers of one shape are averaged.
 
         Args:
             table: Costs of layers.
             operations: By layer what it computes; layers without are not used.
             batch: Images that the costs are for.
+            computes: At how many bits the hardware multiplies numbers of so many: as many, or as
+                `fused_bits` says.
 
         Raises:
             CostError: An operation is neither a convolution nor a linear layer.
         """
-        self._table, self._batch = table, batch
-        found: dict[Widths, dict[Conv2d, list[float]]] = {}
+        self._table, self._batch, self._computes = table, batch, computes
         shapes = {layer: _shape(op) for layer, op in operations.items()}
+        found: dict[Quantized, list[float]] = {}
         for (layer, weights, activations), cost in table.rows.items():
             if layer in shapes:
-                found.setdefault((weights, activations), {}).setdefault(shapes[layer], []).append(cost)
-        self._rows = {
-            widths: {shape: float(np.mean(costs)) for shape, costs in rows.items()}
-            for widths, rows in found.items()
-        }
-        self._fits: dict[tuple[Kind, Widths], Roofline] = {}
+                found.setdefault(Quantized(shapes[layer], weights, activations), []).append(cost)
+        self._rows = {op: float(np.mean(costs)) for op, costs in found.items()}
+        self._fits: dict[Kind, Roofline] = {}
         self._estimated: dict[str, None] = {}
 
     @property
@@ -64,38 +72,36 @@ class ShapePrice:
         """Return the cost of operations in sequence, in the unit of the table.
 
         Raises:
-            CostError: An operation with MACs has no bits, is neither a convolution nor a linear layer, or has
-                more bits than any row.
+            CostError: An operation with MACs has no bits, or is neither a convolution nor a linear layer.
             TableError: The table has too few rows of such a kind to fit anything to them.
         """
         return sum(self._price(op) for op in ops)
 
-    def held_out(self, weight_bits: int, activation_bits: int, *, folds: int = 5) -> dict[Kind, Figures]:
-        """Return by kind how far estimates at two widths are off for shapes that were left out in turn.
+    def held_out(self, *, folds: int = 5, seed: int = 0) -> dict[str, Figures]:
+        """Return how far estimates are off for shapes that were left out, in turn, at all widths.
 
-        Kinds with fewer shapes than that takes are left out; those are fitted together with all others.
+        Args:
+            folds: Parts of the shapes of a kind that are left out in turn.
+            seed: Of the parts.
 
-        Raises:
-            CostError: The table has no row at these widths.
+        Returns:
+            By kind; kinds of fewer shapes than that takes are left out.
         """
-        widths = (weight_bits, activation_bits)
-        if widths not in self._rows:
-            raise CostError(
-                f"table {self._table.source} has no rows at {widths}; it has {sorted(self._rows)}"
-            )
         result = {}
-        for kind in sorted({_kind(shape) for shape in self._rows[widths]}):
-            rows = self._of_kind(kind, widths)
-            if len(rows) >= folds + PARAMETERS["roofline"]:
-                result[kind] = held_out(
-                    "roofline",
-                    [(shape,) for shape in rows],
-                    list(rows.values()),
-                    folds=folds,
-                    batch=self._batch,
-                    weight_bits=weight_bits,
-                    activation_bits=activation_bits,
-                )
+        for kind in sorted({_kind(op.op) for op in self._rows}):
+            rows = self._of_kind(kind)
+            shapes = list(dict.fromkeys(op.op for op in rows))
+            if len(shapes) < folds + PARAMETERS["roofline"]:
+                continue
+            predicted: dict[Quantized, float] = {}
+            order = np.random.default_rng(seed).permutation(len(shapes))
+            for part in np.array_split(order, folds):
+                out = {shapes[index] for index in part}
+                model = self._fit({op: cost for op, cost in rows.items() if op.op not in out})
+                predicted |= {op: self._modelled(model, op) for op in rows if op.op in out}
+            result[kind] = figures(
+                np.array([predicted[op] for op in rows]), np.array(list(rows.values()), dtype=np.float64)
+            )
         return result
 
     def _price(self, op: OpSpec) -> float:
@@ -107,46 +113,57 @@ class ShapePrice:
             raise CostError(
                 f"table {self._table.source} has costs at few bits, and {op.key} has none: wrap it by at_bits"
             )
-        shape, asked = _shape(computed), (inner.weight_bits, inner.activation_bits)
-        widths = self._next_wider(asked)
-        row = self._rows[widths].get(shape)
-        if row is not None and widths == asked:
-            return row
+        asked = Quantized(_shape(computed), inner.weight_bits, inner.activation_bits)
+        if asked in self._rows:
+            return self._rows[asked]
         self._estimated[op.key] = None
-        if row is not None:
-            return row
-        model = self._fitted(_kind(shape), widths)
-        return model.price((shape,), batch=self._batch, weight_bits=widths[0], activation_bits=widths[1])
+        model = self._fitted(_kind(asked.op))
+        found = self._modelled(model, asked)
+        # The same shape at the next wider bits says more of it than any model.
+        wider = [row for row in self._rows if row.op == asked.op and _holds(row, asked)]
+        if wider:
+            nearest = min(wider, key=lambda row: (row.bops, row.weight_bits))
+            found *= self._rows[nearest] / self._modelled(model, nearest)
+        return found
 
-    def _next_wider(self, asked: Widths) -> Widths:
-        wider = [widths for widths in self._rows if widths[0] >= asked[0] and widths[1] >= asked[1]]
-        if not wider:
-            raise CostError(
-                f"table {self._table.source} has no row with at least {asked[0]} bits of weights and "
-                f"{asked[1]} of activations; it has {sorted(self._rows)}"
-            )
-        return min(wider, key=lambda widths: (widths[0] * widths[1], widths))
+    def _effort(self, weight_bits: int, activation_bits: int) -> float:
+        return float(self._computes(weight_bits) * self._computes(activation_bits))
 
-    def _fitted(self, kind: Kind, widths: Widths) -> Roofline:
-        if (kind, widths) not in self._fits:
-            rows = self._of_kind(kind, widths)
-            if len(rows) < PARAMETERS["roofline"]:
-                rows = self._rows[widths]
-            self._fits[kind, widths] = fit(
-                [(shape,) for shape in rows],
-                list(rows.values()),
-                batch=self._batch,
-                weight_bits=widths[0],
-                activation_bits=widths[1],
-            )
-        return self._fits[kind, widths]
+    def _modelled(self, model: Roofline, op: Quantized) -> float:
+        weights, activations = op.weight_bits, op.activation_bits
+        (rate,) = model.macs_per_ms.values()
+        at_bits = replace(
+            model, macs_per_ms={max(weights, activations): rate / self._effort(weights, activations)}
+        )
+        return at_bits.price((op,), batch=self._batch, weight_bits=weights, activation_bits=activations)
 
-    def _of_kind(self, kind: Kind, widths: Widths) -> dict[Conv2d, float]:
-        return {shape: cost for shape, cost in self._rows[widths].items() if _kind(shape) == kind}
+    def _fitted(self, kind: Kind) -> Roofline:
+        if kind not in self._fits:
+            rows = self._of_kind(kind)
+            self._fits[kind] = self._fit(rows if len(rows) >= PARAMETERS["roofline"] else self._rows)
+        return self._fits[kind]
+
+    def _fit(self, rows: Mapping[Quantized, float]) -> Roofline:
+        return fit([(op,) for op in rows], list(rows.values()), batch=self._batch, effort=self._effort)
+
+    def _of_kind(self, kind: Kind) -> dict[Quantized, float]:
+        return {op: cost for op, cost in self._rows.items() if _kind(op.op) == kind}
 
 
-def _kind(shape: Conv2d) -> Kind:
-    return shape.groups > 1, shape.stride
+def _holds(row: Quantized, asked: Quantized) -> bool:
+    return row.weight_bits >= asked.weight_bits and row.activation_bits >= asked.activation_bits
+
+
+def fused_bits(bits: int) -> int:
+    """Return at how many bits BitFusion multiplies numbers of so many: 2, 4, 8 or 16.
+
+    Source: Sharma et al., "Bit Fusion", ISCA 2018, section 3: bricks of 2 bits are fused by powers of two.
+    """
+    return max(2, 1 << (bits - 1).bit_length())
+
+
+def _kind(shape: OpSpec) -> Kind:
+    return "grouped" if isinstance(shape, Conv2d) and shape.groups > 1 else "dense"
 
 
 def _shape(op: OpSpec) -> Conv2d:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class QuantizationSource:
         gradient: Gradient = "lsq",
     ) -> None:
         """Fold, and find the ranges."""
+        if gradient not in get_args(Gradient):
+            raise QuantizationError(f"gradient must be one of {get_args(Gradient)}, got {gradient!r}")
         self.origin: Mapping[str, Any] = {}
         self.scheme, self.outputs, self.gradient = scheme, outputs, gradient
         self.widths = tuple(sorted(set(widths)))

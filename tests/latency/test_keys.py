@@ -22,6 +22,7 @@ from autocompress.ops import (
     SqueezeExcite,
     block_key,
 )
+from autocompress.quantize.ops import Conversion, Quantized
 
 sizes = st.integers(1, 10**12 - 1)
 few = st.integers(1, 7)
@@ -52,6 +53,8 @@ operations: st.SearchStrategy[OpSpec] = st.one_of(
     st.builds(MaxPool, sizes, st.integers(7, 999), st.integers(7, 999), kernel=few, stride=few),
     st.builds(Linear, sizes, sizes, bias=st.booleans(), activation=activations),
     st.builds(Add, sizes, sizes, sizes),
+    st.builds(Conversion, st.sampled_from(["quantize", "dequantize"]), sizes, sizes, sizes, st.just(4)),
+    st.builds(Quantized, convolutions(), st.integers(2, 16), st.integers(2, 16)),
 )
 
 
@@ -72,7 +75,7 @@ def test_the_key_of_a_block_is_read_back_into_its_operations(ops: list[OpSpec]) 
 def test_every_kind_of_operation_is_known() -> None:
     ours = {kind for kind in OpSpec.__subclasses__() if kind.__module__ == OpSpec.__module__}
     kinds = {kind for kind in ours if not inspect.isabstract(kind)}
-    assert set(KINDS.values()) == kinds
+    assert set(KINDS.values()) == {*kinds, Conversion}
 
 
 @dataclass(frozen=True)

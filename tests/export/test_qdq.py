@@ -1,0 +1,178 @@
+"""Networks of few bits as ONNX: ONNX Runtime computes on integers what PyTorch computes in simulation."""
+
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from quantized_networks import INTEGERS, images, residual, source
+from torch import nn
+
+from autocompress.errors import ExportError
+from autocompress.export.onnx_graph import onnx_model
+from autocompress.export.qdq import cannot_be_integers, in_floats, insert_pairs, stored_integers
+from autocompress.latency.target import Scheme
+from autocompress.network import build_network
+from autocompress.ops import Conv2d, Linear
+from autocompress.quantize.layer import quantized_layers
+from autocompress.quantize.ops import Conversion, Quantized, at_bits
+from autocompress.quantize.source import Policy, QuantizationSource
+from search_spaces.bits import bit_space
+
+FLOATS = (32, 32)
+
+
+def by_runtime(model: bytes, *, optimised: bool, x: torch.Tensor) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    found: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    return found
+
+
+def exported(found: QuantizationSource, policy: Policy, batch: int) -> tuple[bytes, nn.Module]:
+    """Return the ONNX model of a policy as a profile builds it, and the network in PyTorch."""
+    space = bit_space(found, ends=None)
+    ((name, (op,)),) = space.operations(space.smallest())
+    blocks = [(name, (op.at(policy),))]
+    network = build_network(blocks).eval()
+    return onnx_model(blocks, batch=batch, network=network), network
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("quantized", [range(7), (), (0,), (1, 2), (4,), (6,), (0, 2, 4, 6)])
+def test_integers_of_the_runtime_are_those_of_the_simulation(
+    quantized: tuple[int, ...], optimised: bool
+) -> None:
+    found = source(
+        widths=INTEGERS,
+        outputs=True,
+        scheme=Scheme((8,), activations="asymmetric", granularity=("per_channel",)),
+    )
+    policy = tuple((8, 8) if n in quantized else FLOATS for n in range(7))
+    # Layers of one tensor are decided together.
+    policy = (*policy[:3], policy[1], *policy[4:])
+    x = images(8, seed=3)
+    model, network = exported(found, policy, len(x))
+    with torch.no_grad():
+        expected = network(x).numpy()
+    found_outputs = by_runtime(model, optimised=optimised, x=x)
+    # A sum that is rounded the other way moves an output by a level or so.
+    tolerance = 1e-5 if not quantized else 0.03
+    assert np.abs(found_outputs - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [(2, 4), (4, 8), (8, 4)])
+def test_fewer_bits_are_stored_as_8_bit_integers_in_a_restricted_range(bits: tuple[int, int]) -> None:
+    found = source()
+    policy = (bits,) * 7
+    x = images(8, seed=3)
+    model, network = exported(found, policy, len(x))
+    with torch.no_grad():
+        expected = network(x).numpy()
+    assert np.abs(by_runtime(model, optimised=True, x=x) - expected).max() <= 0.05 * np.abs(expected).max()
+    stored = [
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load_from_string(model).graph.initializer
+        if tensor.name.startswith("quantized_weight")
+    ]
+    assert len(stored) == 7
+    assert all(array.dtype == np.int8 for array in stored)
+    grid = found.weight_grid_of(bits[0])
+    assert min(array.min() for array in stored) >= grid.qmin
+    assert max(array.max() for array in stored) <= grid.qmax
+    assert {len(np.unique(array)) for array in stored} <= set(range(2, 2 ** bits[0] + 1))
+
+
+def test_a_quantized_layer_runs_on_integers_in_the_runtime(tmp_path: object) -> None:
+    found = source(
+        widths=INTEGERS,
+        outputs=True,
+        scheme=Scheme((8,), activations="asymmetric", granularity=("per_channel",)),
+    )
+    model, _ = exported(found, ((8, 8),) * 7, 1)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = f"{tmp_path}/optimised.onnx"
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("QLinearConv") == 6
+    assert "Conv" not in kinds
+    assert "QGemm" in kinds
+
+
+def test_the_floats_of_a_network_are_those_of_the_model() -> None:
+    found = source()
+    network = found.network(((4, 4),) * 7)
+    plain = in_floats(network)
+    assert not list(quantized_layers(plain))
+    with torch.no_grad():
+        assert torch.equal(plain(images()), found.model(images()))
+    assert list(quantized_layers(network))
+
+
+def test_stored_integers_stand_for_the_simulated_weights() -> None:
+    network = source().network(((4, 4),) * 7)
+    for _, layer in quantized_layers(network):
+        q = torch.from_numpy(stored_integers(layer.layer.weight, layer.weight)).float()
+        scale = layer.weight.scale.reshape(-1, *[1] * (q.dim() - 1))
+        with torch.no_grad():
+            assert torch.allclose(q * scale, layer.weight(layer.layer.weight), atol=1e-6)
+
+
+def test_a_layer_that_the_model_does_not_have_is_named() -> None:
+    network = source().network(((8, 8),) * 7)
+    buffer = io.BytesIO()
+    with pytest.warns(DeprecationWarning, match="legacy"):
+        torch.onnx.export(nn.Conv2d(3, 2, 1), (images(1),), buffer, dynamo=False)
+    with pytest.raises(ExportError, match="layer stem is not in the ONNX model"):
+        insert_pairs(onnx.load_from_string(buffer.getvalue()), network)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "text"),
+    [
+        (Scheme((16,)), (16, 16), "has 16 bits"),
+        (Scheme((4,), "logarithmic"), (4, 4), "logarithmic levels"),
+    ],
+)
+def test_what_onnx_cannot_hold_is_said(scheme: Scheme, bits: tuple[int, int], text: str) -> None:
+    network = source(residual(), (bits,), scheme=scheme).network((bits,) * 7)
+    assert text in cannot_be_integers(network)
+    with pytest.raises(ExportError, match=text):
+        insert_pairs(onnx.ModelProto(), network)
+
+
+ROWS = [
+    (at_bits(Conv2d(4, 6, 8, 8, kernel=3, activation="relu"), 8, 8), "uint8", "uint8"),
+    (at_bits(Conv2d(4, 4, 8, 8, kernel=3, groups=4), 8, 8), "uint8", "uint8"),
+    (at_bits(Conv2d(4, 6, 8, 8, activation="hard_swish"), 8, 8), "uint8", "float"),
+    (at_bits(Linear(4, 3), 8, 8), "uint8", "float"),
+    (Conversion("quantize", 4, 8, 8), "float", "uint8"),
+    (Conversion("dequantize", 4, 8, 8), "uint8", "float"),
+]
+
+
+@pytest.mark.parametrize(("op", "given", "made"), ROWS)
+def test_a_row_of_a_table_is_between_integers_as_in_a_network(
+    op: Quantized | Conversion, given: str, made: str
+) -> None:
+    model = onnx_model([("row", (op,))], batch=2)
+    onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+    assert entry.type == f"tensor({given})"
+    assert result.type == f"tensor({made})"
+    assert entry.shape == [2, *op.in_shape]
+    numbers = np.zeros(entry.shape, dtype=np.float32 if given == "float" else np.uint8)
+    assert session.run(None, {entry.name: numbers})[0].size == 2 * np.prod(op.out_shape)
+
+
+def test_there_are_no_rows_of_widths_without_kernels() -> None:
+    with pytest.raises(ExportError, match="kernels for 8 bits alone"):
+        onnx_model([("row", (at_bits(Conv2d(4, 6, 8, 8), 4, 8),))], batch=1)
