@@ -98,8 +98,10 @@ def describe_epoch(relaxation: Mapping[str, Any]) -> str:
 def describe_costs(found: Mapping[str, float]) -> str:
     """Return the costs of a network in a line."""
     line = (
-        f"{found['latency_ms']:.3f} ms (predicted), {found['macs'] / 1e6:.2f} M MACs, "
-        f"{found['params'] / 1e3:.0f} k parameters, {found['size_bytes'] / 1e6:.2f} MB"
+        f"{found['macs'] / 1e6:.2f} M MACs, {found['params'] / 1e3:.0f} k parameters, "
+        f"{found['size_bytes'] / 1e6:.2f} MB"
     )
+    if "latency_ms" in found:  # not of targets of which nothing is known
+        line = f"{found['latency_ms']:.3f} ms (predicted), {line}"
     peak = found.get(PEAK)  # results of earlier releases lack it
     return line if peak is None else f"{line}, activations of at most {peak / 1e3:.0f} kB"

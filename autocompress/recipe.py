@@ -249,8 +249,8 @@ class QuantizeSettings(_Settings):
     """Of the optimizer that learns rounding, for each layer or block."""
     images: Positive = 512
     """Training images that it looks at."""
-    bias_correction: bool = False
-    """Whether biases are shifted so that means of channels are as in floating point."""
+    biases: Literal["kept", "corrected"] = "kept"
+    """Corrected ones are shifted so that means of channels are as in floating point."""
 
 
 class ToleranceSettings(_Settings):

@@ -505,7 +505,7 @@ def untrained(run: Run, shown: Shown, supernet: Supernet, arch: Architecture) ->
     """Return a network as it is before finetuning; one of few bits improved as the recipe says."""
     network = extract_recalibrated(run, supernet, arch)
     settings = run.recipe.quantize
-    if not has_quantizers(network) or (settings.rounding == "nearest" and not settings.bias_correction):
+    if not has_quantizers(network) or (settings.rounding, settings.biases) == ("nearest", "kept"):
         return network
     path = run.network_folder(arch) / IMPROVED
     if path.exists():
@@ -523,7 +523,7 @@ def untrained(run: Run, shown: Shown, supernet: Supernet, arch: Architecture) ->
             model_of(whole_network(run.space)),
             torch.cat([resize(batch, size) for batch in images]),
             rounding=settings.rounding,
-            bias_correction=settings.bias_correction,
+            bias_correction=settings.biases == "corrected",
             settings=RoundingSettings(steps=settings.steps, seed=run.recipe.search.seed),
         )
         progress(1, 1, "")

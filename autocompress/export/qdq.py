@@ -121,11 +121,11 @@ class _Pairs:
         scales: list[NDArray[Any]] = []
         if isinstance(layer.input, Quantizer):
             node.input[0] = self._input(at, node.input[0], layer.input)
-            scales.append(_array(layer.input.scale))
+            scales.append(_array(layer.input.step()))
         if isinstance(layer.weight, Quantizer):
             plain = cast(Any, layer.layer)
             node.input[1] = self._weight(at, plain, layer.weight)
-            scales.append(_array(layer.weight.scale))
+            scales.append(_array(layer.weight.step()))
             if len(node.input) > 2 and len(scales) == 2:
                 node.input[2] = self._bias(at, plain.bias, scales[0] * scales[1])
         if isinstance(layer.output, Quantizer):
@@ -133,7 +133,7 @@ class _Pairs:
 
     def _input(self, at: int, value: str, quantizer: Quantizer) -> str:
         """Return the tensor that a layer reads; layers of one tensor at one scale share the pair."""
-        key = value, repr((quantizer.grid, quantizer.scale.tolist(), quantizer.zero_point.tolist())).encode()
+        key = value, repr((quantizer.grid, quantizer.step().tolist(), quantizer.zero_point.tolist())).encode()
         if key not in self._entered:
             self._entered[key] = self._pair(value, quantizer, self._before.setdefault(at, []))
         entered: str = self._entered[key]
@@ -152,7 +152,7 @@ class _Pairs:
         nodes[-1].output[0] = value
 
     def _pair(self, value: str, quantizer: Quantizer, nodes: list[Any]) -> str:
-        grid, scale = quantizer.grid, _array(quantizer.scale)
+        grid, scale = quantizer.grid, _array(quantizer.step())
         kind: Any = np.int8 if grid.signed else np.uint8
         point = _array(quantizer.zero_point).round()
         full = np.iinfo(kind)
@@ -167,7 +167,7 @@ class _Pairs:
 
     def _weight(self, at: int, layer: Any, quantizer: Quantizer) -> str:
         q = stored_integers(layer.weight, quantizer)
-        scale, point = _array(quantizer.scale), _array(quantizer.zero_point).round().astype(np.int8)
+        scale, point = _array(quantizer.step()), _array(quantizer.zero_point).round().astype(np.int8)
         one = quantizer.axis is None
         names = [
             self._store("weight", q),
@@ -204,7 +204,11 @@ def stored_integers(weight: Tensor, quantizer: Quantizer) -> NDArray[np.int8]:
     """Return weights as the 8-bit integers in which they are stored."""
     axis = quantizer.axis
     q = integers(
-        weight.detach(), quantizer.scale.detach(), quantizer.zero_point.detach().round(), quantizer.grid, axis
+        weight.detach(),
+        quantizer.step().detach(),
+        quantizer.zero_point.detach().round(),
+        quantizer.grid,
+        axis,
     )
     return cast(NDArray[np.int8], q.cpu().numpy().astype(np.int8))
 

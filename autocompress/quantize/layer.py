@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.errors import QuantizationError
+from autocompress.quantize.ops import FULL_PRECISION
 from autocompress.quantize.quantizer import Quantizer
 
 Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
@@ -52,26 +54,40 @@ class QuantizedLayer(nn.Module):
         layer = cast(Layer, self.layer)
         x = x if self.input is None else self.input(x)
         weight = layer.weight if self.weight is None else self.weight(layer.weight)
-        x = apply(layer, x, weight)
+        x = apply(layer, x, weight, self._bias())
         return x if self.output is None else self.output(x)
 
+    def _bias(self) -> Tensor | None:
+        """Return the bias on the grid of the sums it is added to; gradients pass straight through.
 
-def apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a layer with other weights than its own."""
+        Integer kernels add it to sums of products of integers, which are multiples of both scales' product
+        (Jacob et al., CVPR 2018, section 2.4). At few bits that is no small rounding.
+        """
+        bias, weight, given = cast(Layer, self.layer).bias, self.weight, self.input
+        if bias is None or not (isinstance(weight, Quantizer) and isinstance(given, Quantizer)):
+            return bias
+        if "logarithmic" in (weight.grid.levels, given.grid.levels):
+            return bias
+        step = (weight.step() * given.step()).detach()
+        return bias + (torch.round(bias / step) * step - bias).detach()
+
+
+def apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run a layer with other weights and another bias than its own."""
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
+        return F.linear(x, weight, bias)
     if isinstance(layer, nn.ConvTranspose2d):
         return F.conv_transpose2d(
             x,
             weight,
-            layer.bias,
+            bias,
             layer.stride,
             cast(tuple[int, ...], layer.padding),
             layer.output_padding,
             layer.groups,
             layer.dilation,
         )
-    result: Tensor = layer._conv_forward(x, weight, layer.bias)
+    result: Tensor = layer._conv_forward(x, weight, bias)
     return result
 
 
@@ -95,3 +111,16 @@ def quantized_layers(network: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]
 def has_quantizers(network: nn.Module) -> bool:
     """Whether a network has layers that were prepared for quantization."""
     return any(True for _ in quantized_layers(network))
+
+
+def effective_bits(network: nn.Module) -> tuple[float, float]:
+    """Return the mean bits of a weight, and of a layer's input, the mean over layers; floats have 32."""
+    found = [(cast(Layer, layer.layer), layer) for _, layer in quantized_layers(network)]
+    weights = [(plain.weight.numel(), _bits_of(layer.weight)) for plain, layer in found]
+    inputs = [_bits_of(layer.input) for _, layer in found]
+    stored = sum(count for count, _ in weights)
+    return sum(count * bits for count, bits in weights) / stored, sum(inputs) / len(inputs)
+
+
+def _bits_of(quantizer: nn.Module | None) -> int:
+    return quantizer.grid.bits if isinstance(quantizer, Quantizer) else FULL_PRECISION

@@ -106,14 +106,19 @@ class Quantizer(nn.Module):
         # A parameter, so that slices of a supernet hold it as they hold the scale.
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the nearest levels, in the shape of `x`."""
-        grid, scale = self.grid, self.scale.clamp_min(LEAST_SCALE)
+    def step(self) -> Tensor:
+        """Return the distance of two levels, `(channels,)`; of logarithmic ones the greatest level."""
+        scale = self.scale.clamp_min(LEAST_SCALE)
         if self.gradient == "fixed":
             scale = scale.detach()
-        if grid.levels == "power_of_two_scale":
+        if self.grid.levels == "power_of_two_scale":
             # Rounded as scales of ranges are, and passed straight through.
             scale = scale + (power_of_two(scale) - scale).detach()
+        return scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the nearest levels, in the shape of `x`."""
+        grid, scale = self.grid, self.step()
         if grid.levels == "logarithmic":
             result = _Logarithmic.apply(x, scale, grid, self.axis)  # type: ignore[no-untyped-call]
             return cast(Tensor, result)

@@ -27,6 +27,7 @@ from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.network import user_model, whole_network
+from autocompress.quantize.layer import effective_bits, has_quantizers
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -71,6 +72,7 @@ class Row:
         test: Mean of the metric on the test part, its 95 % interval, and the number of images.
         validation: Mean of the metric on the held-out part.
         costs: Metric to cost; latency is predicted by the table.
+        bits: Of a network of few bits, the mean bits of a weight and of what layers read.
         latency_ms: Measured median; rows of the same network share it. `None` where the table is of another
             device.
         latency_p95_ms: Measured 95th percentile, likewise.
@@ -84,6 +86,7 @@ class Row:
     test_images: int
     validation: float
     costs: Mapping[str, float]
+    bits: tuple[float, float] | None
     latency_ms: float | None
     latency_p95_ms: float | None
     peak_memory_bytes: int | None
@@ -265,10 +268,15 @@ def _row(
         test_images=test.count,
         validation=validation.mean,
         costs={metric: float(values[0]) for metric, values in limits.price(run.space.encode([arch])).items()},
+        bits=_bits(network),
         latency_ms=None if measured is None else measured.median_ms,
         latency_p95_ms=None if measured is None else measured.p95_ms,
         peak_memory_bytes=peak,
     )
+
+
+def _bits(network: nn.Module) -> tuple[float, float] | None:
+    return effective_bits(network) if has_quantizers(network) else None
 
 
 def _forward(network: nn.Module, size: tuple[int, int], images: Any) -> Any:

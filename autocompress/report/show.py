@@ -18,8 +18,14 @@ HEADERS = (
 )
 
 
+BITS = "bits of weights, inputs (mean)"
+
+
 def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows of the comparison, random networks summed up below themselves."""
+    """Return headers and rows of the comparison, random networks summed up below themselves.
+
+    Where some network has few bits, a column says how many on average.
+    """
     headers = [header.format(metric=content["metric"]) for header in HEADERS]
     rows = []
     randoms = [row for row in content["rows"] if row["name"].startswith("random")]
@@ -31,6 +37,12 @@ def table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             latency = _ms(sum(measured) / len(measured) if measured else None)
             name = f"random, mean of {len(randoms)} (standard deviation)"
             rows.append([name, f"{mean:.4f} ({deviation:.4f})", "", "", "", "", latency, "", ""])
+    if any(row.get("bits") for row in content["rows"]):
+        headers.append(BITS)
+        of_name = {row["name"]: row.get("bits") for row in content["rows"]}
+        for cells in rows:
+            bits = of_name.get(cells[0])
+            cells.append(f"{bits[0]:.2f}, {bits[1]:.2f}" if bits else "")
     return headers, rows
 
 
@@ -43,7 +55,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{costs['macs'] / 1e6:.2f}",
         f"{costs['params'] / 1e3:.0f}",
         f"{costs['size_bytes'] / 1e3:.0f}",
-        f"{costs['latency_ms']:.3f}",
+        _ms(costs.get("latency_ms")),
         _ms(row["latency_ms"]),
         _ms(row["latency_p95_ms"]),
         "-" if peak is None else f"{peak / 1e6:.1f}",
@@ -85,7 +97,11 @@ def notes(content: Mapping[str, Any]) -> list[str]:
             f"Selected: {content['selected_by']}, in the search under the budget above, at which the uniform-"
             "scaled and the random networks stand."
         )
-    if searched["latency_ms"] is None:
+    if "latency_ms" not in searched["costs"]:
+        lines.append(
+            "No latency is known: the target is not measured here, and no table of it was given (--table)."
+        )
+    elif searched["latency_ms"] is None:
         share = _share(subject, searched, largest, "predicted", lambda row: row["costs"]["latency_ms"])
         lines.append(
             f"{share}the table is of another device, where nothing was measured: run the exported "
