@@ -16,8 +16,8 @@ it, since the table has neither these shapes nor 2, 3 and 5 bits: an estimate, w
 Searches look at 500 validation images, seeds are those of calibration images, of searches and of finetuning.
 Every policy is scored as it is (after training: PTQ), then finetuned for the same epochs with LSQ, taught by
 the network in floating point (QAT). Test images are read once, for these two. Beside them: rounding to
-nearest against AdaRound and BRECQ at 4-bit weights, and 4 bits everywhere by LSQ against floating point, which
-is finetuned for the same epochs as well.
+nearest against AdaRound and BRECQ at 4-bit weights, and 4 bits everywhere by LSQ against floating point,
+which is finetuned for the same epochs as well.
 """
 
 import argparse
