@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
-from autocompress.cost import OPERATION_METRICS, Cost, operation_cost
+from autocompress.cost import OPERATION_METRICS, Cost, Price, operation_cost
 from autocompress.describe import (
     describe_costs,
     describe_error,
@@ -46,6 +46,7 @@ from autocompress.errors import (
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
 from autocompress.evaluator import Evaluator
+from autocompress.latency import energy
 from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.correction import Correction
 from autocompress.latency.energy import EnergyModel
@@ -188,6 +189,21 @@ def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
         *peak,
         EnergyModel().cost(space, batch=target.batch, weight_bits=bits, activation_bits=bits),
     ]
+
+
+def price_of(run: Run, shown: Shown, metric: str) -> Price:
+    """Return what prices some operations in a metric, as far as operations have it each for itself.
+
+    Raises:
+        CostError: They do not.
+    """
+    if metric == LATENCY:
+        return profile(run, shown).price
+    if metric == energy.METRIC:
+        return EnergyModel().price
+    if metric not in OPERATION_METRICS:
+        raise CostError(f"operations have no {metric} of their own")
+    return lambda ops: sum(getattr(op, metric) for op in ops)
 
 
 def constraints(run: Run, shown: Shown) -> Constraints:

@@ -79,7 +79,9 @@ def test_a_model_is_measured_searched_finetuned_and_exported_as_integers(model: 
     opened = Run(folder)
     (cost,) = [c for c in _untimed(opened) if c.metric == "size_bytes"]
     assert costs["size_bytes"] <= 0.6 * float(cost.of(opened.space.largest())[0])
+    assert list(folder.glob("networks/*/policy.svg"))
     report = (folder / "report.md").read_text()
+    assert "bits of weights, inputs (mean)" in report
     assert "as you brought it" in report
     assert "searched, finetuned" in report
 

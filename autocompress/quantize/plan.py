@@ -16,6 +16,7 @@ from autocompress.ops import OpSpec
 from autocompress.prune.graph import Graph, argument, export, function_name, only_user, place
 from autocompress.prune.trace import trace
 from autocompress.quantize.layer import KINDS
+from autocompress.quantize.ops import at_bits
 
 _LAYERS: Final = {"conv2d", "conv_transpose2d", "linear"}
 _OTHERS: Final = {"conv1d", "conv3d", "conv_transpose1d", "conv_transpose3d", "bilinear"}
@@ -56,6 +57,10 @@ class Site:
     positive: bool
     rectified: bool
     reader: str
+
+    def at(self, bits: tuple[int, int]) -> tuple[OpSpec, ...]:
+        """Return what it runs at some bits of weights and inputs."""
+        return tuple(at_bits(op, *bits) for op in self.ops)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, activation_grid, scale_of, weight_grid
 from autocompress.quantize.layer import QuantizedLayer, out_axis, out_channels
 from autocompress.quantize.observers import weight_range
-from autocompress.quantize.ops import FULL_PRECISION, Conversion, at_bits
+from autocompress.quantize.ops import FULL_PRECISION, Conversion
 from autocompress.quantize.plan import Plan, Site, make_plan, sources_of
 from autocompress.quantize.quantizer import Gradient, Quantizer
 
@@ -260,9 +260,7 @@ class QuantizationSource:
 
     def operations(self, policy: Policy) -> tuple[OpSpec, ...]:
         """Return what the network of a policy runs and what it costs: layers, the rest, conversions."""
-        layers = (
-            at_bits(op, *bits) for site, bits in zip(self.plan.sites, policy, strict=True) for op in site.ops
-        )
+        layers = (op for site, bits in zip(self.plan.sites, policy, strict=True) for op in site.at(bits))
         conversions = (one for number in range(len(policy)) for one in self.conversions_after(policy, number))
         first = (one for source in self._by_source for one in self.conversion_before(policy, source))
         return (*layers, *self.plan.others, *first, *conversions)

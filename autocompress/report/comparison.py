@@ -28,6 +28,8 @@ from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.network import user_model, whole_network
 from autocompress.quantize.layer import effective_bits, has_quantizers
+from autocompress.quantize.network import QuantizedNetwork
+from autocompress.report.policy_plot import PlottedLayer, policy_plot
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
@@ -36,6 +38,7 @@ from autocompress.stages import (
     export,
     finetune,
     latency_margin,
+    price_of,
     profile,
     resolution,
     selected,
@@ -46,6 +49,7 @@ from autocompress.stages import (
 )
 from autocompress.training.evaluate import evaluate
 
+POLICY_PLOT, SIZE = "policy.svg", "size_bytes"
 REPORT, SCHEMA = "report.json", "autocompress.report"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
@@ -178,7 +182,25 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         else f"{RANDOM_RULE}, where there are enough such",
     }
     write_json(path, content)
+    _draw(run, shown, arch, next(iter(limits.limits), SIZE))
     return content
+
+
+def _draw(run: Run, shown: Shown, arch: Architecture, metric: str) -> None:
+    """Draw the policy of a network of few bits over the cost that was limited."""
+    model = user_model(run.space, run.space.encode([arch]))
+    if not isinstance(model, QuantizedNetwork):
+        return
+    whole = user_model(run.space, run.space.largest())
+    assert isinstance(whole, QuantizedNetwork)  # noqa: S101  (of one space)
+    price = price_of(run, shown, metric)
+    layers = [
+        PlottedLayer(site.name, *bits, cost=price(site.at(bits)), whole_cost=price(site.at(most)))
+        for site, bits, most in zip(model.source.plan.sites, model.policy, whole.policy, strict=True)
+    ]
+    path = run.network_folder(arch) / POLICY_PLOT
+    policy_plot(path, layers, metric=metric, title=f"{model.name}: bits of each layer")
+    shown.say(f"bits of each layer, over {metric}: {path}")
 
 
 def _best_uniform(run: Run, limits: Constraints, score: SupernetEvaluator) -> Codes:
