@@ -37,6 +37,8 @@ from autocompress.models.mobilenet_v2 import MobileNetV2
 from autocompress.ops import Conv2d, Linear, OpSpec
 from autocompress.quantize.grid import quantized, scale_of, weight_grid
 from autocompress.quantize.tables import bit_cost, bit_space
+from autocompress.report.policy_plot import PlottedLayer, policy_plot
+from autocompress.space import Codes
 from autocompress.strategy import Strategy
 from autocompress.training.data import batches, load_data
 from autocompress.trial import Batch
@@ -106,6 +108,18 @@ def problem() -> tuple[Constraints, AdditiveCost]:
     return Constraints(space, {"cycles": cost}, {"cycles": limit}), separable(space, vectors, "loss")
 
 
+def draw(constraints: Constraints, codes: Codes) -> None:
+    """Draw the bits of a policy over the latency of each layer."""
+    table = read_haq(TABLE)
+    (arch,) = constraints.space.decode(codes)
+    layers = []
+    for name in table.layers:
+        bits = int(arch[f"{name}.weight"]), int(arch[f"{name}.input"])
+        layers.append(PlottedLayer(name, *bits, table.at(name, *bits) / 1e6, table.at(name, 8, 8) / 1e6))
+    title = f"MobileNetV2 on HAQ's table, {SHARE:g} of the latency at 8 bits: the proven optimum"
+    policy_plot(RESULTS / "policy_haq_mobilenetv2.svg", layers, metric="cycles (millions)", title=title)
+
+
 def searched(
     strategy: Strategy, constraints: Constraints, loss: AdditiveCost, evaluations: int, at_once: int
 ) -> dict[str, Any]:
@@ -135,6 +149,7 @@ def table_part(results: dict[str, Any], save: Callable[[], None], *, only: list[
         optimum = solve(loss, constraints, sense="minimize")
         uniform = uniform_candidates(constraints)
         results["optimum"] = {"loss": optimum.value, "proven": optimum.proven, "seconds": optimum.seconds}
+        draw(constraints, optimum.codes)
         results["uniform"] = {"loss": float(loss.of(uniform).min()), "evaluations": len(uniform)}
         save()
     runs = results.setdefault("runs", {})
