@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.errors import CostError, QuantizationError
 from autocompress.ops import OpSpec, Shape, UserModel
 from autocompress.quantize.ops import FULL_PRECISION
+from autocompress.quantize.schemes import weights_of
 from autocompress.quantize.source import Policy, QuantizationSource
 from autocompress.space import SearchSpace
 
@@ -126,7 +127,7 @@ class QuantizedNetwork(UserModel):
         for site, (weights, inputs) in zip(self.source.plan.sites, self.policy, strict=True):
             stored = "float32"
             if weights != FULL_PRECISION:
-                grid = self.source.weight_grid_of(weights)
+                grid = weights_of(self.source.scheme, weights)
                 stored = f"int8 in {grid.qmin}..{grid.qmax}" if weights <= 8 else f"{weights} bits"
             found.append(
                 {"layer": site.name, "weight_bits": weights, "input_bits": inputs, "weights_stored": stored}

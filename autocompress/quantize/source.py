@@ -16,12 +16,13 @@ from autocompress.ops import OpSpec
 from autocompress.prune.check import check
 from autocompress.prune.cut import copied
 from autocompress.quantize.calibrate import ranges
-from autocompress.quantize.grid import Grid, activation_grid, scale_of, weight_grid
+from autocompress.quantize.grid import Grid, scale_of
 from autocompress.quantize.layer import QuantizedLayer, out_axis, out_channels
 from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, Conversion
-from autocompress.quantize.plan import Plan, Site, make_plan, sources_of
+from autocompress.quantize.plan import Plan, make_plan, sources_of
 from autocompress.quantize.quantizer import Gradient, Quantizer
+from autocompress.quantize.schemes import activations_of, per_channel, weights_of
 
 Bits = tuple[int, int]
 """Of the weights, of the input of a layer; 32 and 32 leave it in floating point."""
@@ -99,26 +100,6 @@ class QuantizationSource:
         """Widths of activations, ascending, without floating point."""
         return tuple(sorted({a for _, a in self.widths if a != FULL_PRECISION}))
 
-    def weight_grid_of(self, bits: int) -> Grid:
-        """Return the grid of weights of a width."""
-        return weight_grid(bits, self._levels, symmetric=self.scheme.weights == "symmetric")
-
-    def _input_grid(self, site: Site, bits: int) -> Grid:
-        symmetric = self.scheme.activations == "symmetric"
-        return activation_grid(bits, positive=site.positive, symmetric=symmetric, levels=self._levels)
-
-    def _output_grid(self, site: Site) -> Grid:
-        symmetric = self.scheme.activations == "symmetric"
-        return activation_grid(OUTPUT_BITS, positive=site.rectified, symmetric=symmetric, levels=self._levels)
-
-    @property
-    def _levels(self) -> Any:
-        return "power_of_two_scale" if self.scheme.levels == "dynamic_fixed_point" else self.scheme.levels
-
-    @property
-    def _per_channel(self) -> bool:
-        return "per_channel" in self.scheme.granularity
-
     # Calibration -------------------------------------------------------------------------------------
 
     def _calibrated(self, images: Iterable[Tensor], weights: str, activations: str) -> nn.Module:
@@ -140,10 +121,13 @@ class QuantizationSource:
                 weight = Quantizer(Grid(8), channels=count * len(self.weight_widths), axis=axis)
                 _lay(weight, [
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
-                    for grid in map(self.weight_grid_of, self.weight_widths)
+                    for grid in (weights_of(self.scheme, bits) for bits in self.weight_widths)
                 ])  # fmt: skip
                 input_ = Quantizer(Grid(8), channels=len(self.activation_widths))
-                grids = [self._input_grid(site, bits) for bits in self.activation_widths]
+                grids = [
+                    activations_of(self.scheme, bits, positive=site.positive)
+                    for bits in self.activation_widths
+                ]
                 first = self._by_source[source][0]
                 _lay(
                     input_,
@@ -151,7 +135,10 @@ class QuantizationSource:
                 )
                 output = None
                 if site.name in seen.outputs:
-                    output, grid = Quantizer(Grid(8)), self._output_grid(site)
+                    output, grid = (
+                        Quantizer(Grid(8)),
+                        activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified),
+                    )
                     _lay(output, [scale_of(*seen.outputs[site.name].range(grid), grid)])
                 holder.set_submodule(
                     site.name, QuantizedLayer(layer, weight=weight, input=input_, output=output)
@@ -160,7 +147,7 @@ class QuantizationSource:
 
     def _scales(self, layer: nn.Module) -> tuple[int, int | None]:
         """Return how many scales the weights of a layer have, and along which axis."""
-        return (out_channels(layer), out_axis(layer)) if self._per_channel else (1, None)
+        return (out_channels(layer), out_axis(layer)) if per_channel(self.scheme) else (1, None)
 
     # Networks ----------------------------------------------------------------------------------------
 
@@ -170,12 +157,16 @@ class QuantizationSource:
         found: dict[str, Quantizer] = {}
         if weight_bits != FULL_PRECISION:
             count, axis = self._scales(layer)
-            grid = self.weight_grid_of(weight_bits)
+            grid = weights_of(self.scheme, weight_bits)
             found["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=self.gradient)
         if input_bits != FULL_PRECISION:
-            found["input"] = Quantizer(self._input_grid(site, input_bits), gradient=self.gradient)
+            found["input"] = Quantizer(
+                activations_of(self.scheme, input_bits, positive=site.positive), gradient=self.gradient
+            )
         if self.gives_integers(policy, number) and not self.hands_on(policy, number):
-            found["output"] = Quantizer(self._output_grid(site), gradient=self.gradient)
+            found["output"] = Quantizer(
+                activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified), gradient=self.gradient
+            )
         return found
 
     def gives_integers(self, policy: Policy, number: int) -> bool:
@@ -301,17 +292,20 @@ FUSED = ("none", "relu", "relu6")
 def folded(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of a model with the batch norms of the plan folded into the layers before them."""
     found = copy.deepcopy(model).eval()
-    for site in plan.sites:
-        if not site.norm:
-            continue
-        layer, norm = found.get_submodule(site.name), cast(Any, found.get_submodule(site.norm))
+    fold(found, {site.name: site.norm for site in plan.sites if site.norm})
+    return found
+
+
+def fold(model: nn.Module, norms: Mapping[str, str]) -> None:
+    """Fold batch norms into layers, in place: name of a layer to that of the norm that alone reads it."""
+    for name, norm_name in norms.items():
+        layer, norm = model.get_submodule(name), cast(Any, model.get_submodule(norm_name))
         if isinstance(layer, nn.Linear):
             fused: nn.Module = fuse_linear_bn_eval(layer, norm)
         else:
             fused = fuse_conv_bn_eval(cast(Any, layer), norm, isinstance(layer, nn.ConvTranspose2d))
-        found.set_submodule(site.name, fused)
-        found.set_submodule(site.norm, nn.Identity())
-    return found
+        model.set_submodule(name, fused)
+        model.set_submodule(norm_name, nn.Identity())
 
 
 def _lay(quantizer: Quantizer, scales: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -18,6 +18,7 @@ from autocompress.network import build_network
 from autocompress.ops import Conv2d, Linear
 from autocompress.quantize.layer import quantized_layers
 from autocompress.quantize.ops import Conversion, Quantized, at_bits
+from autocompress.quantize.schemes import weights_of
 from autocompress.quantize.source import Policy, QuantizationSource
 from search_spaces.bits import bit_space
 
@@ -81,7 +82,7 @@ def test_fewer_bits_are_stored_as_8_bit_integers_in_a_restricted_range(bits: tup
     ]
     assert len(stored) == 7
     assert all(array.dtype == np.int8 for array in stored)
-    grid = found.weight_grid_of(bits[0])
+    grid = weights_of(found.scheme, bits[0])
     assert min(array.min() for array in stored) >= grid.qmin
     assert max(array.max() for array in stored) <= grid.qmax
     assert {len(np.unique(array)) for array in stored} <= set(range(2, 2 ** bits[0] + 1))
