@@ -19,6 +19,9 @@ SHRINK_STEPS: Final = 80
 Source: Li et al., BRECQ, ICLR 2021, the search for scales of its published settings.
 """
 
+COARSE: Final = 4
+"""Of which every fourth is tried first: a third of the time for the same errors, to 1 % (tests)."""
+
 
 class Observer(ABC):
     """Sees batches of a tensor, once for all grids."""
@@ -178,14 +181,22 @@ def _least_error(weight: Tensor, low: Tensor, high: Tensor, grid: Grid, axis: in
     rows = (weight[None] if axis is None else weight.movedim(axis, 0)).flatten(1).contiguous()
     room = torch.empty_like(rows)
     least = torch.full_like(low, torch.inf)
-    share = torch.ones_like(low)
-    for step in range(SHRINK_STEPS):
-        now = 1 - step / 100
-        error = _squared_error(rows, *scale_of(now * low, now * high, grid), grid, room)
+    best = torch.zeros_like(low)
+
+    def compare(steps: Tensor) -> None:
+        nonlocal least, best
+        share = 1 - steps / 100
+        error = _squared_error(rows, *scale_of(share * low, share * high, grid), grid, room)
         better = error < least
-        least = torch.where(better, error, least)
-        share = torch.where(better, torch.full_like(share, now), share)
-    return share * low, share * high
+        least, best = torch.where(better, error, least), torch.where(better, steps, best)
+
+    # The error has one valley, but for ripples: every fourth share first, then those around the best.
+    for step in range(0, SHRINK_STEPS, COARSE):
+        compare(torch.full_like(low, step))
+    coarse = best
+    for offset in (*range(1 - COARSE, 0), *range(1, COARSE)):
+        compare((coarse + offset).clamp(0, SHRINK_STEPS - 1))
+    return (1 - best / 100) * low, (1 - best / 100) * high
 
 
 def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, room: Tensor) -> Tensor:

@@ -115,6 +115,22 @@ def test_the_mse_range_is_as_good_as_brute_force(bits: int, kind: str) -> None:
     assert error(x, low, high, grid) <= 1.02 * best
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [9, 27, 576])
+def test_ranges_of_weights_are_as_good_as_all_shares_tried(size: int, bits: int) -> None:
+    weight, grid = normal(64, size, seed=size), weight_grid(bits)
+    low, high = weight.amin(1), weight.amax(1)
+
+    def errors(low: Tensor, high: Tensor) -> Tensor:
+        scale, zero_point = scale_of(low, high, grid)
+        return (quantized(weight, scale, zero_point, grid, 0) - weight).square().sum(1)
+
+    tried = torch.stack([errors((1 - step / 100) * low, (1 - step / 100) * high) for step in range(80)])
+    ratio = errors(*weight_range(weight, grid, 0)) / tried.amin(0)
+    assert ratio.mean() < 1.002
+    assert ratio.max() < 1.05
+
+
 def test_the_mse_range_of_an_asymmetric_grid_is_as_good_as_brute_force() -> None:
     x = normal(4000).exp() - 0.5
     grid = Grid(3, signed=False, symmetric=False)
