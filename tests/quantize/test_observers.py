@@ -276,15 +276,16 @@ def test_the_mse_range_of_weights_is_no_worse_than_minmax(bits: int) -> None:
     ],
     ids=str,
 )
-def test_the_mse_range_of_weights_is_the_best_of_all_shares(grid: Grid) -> None:
-    weight = normal(4, 3, 5)
+def test_the_mse_range_of_weights_is_about_the_best_of_all_shares(grid: Grid) -> None:
+    weight = normal(4, 3, 50)
     low, high = weight_range(weight, grid, 1, "mse")
     for channel in range(3):
         x = weight[:, channel]
         shares = [1 - step / 100 for step in range(80)]
-        best = min(shares, key=lambda share: error(x, share * x.min(), share * x.max(), grid))
-        torch.testing.assert_close(low[channel], best * x.min())
-        torch.testing.assert_close(high[channel], best * x.max())
+        best = min(float(error(x, share * x.min(), share * x.max(), grid)) for share in shares)
+        assert error(x, low[channel], high[channel], grid) <= 1.05 * best
+        # Both ends are one share of the extremes.
+        torch.testing.assert_close(low[channel] / x.min(), high[channel] / x.max())
 
 
 def test_zeros_of_relu_do_not_move_the_kl_range() -> None:
