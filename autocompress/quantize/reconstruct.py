@@ -41,7 +41,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Settings:
-    """How rounding is learned; all numbers are those of the papers but `steps`, of which they take 10,000.
+    """How rounding is learned: numbers of the papers, but `steps`, of which they take 10,000, and `scale_rate`.
 
     Attributes:
         steps: Of the optimizer, a block. Steps times learning rate should be 10 and more: logits move by the
@@ -52,7 +52,8 @@ class Settings:
         warm_up: Share of the steps without it.
         beta: Its exponent at first and at last: high ones leave the middle alone.
         scale_steps: Steps that learn the scales of activations after the weights of a block; 5,000 in BRECQ.
-        scale_rate: Learning rate of scales, relative to each scale, falling as a cosine.
+        scale_rate: Learning rate of scales, relative to each scale, falling as a cosine; BRECQ's .0004 is
+            absolute.
         seed: Of the order of the images.
 
     Raises:
