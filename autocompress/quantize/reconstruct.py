@@ -41,7 +41,7 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Settings:
-    """How rounding is learned: numbers of the papers, but `steps`, of which they take 10,000, and `scale_rate`.
+    """How rounding is learned; numbers of the papers, but for `steps` (10,000 there) and `scale_rate`.
 
     Attributes:
         steps: Of the optimizer, a block. Steps times learning rate should be 10 and more: logits move by the
