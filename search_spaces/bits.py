@@ -137,6 +137,11 @@ def legal_widths(
             f"target {target.name!r} states no way to quantize (schemes); take one that runs integers: "
             "`autocompress list targets`"
         )
+    if target.runtime and target.number_format != "float32":
+        raise QuantizationError(
+            f"target {target.name!r} computes everything in {target.number_format}, and leaves nothing to "
+            "choose; take the target of the same runtime in float32, which runs 8 bits beside floats"
+        )
     scheme = target.schemes[0]
     floats = ((FULL_PRECISION, FULL_PRECISION),) if target.runtime else ()
     same = {(bits, bits) for bits in scheme.bits}

@@ -28,6 +28,7 @@ from autocompress.ops import (
     OpSpec,
     SqueezeExcite,
 )
+from autocompress.prune.ops import Convolution
 from autocompress.quantize.ops import Conversion, Quantized
 
 if TYPE_CHECKING:
@@ -186,35 +187,25 @@ class _Graph:
             return self._model(way, (batch, *op.in_shape), (batch, *op.out_shape))
         if (op.weight_bits, op.activation_bits) != (8, 8):
             raise ExportError(f"runtimes here have kernels for 8 bits alone, not for {op.key}")
-        if not isinstance(op.op, Conv2d | Linear):
+        if not isinstance(op.op, Conv2d | Convolution | Linear):
             raise ExportError(f"no ONNX rule for {op.key}")
         value = self._dequantized("input", 0.02, 128)
-        bare = replace(op.op, activation="none")
+        bare = replace(op.op, activation="none") if not isinstance(op.op, Linear) else op.op
         rectified = op.op.activation in ("relu", "relu6")
-        if isinstance(bare, Conv2d):
-            shape: tuple[int, ...] = (
-                bare.out_channels, bare.in_channels // bare.groups, bare.kernel, bare.kernel
-            )  # fmt: skip
-            weights = self._quantized_weights(shape, bias=bare.bias or bare.norm)
-            value = self._node(
-                "Conv",
-                value,
-                *weights,
-                kernel_shape=[bare.kernel] * 2,
-                strides=[bare.stride] * 2,
-                pads=[bare.kernel // 2] * 4,
-                group=bare.groups,
-            )
-            shape = (batch, *bare.out_shape)
-        else:
+        if isinstance(bare, Linear):
             weights = self._quantized_weights((bare.out_features, bare.in_features), bias=bare.bias)
             value = self._node("Gemm", self._node("Flatten", value, axis=1), *weights, transB=1)
-            shape = (batch, bare.out_features)
+            shape: tuple[int, ...] = (batch, bare.out_features)
+        else:
+            kind, size, axis, geometry = _geometry(bare)
+            weights = self._quantized_weights(size, bias=bare.bias or bare.norm, axis=axis)
+            value = self._node(kind, value, *weights, **geometry)
+            shape = (batch, *bare.out_shape)
         if rectified:
             value = self._node("Relu", value)
         if isinstance(bare, Linear) or (op.op.activation != "none" and not rectified):
             # Floats leave: of the last layer, and of activations that have no kernel on integers.
-            if isinstance(bare, Conv2d):
+            if not isinstance(bare, Linear):
                 pair = [self._constant(np.array(v)) for v in (np.float32(0.05), np.uint8(128))]
                 value = self._node("DequantizeLinear", self._node("QuantizeLinear", value, *pair), *pair)
             value = self._activation(op.op.activation if not rectified else "none", value)
@@ -229,18 +220,18 @@ class _Graph:
         pair = [self._constant(np.array(v)) for v in (np.float32(scale), np.uint8(zero))]
         return self._node("DequantizeLinear", value, *pair)
 
-    def _quantized_weights(self, shape: tuple[int, ...], *, bias: bool) -> list[str]:
+    def _quantized_weights(self, shape: tuple[int, ...], *, bias: bool, axis: int = 0) -> list[str]:
         """Store random 8-bit weights with a scale a channel, and a 32-bit bias if there is one."""
-        scale = np.full(shape[0], math.sqrt(2 / math.prod(shape[1:])) / 64, dtype=np.float32)
+        scale = np.full(shape[axis], math.sqrt(2 / math.prod(shape[1:])) / 64, dtype=np.float32)
         q = self._rng.integers(-127, 128, shape).astype(np.int8)
-        zero = np.zeros(shape[0], dtype=np.int8)
+        zero = np.zeros(shape[axis], dtype=np.int8)
         stored = [self._constant(array) for array in (q, scale, zero)]
-        found = [self._node("DequantizeLinear", *stored, axis=0)]
+        found = [self._node("DequantizeLinear", *stored, axis=axis)]
         if bias:
             stored = [
                 self._constant(array)
                 for array in (
-                    self._rng.integers(-100, 101, shape[0]).astype(np.int32),
+                    self._rng.integers(-100, 101, shape[axis]).astype(np.int32),
                     scale * np.float32(0.02),
                 )
             ]
@@ -365,6 +356,26 @@ class _Graph:
         if bias:
             result[f"{part}.bias"] = self._rng.standard_normal(shape[0], dtype=np.float32) * np.float32(0.1)
         return result
+
+
+def _geometry(op: Conv2d | Convolution) -> tuple[str, tuple[int, ...], int, dict[str, Any]]:
+    """Return kind of node, shape of weights, their axis of output channels, and attributes."""
+    if isinstance(op, Conv2d):
+        op = Convolution(
+            op.in_channels, op.out_channels, op.height, op.width, (op.kernel,) * 2, (op.stride,) * 2,
+            (op.kernel // 2,) * 2, groups=op.groups,
+        )  # fmt: skip
+    attributes = {
+        "kernel_shape": list(op.kernel),
+        "strides": list(op.stride),
+        "pads": [*op.padding, *op.padding],
+        "dilations": list(op.dilation),
+        "group": op.groups,
+    }
+    if op.transposed:
+        attributes["output_padding"] = list(op.output_padding)
+        return "ConvTranspose", (op.in_channels, op.out_channels // op.groups, *op.kernel), 1, attributes
+    return "Conv", (op.out_channels, op.in_channels // op.groups, *op.kernel), 0, attributes
 
 
 def _parameters(module: "nn.Module") -> Parameters:

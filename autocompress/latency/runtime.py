@@ -10,7 +10,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.errors import PluginError, TableError
 from autocompress.latency.target import Device, NumberFormat, Target, targets
@@ -160,6 +163,13 @@ def pinned(target: Target) -> Iterator[None]:
         )
     with load_runtime(target).pinned(target):
         yield
+
+
+def random_input(rng: np.random.Generator, shape: list[int], *, integers: bool) -> NDArray[Any]:
+    """Return random numbers for a model to run on: normal ones, or unsigned 8-bit integers."""
+    if integers:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    return rng.standard_normal(shape, dtype=np.float32)
 
 
 def background(target: Target) -> list[Run]:

@@ -25,12 +25,12 @@ from autocompress.prune.network import source_of
 from autocompress.prune.ops import Convolution
 from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, scale_of
-from autocompress.quantize.layer import QuantizedLayer, out_axis, out_channels
+from autocompress.quantize.layer import QuantizedLayer
 from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, at_bits
 from autocompress.quantize.plan import make_plan
 from autocompress.quantize.quantizer import Gradient, Quantizer
-from autocompress.quantize.schemes import activations_of, per_channel, weights_of
+from autocompress.quantize.schemes import activations_of, scales_of, weights_of
 from autocompress.quantize.source import Bits, fold
 from autocompress.space import Block, Choice, Codes, Option, SearchSpace
 from autocompress.training.data import DataSet
@@ -235,8 +235,7 @@ def quantize_layers(
         layer, parts = layers[name], dict[str, Quantizer]()
         if weight_bits != FULL_PRECISION:
             grid = weights_of(scheme, weight_bits)
-            axis = out_axis(layer) if per_channel(scheme) else None
-            count = out_channels(layer) if per_channel(scheme) else 1
+            count, axis = scales_of(scheme, layer)
             parts["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=gradient)
             _set(parts["weight"], *scale_of(*weight_range(layer.weight.detach(), grid, axis, method), grid))
         if input_bits != FULL_PRECISION:

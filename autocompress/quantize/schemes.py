@@ -1,7 +1,10 @@
 """Grids as a device's scheme asks for them."""
 
+from torch import nn
+
 from autocompress.latency.target import Scheme
 from autocompress.quantize.grid import Grid, Levels, activation_grid, weight_grid
+from autocompress.quantize.layer import out_axis, out_channels
 
 
 def levels_of(scheme: Scheme) -> Levels:
@@ -20,6 +23,13 @@ def activations_of(scheme: Scheme, bits: int, *, positive: bool) -> Grid:
     return activation_grid(bits, positive=positive, symmetric=symmetric, levels=levels_of(scheme))
 
 
-def per_channel(scheme: Scheme) -> bool:
-    """Whether weights have a scale a channel: where the device has both, that is better."""
-    return "per_channel" in scheme.granularity
+def scales_of(scheme: Scheme, layer: nn.Module) -> tuple[int, int | None]:
+    """Return how many scales the weights of a layer have, and along which of their axes.
+
+    One a channel where the device allows it: where it has both, that is better. Groups of a transposed
+    convolution share an axis of the weights, and one scale.
+    """
+    grouped = isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1
+    if "per_channel" not in scheme.granularity or grouped:
+        return 1, None
+    return out_channels(layer), out_axis(layer)

@@ -17,12 +17,12 @@ from autocompress.prune.check import check
 from autocompress.prune.cut import copied
 from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, scale_of
-from autocompress.quantize.layer import QuantizedLayer, out_axis, out_channels
+from autocompress.quantize.layer import QuantizedLayer
 from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, Conversion
 from autocompress.quantize.plan import Plan, make_plan, sources_of
 from autocompress.quantize.quantizer import Gradient, Quantizer
-from autocompress.quantize.schemes import activations_of, per_channel, weights_of
+from autocompress.quantize.schemes import activations_of, scales_of, weights_of
 
 Bits = tuple[int, int]
 """Of the weights, of the input of a layer; 32 and 32 leave it in floating point."""
@@ -117,7 +117,7 @@ class QuantizationSource:
         for source, sites in self._by_source.items():
             for site in sites:
                 layer = cast(Any, holder.get_submodule(site.name))
-                count, axis = self._scales(layer)
+                count, axis = scales_of(self.scheme, layer)
                 weight = Quantizer(Grid(8), channels=count * len(self.weight_widths), axis=axis)
                 _lay(weight, [
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
@@ -145,10 +145,6 @@ class QuantizationSource:
                 )
         return holder.eval()
 
-    def _scales(self, layer: nn.Module) -> tuple[int, int | None]:
-        """Return how many scales the weights of a layer have, and along which axis."""
-        return (out_channels(layer), out_axis(layer)) if per_channel(self.scheme) else (1, None)
-
     # Networks ----------------------------------------------------------------------------------------
 
     def quantizers(self, policy: Policy, number: int, layer: nn.Module) -> dict[str, Quantizer]:
@@ -156,7 +152,7 @@ class QuantizationSource:
         site, (weight_bits, input_bits) = self.plan.sites[number], policy[number]
         found: dict[str, Quantizer] = {}
         if weight_bits != FULL_PRECISION:
-            count, axis = self._scales(layer)
+            count, axis = scales_of(self.scheme, layer)
             grid = weights_of(self.scheme, weight_bits)
             found["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=self.gradient)
         if input_bits != FULL_PRECISION:

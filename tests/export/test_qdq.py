@@ -13,9 +13,11 @@ from torch import nn
 from autocompress.errors import ExportError
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.export.qdq import cannot_be_integers, in_floats, insert_pairs, stored_integers
-from autocompress.latency.target import Scheme
+from autocompress.latency.runtime import prepare
+from autocompress.latency.target import Scheme, load_target
 from autocompress.network import build_network
 from autocompress.ops import Conv2d, Linear
+from autocompress.prune.ops import Convolution
 from autocompress.quantize.layer import quantized_layers
 from autocompress.quantize.ops import Conversion, Quantized, at_bits
 from autocompress.quantize.schemes import weights_of
@@ -150,6 +152,8 @@ ROWS = [
     (at_bits(Conv2d(4, 4, 8, 8, kernel=3, groups=4), 8, 8), "uint8", "uint8"),
     (at_bits(Conv2d(4, 6, 8, 8, activation="hard_swish"), 8, 8), "uint8", "float"),
     (at_bits(Linear(4, 3), 8, 8), "uint8", "float"),
+    (at_bits(Convolution(4, 6, 8, 8, (1, 3), (1, 2), (0, 1), (1, 2)), 8, 8), "uint8", "uint8"),
+    (at_bits(Convolution(4, 6, 8, 8, (3, 3), (2, 2), (1, 1), transposed=True), 8, 8), "uint8", "uint8"),
     (Conversion("quantize", 4, 8, 8), "float", "uint8"),
     (Conversion("dequantize", 4, 8, 8), "uint8", "float"),
 ]
@@ -168,6 +172,16 @@ def test_a_row_of_a_table_is_between_integers_as_in_a_network(
     assert entry.shape == [2, *op.in_shape]
     numbers = np.zeros(entry.shape, dtype=np.float32 if given == "float" else np.uint8)
     assert session.run(None, {entry.name: numbers})[0].size == 2 * np.prod(op.out_shape)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cpu", "openvino-cpu"])
+def test_rows_and_networks_run_on_every_runtime_that_has_both_precisions(name: str) -> None:
+    target = load_target(name)
+    for op, _, _ in ROWS:
+        prepare([("row", (op,))], target)()
+    space = bit_space(source(widths=INTEGERS, outputs=True))
+    for codes in (space.smallest(), space.largest(), *space.sample(2, np.random.default_rng(0))[:, None]):
+        prepare(space.operations(codes), target)()
 
 
 def test_there_are_no_rows_of_widths_without_kernels() -> None:

@@ -42,6 +42,26 @@ def test_at_32_bits_a_network_is_the_folded_model_bit_for_bit() -> None:
     assert torch.equal(outputs(found.network((FLOATS,) * 7)), outputs(found.model))
 
 
+class Upscaling(nn.Module):
+    """Transposed convolutions, with groups and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow, self.grouped = nn.ConvTranspose2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 6, 3, groups=2)
+        self.last = nn.Conv2d(6, 2, (1, 3), dilation=(1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.grouped(self.grow(x).relu()).relu())
+
+
+def test_transposed_and_dilated_convolutions_are_quantized_too() -> None:
+    found = source(Upscaling().eval(), widths=INTEGERS, outputs=True)
+    exact, eight = outputs(found.model), outputs(found.network(((8, 8),) * 3))
+    assert float((exact - eight).norm()) < 0.05 * float(exact.norm())
+    layers = dict(quantized_layers(found.network(((8, 8),) * 3)))
+    assert [len(layer.weight.scale) for layer in layers.values()] == [4, 1, 2]
+
+
 def test_more_bits_are_nearer_to_floating_point() -> None:
     found = source()
     exact = outputs(found.model)

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.errors import TableError
-from autocompress.latency.runtime import Blocks, Run, Runtime
+from autocompress.latency.runtime import Blocks, Run, Runtime, random_input
 from autocompress.latency.target import Target
 
 
@@ -50,19 +49,12 @@ def _session(model: bytes | Path, target: Target) -> Run:
     feeds = {}
     for argument in session.get_inputs():
         shape = [size if isinstance(size, int) else target.batch for size in argument.shape]
-        feeds[argument.name] = _random(rng, shape, argument.type)
+        feeds[argument.name] = random_input(rng, shape, integers=argument.type == "tensor(uint8)")
 
     def run() -> Any:
         return session.run(None, feeds)
 
     return run
-
-
-def _random(rng: np.random.Generator, shape: list[int], kind: str) -> NDArray[Any]:
-    """Return random numbers of the type that a session asks for."""
-    if kind == "tensor(uint8)":
-        return rng.integers(0, 256, shape, dtype=np.uint8)
-    return rng.standard_normal(shape, dtype=np.float32)
 
 
 RUNTIME: Final = Runtime(

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from autocompress.errors import TableError
-from autocompress.latency.runtime import Blocks, Run, Runtime
+from autocompress.latency.runtime import Blocks, Run, Runtime, random_input
 from autocompress.latency.target import Target
 
 PRECISIONS: Final = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
@@ -59,7 +59,10 @@ def _compiled(model: bytes | Path, target: Target) -> Run:
     except Exception as error:  # noqa: BLE001  (openvino raises RuntimeError and its own, unrelated classes)
         raise TableError(f"OpenVINO cannot load {what}: {error}") from None
     rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal(list(shape), dtype=np.float32) for shape in shapes.values()]
+    inputs = [
+        random_input(rng, list(shape), integers=argument.element_type.get_type_name() == "u8")
+        for argument, shape in shapes.items()
+    ]
 
     def run() -> Any:
         return list(request.infer(inputs, share_inputs=True, share_outputs=True).values())
