@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from autocompress.errors import QuantizationError
 from autocompress.latency.target import Scheme
 from autocompress.ops import OpSpec
-from autocompress.prune.check import check
+from autocompress.prune.check import check, check_buffers
 from autocompress.prune.cut import copied
 from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, scale_of
@@ -58,7 +58,7 @@ class QuantizationSource:
             was given as an object.
 
     Raises:
-        ConversionError: The model cannot be traced, or has a weight that is not finite.
+        ConversionError: The model cannot be traced, has a weight that is not finite, or buffers of its own.
         QuantizationError: Nothing can be quantized, there are no calibration images, or a range is not
             finite.
     """
@@ -85,6 +85,7 @@ class QuantizationSource:
         found = check(model, image)
         self.plan: Plan = make_plan(found, image)
         self.model = folded(found, self.plan)
+        check_buffers(self.model)
         self._by_source = sources_of(self.plan)
         self._holder = self._calibrated(calibration, weight_ranges, activation_ranges)
 

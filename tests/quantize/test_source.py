@@ -9,11 +9,14 @@ import torch
 from quantized_networks import INTEGERS, WIDTHS, images, residual, source
 from torch import nn
 
+from autocompress.elastic.extract import extract
+from autocompress.elastic.recalibrate import recalibrate
 from autocompress.errors import ConversionError, QuantizationError
 from autocompress.latency.target import Scheme
 from autocompress.quantize.layer import QuantizedLayer, quantized_layers
 from autocompress.quantize.ops import Conversion, Quantized
 from autocompress.quantize.source import Policy
+from search_spaces.bits import bit_space
 
 FLOATS = (32, 32)
 
@@ -205,6 +208,36 @@ def test_constant_calibration_images_give_a_network_that_runs() -> None:
         scheme=Scheme((2, 4, 8)),
     )
     assert torch.isfinite(outputs(found.network(((4, 4),) * 7))).all()
+
+
+class PreActivation(nn.Module):
+    """Batch norm before the layer: nothing to fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(x).relu())
+
+
+def test_layers_without_batch_norm_to_fold_are_quantized_as_they_are() -> None:
+    found = source(PreActivation().eval())
+    assert [site.norm for site in found.plan.sites] == [""]
+    assert isinstance(found.model.norm, nn.BatchNorm2d)
+    space = bit_space(found, ends=None)
+    supernet = space.supernet().eval()
+    (arch,) = space.decode(space.largest())
+    statistics = recalibrate(supernet, arch, [images()])
+    network = extract(supernet, arch, statistics)
+    assert torch.isfinite(outputs(network)).all()
+
+
+def test_buffers_that_slices_could_not_share_are_named() -> None:
+    model = PreActivation()
+    model.register_buffer("index", torch.arange(3))
+    with pytest.raises(ConversionError, match="buffer index of PreActivation"):
+        source(model.eval())
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
