@@ -132,7 +132,8 @@ def quantize(
         str, typer.Option(help="What it runs on, and its legal bits; see `autocompress list targets`.")
     ] = "onnxruntime-cpu",
     table: Annotated[
-        Path | None, typer.Option(help="Latencies of that target that were measured elsewhere.")
+        Path | None,
+        typer.Option(help="Latencies of that target from elsewhere: a latency table, or BitFusion's CSV."),
     ] = None,
     budget: Annotated[
         str | None,

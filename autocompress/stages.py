@@ -66,6 +66,7 @@ from autocompress.network import (
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.plugins import load_strategy
 from autocompress.prune.beforehand import score_of
+from autocompress.quantize.estimate import bitfusion_table
 from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.quantize.ptq import improve
@@ -92,6 +93,7 @@ QUANTIZED_SAMPLE = 500
 """Validation images on which decisions of a network of few bits and its exported form are compared."""
 THREADS, SELECTED = "threads.json", "selected.json"
 TABLE, CHECKPOINT, TRAINING, RESULT = "latency_table.json", "supernet.pt", "training.json", "result.json"
+PUBLISHED = (".csv", ".csv.gz")
 IMPROVED = "rounded.safetensors"
 FINETUNED, FINETUNE_CHECKPOINT, FINETUNE_REPORT = "finetuned.safetensors", "finetune.pt", "finetune.json"
 
@@ -130,6 +132,12 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
             table.cost(run.space)
             table.save(path)
             shown.say(f"{describe_table(table)}; of another device: nothing is measured here")
+            if estimated := table.provenance.get("estimated"):
+                shown.say(
+                    f"{len(estimated)} of its {len(table.rows)} rows are estimates by a model fitted to the "
+                    f"published ones; its error for other shapes, in percent: "
+                    f"{table.provenance['error of estimates, %']}"
+                )
         return table
     if path.exists():
         table = LatencyTable.load(path)
@@ -162,6 +170,11 @@ def _table_from_elsewhere(run: Run) -> LatencyTable:
     path, given = run.path(TABLE), run.recipe.profile.table
     if given is None:
         raise TableError("profile.measured: elsewhere needs profile.table")
+    if not path.exists() and given.name.endswith(PUBLISHED):
+        # The tables of an accelerator are of shapes and bits: which rows a space needs is seen here.
+        settings = run.recipe.target
+        where = load_target(settings.name, threads=settings.threads, batch=settings.batch)
+        return bitfusion_table(given, run.space, where)
     return LatencyTable.load(path if path.exists() else given)
 
 

@@ -9,17 +9,24 @@ and `held_out` says how far estimates are off for shapes that the table has.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import final
 
 import numpy as np
 
 from autocompress.errors import CostError
-from autocompress.latency.correction import Figures, figures
+from autocompress.latency.correction import Correction, Figures, figures
 from autocompress.latency.foreign.bit_table import BitTable
+from autocompress.latency.foreign.bitfusion import read_bitfusion
+from autocompress.latency.measure import Measurement
+from autocompress.latency.plan import distinct_blocks
 from autocompress.latency.roofline import PARAMETERS, Roofline, fit
-from autocompress.ops import Conv2d, Linear, Ops, OpSpec
+from autocompress.latency.table import LatencyTable
+from autocompress.latency.target import Target
+from autocompress.ops import Conv2d, Linear, Ops, OpSpec, block_key
 from autocompress.quantize.ops import Quantized
 from autocompress.quantize.tables import TableLayer, plain
+from autocompress.space import SearchSpace
 
 Kind = str
 """`grouped`, as depthwise convolutions are, or `dense`."""
@@ -152,6 +159,38 @@ class ShapePrice:
 
 def _holds(row: Quantized, asked: Quantized) -> bool:
     return row.weight_bits >= asked.weight_bits and row.activation_bits >= asked.activation_bits
+
+
+def bitfusion_table(path: Path, space: SearchSpace, target: Target) -> LatencyTable:
+    """Return a latency table of a space on BitFusion, by its published table and estimates beside it.
+
+    Operations that the accelerator's table has no rows of (pooling, additions) take no time in it. Which rows
+    are estimates, and how far such are off for shapes that were held out, stands in the provenance.
+
+    Args:
+        path: The published table.
+        space: Whose operations are priced.
+        target: What the table is said to be of.
+
+    Raises:
+        TableError: The file is absent, damaged or not such a table.
+        CostError: An operation is neither a convolution nor a linear layer, or stays in floating point.
+    """
+    tables = read_bitfusion(path)
+    price = ShapePrice(tables.latency_ms, tables.operations, batch=target.batch, computes=fused_bits)
+    rows = {}
+    for op in dict.fromkeys(op for ops in distinct_blocks(space).values() for op in ops):
+        ms = price((op,))
+        rows[block_key((op,))] = Measurement(ms, ms, ms, 0.0, ms, 1)
+    errors = {kind: round(found.mape_percent, 1) for kind, found in price.held_out().items()}
+    provenance = {
+        "device": {"name": "BitFusion, simulated"},
+        "source": str(path),
+        "space": {"name": space.name, "fingerprint": space.fingerprint},
+        "estimated": price.estimated,
+        "error of estimates, %": errors,
+    }
+    return LatencyTable(target, rows, Correction(), None, provenance, "op")
 
 
 def fused_bits(bits: int) -> int:
