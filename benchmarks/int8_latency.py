@@ -225,8 +225,8 @@ def table(found: dict[str, Any]) -> str:
             "## MobileNetV3",
             "",
             f"{two['layers']} layers, {two['choices']} choices; the policy of least predicted latency "
-            f"has {two['in integers']} of them in 8 bits. Table: {two['table']['rows']} rows, leave-one-out error "
-            f"{two['table']['leave-one-out error, %']:.1f} %.",
+            f"has {two['in integers']} of them in 8 bits. Table: {two['table']['rows']} rows, leave-one-out "
+            f"error {two['table']['leave-one-out error, %']:.1f} %.",
             "",
             "| policy | predicted, ms | measured, ms | against the searched one (95 %) |",
             "|---|---|---|---|",
