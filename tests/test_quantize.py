@@ -32,6 +32,7 @@ QUICK = [
     "random_networks=1",
     "threads=1",
 ]
+BITFUSION = Path(__file__).parents[2] / "shared" / "data" / "tables" / "bitfusion_conv_latency_energy.csv.gz"
 LOW_BIT = ["--target", "arm-cpu-low-bit"]
 
 
@@ -116,6 +117,25 @@ def test_every_strategy_keeps_a_budget_of_a_device_that_is_not_here(
     named = [row for row in report["rows"] if row["name"].startswith(("searched", "uniform", "random"))]
     assert all(row["costs"]["size_bytes"] <= limit for row in named)
     assert any(row["name"].startswith("uniform") for row in named)
+
+
+@pytest.mark.slow
+def test_the_table_of_an_accelerator_prices_a_users_network(model: Path, tmp_path: Path) -> None:
+    if not BITFUSION.exists():
+        pytest.skip(f"needs {BITFUSION}, which is no part of the distribution")
+    folder = tmp_path / "run"
+    said = run(
+        model,
+        ["--target", "bitfusion", "--table", str(BITFUSION), "--budget", "latency=80%", "--widths", "2,4,8"],
+        folder,
+    )
+    assert "rows are estimates by a model fitted to the published ones" in said
+    assert "bits of each layer, over latency_ms" in said
+    (path,) = folder.glob("networks/*/report.json")
+    report = json.loads(path.read_text())
+    (found,) = [row for row in report["rows"] if row["name"] == "searched, finetuned"]
+    assert found["costs"]["latency_ms"] <= report["limits"]["latency_ms"]
+    assert found["latency_ms"] is None
 
 
 @pytest.mark.parametrize("rounding", ["adaround", "brecq"])
