@@ -306,6 +306,7 @@ def test_a_search_by_gradients_needs_a_run_of_its_own(searched: Path) -> None:
     assert ages(searched) == before
 
 
+@pytest.mark.slow
 def test_a_selected_network_is_reported_as_such_and_later_reports_say_so(searched: Path) -> None:
     call("select", "--run", searched, "--cheapest", "macs", "--within", "1")
     said = call("resume", searched).stdout

@@ -337,7 +337,7 @@ def test_a_price_that_is_not_finite_is_refused_with_the_block_and_its_setting(pr
 
 
 def test_a_metric_that_operations_do_not_know_is_refused() -> None:
-    with pytest.raises(CostError, match="operations know macs, params, size_bytes, not 'latency_ms'"):
+    with pytest.raises(CostError, match="operations know macs, params, size_bytes, bops, not 'latency_ms'"):
         operation_cost(PAIR, "latency_ms")
 
 

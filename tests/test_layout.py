@@ -68,6 +68,7 @@ WITH_TORCH = {
     ),
     "search_spaces.darts_modules",
     "search_spaces.channels",  # it is made of a user's PyTorch model
+    "search_spaces.bits",
 }
 
 

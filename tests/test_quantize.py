@@ -94,7 +94,11 @@ def _untimed(opened: Run) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["exact", "hawq", "greedy", pytest.param("haq", marks=pytest.mark.slow), "evolution"]
+    "strategy",
+    [
+        "exact",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hawq", "greedy", "haq", "evolution")),
+    ],
 )
 def test_every_strategy_keeps_a_budget_of_a_device_that_is_not_here(
     model: Path, tmp_path: Path, strategy: str
@@ -138,7 +142,7 @@ def test_the_table_of_an_accelerator_prices_a_users_network(model: Path, tmp_pat
     assert found["latency_ms"] is None
 
 
-@pytest.mark.parametrize("rounding", ["adaround", "brecq"])
+@pytest.mark.parametrize("rounding", [pytest.param("adaround", marks=pytest.mark.slow), "brecq"])
 def test_rounding_is_learned_before_finetuning(model: Path, tmp_path: Path, rounding: str) -> None:
     folder = tmp_path / "run"
     said = run(

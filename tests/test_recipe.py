@@ -101,7 +101,7 @@ def test_an_amount_of_validation_is_a_share_or_a_number_of_images() -> None:
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("trian", "data, export, finetune, profile, random_networks, search"),
+        ("trian", "data, export, finetune, profile, quantize, random_networks, search"),
         ("data.sorce", "folder, limit, seed, source, validation"),
         ("task.los", "distillation, loss, metric"),
         ("space.argument", "arguments, name"),
@@ -223,7 +223,7 @@ def test_what_yaml_reads_as_a_truth_value_is_no_number_or_name(text: str, path: 
     [
         (
             {"latency": "60%"},
-            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes, energy_mj or flops",
+            "a budget limits latency_ms, macs, params, size_bytes, bops, peak_activation_bytes, energy_mj or",
         ),
         ({"latency_ms": "60M"}, "latency_ms takes no unit, 'ms', 'us', 's' or '%', got 'M' in '60M'"),
         ({"macs": "3ms"}, "macs takes no unit"),

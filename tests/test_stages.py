@@ -93,7 +93,9 @@ def test_a_search_pays_for_its_evaluations_within_the_budget(run: Run) -> None:
     assert len(result.trials) == run.recipe.search.evaluations == 6
     assert max(macs) <= 0.9 * largest * (1 + 1e-9)
     assert {frozenset(trial.costs) for trial in result.trials} == {
-        frozenset({"macs", "params", "size_bytes", "peak_activation_bytes", "energy_mj", "latency_ms"})
+        frozenset(
+            {"macs", "params", "size_bytes", "bops", "peak_activation_bytes", "energy_mj", "latency_ms"}
+        )
     }
     assert result.notes is not None
     assert result.notes["data"] == run.data.fingerprint
@@ -324,7 +326,7 @@ def test_a_network_that_was_never_searched_can_be_finetuned_by_its_architecture(
         (
             {"energy": 3},
             BudgetError,
-            "a budget limits latency_ms, macs, params, size_bytes, peak_activation_bytes, energy_mj or flops",
+            "a budget limits latency_ms, macs, params, size_bytes, bops, peak_activation_bytes, energy_mj or",
         ),
     ],
 )

@@ -105,6 +105,7 @@ def test_the_smallest_budget_that_holds_is_chosen_and_reported(model: Path, tmp_
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.slow
 def test_the_command_reports_the_chosen_budget(model: Path, tmp_path: Path) -> None:
     made = payload(model, random_networks=1)
     run = opened(tmp_path / "run", made)

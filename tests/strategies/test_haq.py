@@ -28,6 +28,7 @@ OPS = {
 BITS = range(2, 9)
 
 
+@pytest.mark.slow
 class TestHaq(StrategyContract):
     def make(self, constraints: Constraints, seed: int) -> Haq:
         # Updates take most of the time, and what they do is the agent's, which has tests of its own.

@@ -664,7 +664,7 @@ def test_a_metric_that_the_evaluator_does_not_give_is_an_error() -> None:
             {"reward": "mnas"},
             "reward must be one of accuracy, mnas_soft, mnas_hard, tunas, log_cost, got 'mnas'",
         ),
-        ({"reward": "tunas"}, "cost must be one of macs, params, size_bytes, got 'latency_ms'"),
+        ({"reward": "tunas"}, "cost must be one of macs, params, size_bytes, bops, got 'latency_ms'"),
         ({"reward": "tunas", "cost": "params"}, "needs a target for params: limit it in the budget or give"),
         (
             {"reward": "tunas", "cost": "params", "target": 0.0},
