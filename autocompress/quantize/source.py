@@ -115,7 +115,14 @@ class QuantizationSource:
             method=activations,
         )
         holder = copy.deepcopy(self.model)
-        for source, sites in self._by_source.items():
+        for sites in self._by_source.values():
+            grids = [
+                activations_of(self.scheme, bits, positive=sites[0].positive)
+                for bits in self.activation_widths
+            ]
+            # Layers of one tensor have one quantizer: a runtime makes its integers once.
+            input_ = Quantizer(Grid(8), channels=len(grids))
+            _lay(input_, [scale_of(*seen.inputs[sites[0].name].range(grid), grid) for grid in grids])
             for site in sites:
                 layer = cast(Any, holder.get_submodule(site.name))
                 count, axis = scales_of(self.scheme, layer)
@@ -124,22 +131,10 @@ class QuantizationSource:
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
                     for grid in (weights_of(self.scheme, bits) for bits in self.weight_widths)
                 ])  # fmt: skip
-                input_ = Quantizer(Grid(8), channels=len(self.activation_widths))
-                grids = [
-                    activations_of(self.scheme, bits, positive=site.positive)
-                    for bits in self.activation_widths
-                ]
-                first = self._by_source[source][0]
-                _lay(
-                    input_,
-                    [scale_of(*seen.inputs[first.name].range(grid), grid) for grid in grids],
-                )
                 output = None
                 if site.name in seen.outputs:
-                    output, grid = (
-                        Quantizer(Grid(8)),
-                        activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified),
-                    )
+                    output = Quantizer(Grid(8))
+                    grid = activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified)
                     _lay(output, [scale_of(*seen.outputs[site.name].range(grid), grid)])
                 holder.set_submodule(
                     site.name, QuantizedLayer(layer, weight=weight, input=input_, output=output)
@@ -192,12 +187,14 @@ class QuantizationSource:
         def made(name: str, tensor: Tensor) -> Tensor:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if meta else tensor.clone()
 
-        network = copied(self.model, made)
+        network, inputs = copied(self.model, made), dict[str, Quantizer]()
         with torch.device("meta" if meta else "cpu"):
             for number, site in enumerate(self.plan.sites):
                 layer = network.get_submodule(site.name)
                 # One without quantizers too: its weights have one name at all bits.
                 found = self.quantizers(policy, number, layer)
+                if "input" in found:
+                    found["input"] = inputs.setdefault(site.source, found["input"])
                 network.set_submodule(site.name, QuantizedLayer(layer, **found))
         if not meta:
             own = dict(self._holder.named_parameters())

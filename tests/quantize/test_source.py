@@ -13,6 +13,7 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.errors import ConversionError, QuantizationError
 from autocompress.latency.target import Scheme
+from autocompress.network import build_network, unshared
 from autocompress.quantize.layer import QuantizedLayer, quantized_layers
 from autocompress.quantize.ops import Conversion, Quantized
 from autocompress.quantize.source import Policy
@@ -77,7 +78,7 @@ def test_more_bits_are_nearer_to_floating_point() -> None:
 
 def test_every_policy_reads_its_scales_from_what_all_share() -> None:
     found = source()
-    shared = dict(found.shared().named_parameters())
+    shared = dict(found.shared().named_parameters(remove_duplicate=False))
     rng = np.random.default_rng(0)
     for _ in range(5):
         policy = _random(rng, found.plan)
@@ -88,12 +89,28 @@ def test_every_policy_reads_its_scales_from_what_all_share() -> None:
             assert torch.equal(parameter, expected), name
         # Layers that read one tensor quantize it alike.
         left, right = (dict(quantized_layers(network))[name].input for name in ("left", "right"))
-        assert torch.equal(left.scale, right.scale)
+        assert left is right
 
 
 def _random(rng: np.random.Generator, plan: object) -> Policy:
     inputs = {site.source: int(rng.choice((4, 8))) for site in plan.sites}  # type: ignore[attr-defined]
     return tuple((int(rng.choice((2, 4, 8))), inputs[site.source]) for site in plan.sites)  # type: ignore[attr-defined]
+
+
+def test_layers_of_one_tensor_quantize_it_once_whatever_finetuning_learns() -> None:
+    space = bit_space(source(widths=INTEGERS, outputs=True))
+    supernet = space.supernet().eval()
+    (arch,) = space.decode(space.smallest())
+    network = extract(supernet, arch, {}).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network(images()).square().mean().backward()
+    optimizer.step()
+    layers = {name.rpartition(".")[2]: layer for name, layer in quantized_layers(network)}
+    assert layers["left"].input is layers["right"].input
+    again = build_network(space.operations(space.smallest()))
+    again.load_state_dict(unshared(network.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images()), network.eval()(images()))
 
 
 def test_scales_of_a_width_do_not_depend_on_the_other_widths() -> None:
