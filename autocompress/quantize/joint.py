@@ -20,7 +20,7 @@ from autocompress.elastic.supernet import Supernet, resize
 from autocompress.errors import QuantizationError
 from autocompress.latency.target import Scheme
 from autocompress.network import module_name
-from autocompress.ops import Conv2d, Linear, Ops
+from autocompress.ops import Conv2d, Linear, Ops, SqueezeExcite
 from autocompress.prune.network import source_of
 from autocompress.prune.ops import Convolution
 from autocompress.quantize.calibrate import ranges
@@ -37,7 +37,7 @@ from autocompress.training.data import DataSet
 from autocompress.training.evaluate import evaluate
 from autocompress.training.task import Task
 
-KINDS = (Conv2d, Convolution, Linear)
+KINDS = (Conv2d, Convolution, Linear, SqueezeExcite)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class JointLayer:
     """A layer of the networks of a space, and the choices of its bits.
 
     Attributes:
-        name: Of the module in an extracted network.
+        names: Of its modules in an extracted network: squeeze-excite has two, others one.
         norm: Of the batch norm that is folded into it; empty if there is none.
         weight: Name of the choice of its weights' bits.
         input: Name of the choice of its input's bits.
     """
 
-    name: str
+    names: tuple[str, ...]
     norm: str
     weight: str
     input: str
@@ -76,9 +76,10 @@ class Joint:
         (arch,) = self.space.decode(codes)
         settings = dict(arch.settings)
         bits = {
-            layer.name: (int(settings[layer.weight]), int(settings[layer.input]))
+            name: (int(settings[layer.weight]), int(settings[layer.input]))
             for layer in self.layers
             if layer.weight in settings and layer.input in settings
+            for name in layer.names
         }
         return self.base.canonical(codes[:, : len(self.base.choices)]), bits
 
@@ -125,8 +126,8 @@ def joint_space(base: SearchSpace, widths: Iterable[Bits], *, ends: int | None =
         )
         for at in quantized:
             layer = _layer(base, block, at, norms, joined=len(pairs) < _product(pairs))
-            found.setdefault(layer.name, layer)
-            places.append((block, at, layer.name))
+            found.setdefault(layer.weight, layer)
+            places.append((block, at, layer.weight))
         blocks.append(
             Block(f"{block.name}.rest", block.choices, partial(_rest, block.operations, frozenset(quantized)))
         )
@@ -168,15 +169,18 @@ def _layer(base: SearchSpace, block: Block, at: int, norms: Mapping[str, str], *
         source = source_of(base)
         name = source.trace.priced[int(block.name.partition(".")[0])].name
         full, norm = f"network.0.{name}", f"network.0.{norms[name]}" if norms.get(name) else ""
+        modules: tuple[str, ...] = (full,)
     else:
         place = f"{module_name(block.name)}.{at}"
         first = next(ops[at] for s in base.block_settings(block) if len(ops := block.operations(*s)) > at)
-        linear = isinstance(first, Linear)
-        full = f"{place}.{'linear' if linear else 'conv'}"
+        full = place
+        parts = ("reduce", "expand") if isinstance(first, SqueezeExcite) else ("conv",)
+        parts = ("linear",) if isinstance(first, Linear) else parts
+        modules = tuple(f"{place}.{part}" for part in parts)
         norm = f"{place}.bn" if getattr(first, "norm", False) else ""
     if joined:
-        return JointLayer(full, norm, f"{full}.bits", f"{full}.bits")
-    return JointLayer(full, norm, f"{full}.weight", f"{full}.input")
+        return JointLayer(modules, norm, f"{full}.bits", f"{full}.bits")
+    return JointLayer(modules, norm, f"{full}.weight", f"{full}.input")
 
 
 def _norms(base: SearchSpace) -> dict[str, str]:
@@ -286,9 +290,9 @@ class JointEvaluator:
         images = [resize(batch, size) for batch in self.calibration]
         present = dict(network.named_modules())
         norms = {
-            layer.name: layer.norm
+            layer.names[0]: layer.norm
             for layer in self.joint.layers
-            if layer.name in bits and layer.norm and layer.norm in present
+            if layer.names[0] in bits and layer.norm and layer.norm in present
         }
         return quantize_layers(network, bits, images, self.scheme, norms=norms), size
 
