@@ -51,10 +51,14 @@ def quantize_recipe(
     """
     from autocompress.latency.target import load_target
     from autocompress.plugins import load_strategy
+    from autocompress.quantize.schemes import legal_widths
     from autocompress.recipe import parse_recipe, with_absolute_paths
 
     measured = _measured(load_target(target), table)
-    limits = limits_of_options(budget or (OTHER_BUDGET if measured == "nowhere" else MEASURED_BUDGET))
+    _, legal = legal_widths(load_target(target), _widths(widths) if widths else None)
+    default = OTHER_BUDGET if measured == "nowhere" else MEASURED_BUDGET
+    # Where there is one pair of widths, there is nothing to save and nothing to choose.
+    limits = limits_of_options(budget or (default if len(legal) > 1 else "size=100%"))
     search: dict[str, Any] = STRATEGIES.get(strategy, {"strategy": strategy})
     beyond = getattr(load_strategy(search["strategy"]), "beyond_budget", False)
     source, _, folder = data.partition("=")

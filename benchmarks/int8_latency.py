@@ -37,13 +37,14 @@ from autocompress.latency.runtime import Run, background, pinned, prepare
 from autocompress.latency.target import load_target
 from autocompress.models.resnet import resnet18
 from autocompress.network import build_network
+from autocompress.quantize.schemes import legal_widths
 from autocompress.quantize.source import QuantizationSource
 from autocompress.recipe import FinetuneSettings, TaskSettings
 from autocompress.space import Codes, SearchSpace
 from autocompress.training.data import load_data
 from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.task import load_task
-from search_spaces.bits import bit_space, legal_widths
+from search_spaces.bits import bit_space
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
 ROUNDS = 101

@@ -56,7 +56,7 @@ from search_spaces.mobilenet_v3 import mobilenet_v3
 WIDTHS = (2, 4, 6, 8)
 PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]
 METHODS = ("joint", "sequential", "8 bits", "uniform", "random")
-SHARES = (0.5, 0.25)
+SHARES = (0.5, 0.35)
 SEEDS = 3
 SIZE = "size_bytes"
 
@@ -121,11 +121,9 @@ class Benchmark:
     def uniform(self, share: float, bits: int) -> Codes:
         """Return the uniform-scaled networks with these bits that fit."""
         costs = operation_cost(self.base, "params")
-        limits = self.limits(share)
+        limits, found = self.limits(share), list[Codes]()
         # As large as fits in these bits: the parameters of the base space order them.
-        rows = uniform_candidates(Constraints(self.base, {"params": costs}, {}))
-        found = []
-        for percent in range(100, 4, -2):
+        for percent in np.arange(100, 100 * costs.minimum / costs.maximum, -2):
             budget = Budget.of({"params": f"{percent}%"}).resolve(self.base, [costs])
             for row in uniform_candidates(budget):
                 joined = self.joint.joined(row[None], (bits, 8))
@@ -133,7 +131,7 @@ class Benchmark:
                     found.append(joined)
             if found:
                 return np.vstack(found)
-        return self.joint.joined(rows[:0], (bits, 8))
+        return self.whole[:0]
 
     def searched(
         self, limits: Constraints, first: Codes, seed: int, evaluations: int, free: Any = None
@@ -143,7 +141,14 @@ class Benchmark:
         if free is not None:
             space = restricted(limits.space, first[0], free)
             limits = Constraints(space, {SIZE: operation_cost(space, SIZE)}, limits.limits)
-            first = space.encode(self.joint.space.decode(first[:1]))
+            options = [
+                c.options[int(code)] for c, code in zip(self.joint.space.choices, first[0], strict=True)
+            ]
+            codes = [
+                choice.options.index(option) if option in choice.options else 0
+                for choice, option in zip(space.choices, options, strict=True)
+            ]
+            first = space.canonical(np.array([codes], dtype=np.int64))
         strategy = load_strategy("evolution")(limits, seed=seed)
         judge = Translated(self.judge, space)
         found = search(WarmStart(strategy, first), limits, judge, evaluations=evaluations)

@@ -24,13 +24,14 @@ from autocompress.export.export import export_network
 from autocompress.latency.target import load_target
 from autocompress.models.resnet_cifar import resnet20
 from autocompress.network import build_network
+from autocompress.quantize.schemes import legal_widths
 from autocompress.quantize.source import QuantizationSource
 from autocompress.recipe import FinetuneSettings, TaskSettings
 from autocompress.space import Codes
 from autocompress.training.data import load_data
 from autocompress.training.evaluate import calibration_batches, evaluate
 from autocompress.training.task import load_task
-from search_spaces.bits import bit_space, legal_widths
+from search_spaces.bits import bit_space
 from strategies.sensitivity import Sensitivity
 
 smoke = "--smoke" in sys.argv

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autocompress.errors import QuantizationError, SpaceError
-from autocompress.latency.target import Scheme, Target, load_target
+from autocompress.latency.target import load_target
 from autocompress.ops import Ops, OpSpec
 from autocompress.prune.load import arguments_of, load_model
 from autocompress.quantize.calibrate import images_of
@@ -23,6 +23,7 @@ from autocompress.quantize.hawq import Losses, expected_losses
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.quantize.ops import FULL_PRECISION, at_bits
 from autocompress.quantize.plan import Site
+from autocompress.quantize.schemes import legal_widths
 from autocompress.quantize.source import Bits, Policy, QuantizationSource
 from autocompress.space import Block, Choice, Option, SearchSpace
 
@@ -121,47 +122,6 @@ def bits(
     return dataclasses.replace(space, settings=settings)
 
 
-def legal_widths(
-    target: Target, widths: Sequence[int | Sequence[int]] | None = None
-) -> tuple[Scheme, tuple[Bits, ...]]:
-    """Return how a target quantizes, and which pairs of widths may be chosen, ascending.
-
-    Weights and activations have one width where the target is measured here: its runtime has no other
-    kernels. It runs 32-bit floats beside integers, and so a layer may stay in floating point.
-
-    Raises:
-        QuantizationError: The target runs no integers, or not the widths that were asked for.
-    """
-    if not target.schemes:
-        raise QuantizationError(
-            f"target {target.name!r} states no way to quantize (schemes); take one that runs integers: "
-            "`autocompress list targets`"
-        )
-    if target.runtime and target.number_format != "float32":
-        raise QuantizationError(
-            f"target {target.name!r} computes everything in {target.number_format}, and leaves nothing to "
-            "choose; take the target of the same runtime in float32, which runs 8 bits beside floats"
-        )
-    scheme = target.schemes[0]
-    floats = ((FULL_PRECISION, FULL_PRECISION),) if target.runtime else ()
-    same = {(bits, bits) for bits in scheme.bits}
-    every = same if target.runtime else {(w, a) for w in scheme.bits for a in scheme.bits}
-    legal = {*every, *floats}
-    if widths is None:
-        return scheme, tuple(sorted(legal))
-    asked: list[Bits] = []
-    for entry in widths:
-        pair = (entry, entry) if isinstance(entry, int) else tuple(entry)
-        if len(pair) != 2 or pair not in legal:
-            raise QuantizationError(
-                f"target {target.name!r} cannot run widths {entry!r}; it runs "
-                f"{', '.join(f'{w}/{a}' for w, a in sorted(legal))} (weights/activations, 32 is floating "
-                "point)"
-            )
-        asked.append((pair[0], pair[1]))
-    return scheme, tuple(sorted(set(asked)))
-
-
 def bit_space(source: QuantizationSource, *, ends: int | None = ENDS) -> SearchSpace:
     """Make the space of a model that is at hand: its source says which widths are legal.
 
@@ -209,8 +169,8 @@ def _layer(source: QuantizationSource, number: int, ends: int | None) -> _Layer:
         QuantizationError: Its legal pairs are neither all of some widths nor equal ones only.
     """
     sites, pairs = source.plan.sites, source.widths
-    few = any(bits not in (ends, FULL_PRECISION) for pair in pairs for bits in pair)
-    if ends is not None and number in (0, len(sites) - 1) and few and (ends, ends) in pairs:
+    at_end = ends is not None and number in (0, len(sites) - 1) and (ends, ends) in pairs
+    if ends is not None and at_end and any(bits < ends for pair in pairs for bits in pair):
         pairs = ((ends, ends),)
     site = sites[number]
     weights, inputs = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))

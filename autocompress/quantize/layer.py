@@ -17,6 +17,27 @@ KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 """Exactly these: a class of the user's own may compute something else."""
 
 
+MOST_BIAS = 2.0**30
+"""Greatest integer of a bias: sums of 32 bits need room beside it. A power of two, exact in float32."""
+
+
+def room_for_bias(scale: Tensor, bias: Tensor | None, input_scale: Tensor) -> Tensor:
+    """Return scales of weights, `(channels,)`, at which the bias of each channel fits its integers.
+
+    A channel of next to no weights, as batch norm leaves them, would have a scale so small that its bias does
+    not fit: its weights are as good as zero at a greater one too.
+
+    Args:
+        scale: Of the weights, `(channels,)` or `(1,)`.
+        bias: Of the layer, `(channels,)`.
+        input_scale: Of the input, at its most bits.
+    """
+    if bias is None:
+        return scale
+    least = bias.detach().abs() / (input_scale * MOST_BIAS)
+    return torch.maximum(scale, least if len(scale) > 1 else least.max())
+
+
 class QuantizedLayer(nn.Module):
     """A layer in which weights, inputs and outputs pass through quantizers, where there are some.
 
@@ -69,7 +90,8 @@ class QuantizedLayer(nn.Module):
         if "logarithmic" in (weight.grid.levels, given.grid.levels):
             return bias
         step = (weight.step() * given.step()).detach()
-        return bias + (torch.round(bias / step) * step - bias).detach()
+        q = torch.round(bias / step).clamp(-MOST_BIAS, MOST_BIAS)
+        return bias + (q * step - bias).detach()
 
 
 def apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,15 +5,16 @@ Read off the graph that `torch.export` makes, so that functions and modules in `
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.fx import Node
 
 from autocompress.errors import QuantizationError
-from autocompress.ops import OpSpec
+from autocompress.ops import Conv2d, OpSpec
 from autocompress.prune.graph import Graph, argument, export, function_name, only_user, place
+from autocompress.prune.ops import Convolution
 from autocompress.prune.trace import trace
 from autocompress.quantize.layer import KINDS
 from autocompress.quantize.ops import at_bits
@@ -41,7 +42,8 @@ class Site:
 
     Attributes:
         name: Of the module.
-        ops: What it computes, batch norm and activation included; several where `forward()` cuts images up.
+        ops: What it computes, with a bias for the batch norm, and the activation; several where `forward()`
+            cuts images up.
         norm: The batch norm that is folded into it; empty if there is none.
         source: What it reads: layers that read the same tensor share the name of the first of them.
         positive: Whether what it reads is never negative.
@@ -206,6 +208,9 @@ class _Finder:
             value = following
         entering = node.all_input_nodes[0]
         source = self._sources[_behind(entering)]
+        if norm:
+            # What is left of the batch norm is a bias.
+            ops = tuple(_with_bias(op) for op in ops)
         return Site(name, ops, norm, source, self._positive(entering), rectified, self._reader(value))
 
     def _runs_once(self, norm: str) -> bool:
@@ -233,6 +238,10 @@ class _Finder:
             elif name in _SAME | _KEEP_SIGN and not _negative_numbers(node):
                 self._signs[node] = all(self._positive(given) for given in node.all_input_nodes)
         return self._signs[node]
+
+
+def _with_bias(op: OpSpec) -> OpSpec:
+    return replace(op, norm=False, bias=True) if isinstance(op, Conv2d | Convolution) else op
 
 
 def _name(node: Node) -> str:

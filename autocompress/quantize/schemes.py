@@ -1,10 +1,14 @@
-"""Grids as a device's scheme asks for them."""
+"""What a device can run: legal widths, and grids as its scheme asks for them."""
+
+from collections.abc import Sequence
 
 from torch import nn
 
-from autocompress.latency.target import Scheme
+from autocompress.errors import QuantizationError
+from autocompress.latency.target import Scheme, Target
 from autocompress.quantize.grid import Grid, Levels, activation_grid, weight_grid
 from autocompress.quantize.layer import out_axis, out_channels
+from autocompress.quantize.ops import FULL_PRECISION
 
 
 def levels_of(scheme: Scheme) -> Levels:
@@ -33,3 +37,44 @@ def scales_of(scheme: Scheme, layer: nn.Module) -> tuple[int, int | None]:
     if "per_channel" not in scheme.granularity or grouped:
         return 1, None
     return out_channels(layer), out_axis(layer)
+
+
+def legal_widths(
+    target: Target, widths: Sequence[int | Sequence[int]] | None = None
+) -> tuple[Scheme, tuple[tuple[int, int], ...]]:
+    """Return how a target quantizes, and which pairs of widths may be chosen, ascending.
+
+    Weights and activations have one width where the target is measured here: its runtime has no other
+    kernels. It runs 32-bit floats beside integers, and so a layer may stay in floating point.
+
+    Raises:
+        QuantizationError: The target runs no integers, or not the widths that were asked for.
+    """
+    if not target.schemes:
+        raise QuantizationError(
+            f"target {target.name!r} states no way to quantize (schemes); take one that runs integers: "
+            "`autocompress list targets`"
+        )
+    if target.runtime and target.number_format != "float32":
+        raise QuantizationError(
+            f"target {target.name!r} computes everything in {target.number_format}, and leaves nothing to "
+            "choose; take the target of the same runtime in float32, which runs 8 bits beside floats"
+        )
+    scheme = target.schemes[0]
+    floats = ((FULL_PRECISION, FULL_PRECISION),) if target.runtime else ()
+    same = {(bits, bits) for bits in scheme.bits}
+    every = same if target.runtime else {(w, a) for w in scheme.bits for a in scheme.bits}
+    legal = {*every, *floats}
+    if widths is None:
+        return scheme, tuple(sorted(legal))
+    asked: list[tuple[int, int]] = []
+    for entry in widths:
+        pair = (entry, entry) if isinstance(entry, int) else tuple(entry)
+        if len(pair) != 2 or pair not in legal:
+            raise QuantizationError(
+                f"target {target.name!r} cannot run widths {entry!r}; it runs "
+                f"{', '.join(f'{w}/{a}' for w, a in sorted(legal))} (weights/activations, 32 is floating "
+                "point)"
+            )
+        asked.append((pair[0], pair[1]))
+    return scheme, tuple(sorted(set(asked)))

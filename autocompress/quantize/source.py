@@ -17,7 +17,7 @@ from autocompress.prune.check import check, check_buffers
 from autocompress.prune.cut import copied
 from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, scale_of
-from autocompress.quantize.layer import QuantizedLayer
+from autocompress.quantize.layer import QuantizedLayer, room_for_bias
 from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, Conversion
 from autocompress.quantize.plan import Plan, make_plan, sources_of
@@ -127,10 +127,14 @@ class QuantizationSource:
                 layer = cast(Any, holder.get_submodule(site.name))
                 count, axis = scales_of(self.scheme, layer)
                 weight = Quantizer(Grid(8), channels=count * len(self.weight_widths), axis=axis)
-                _lay(weight, [
+                scales = [
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
                     for grid in (weights_of(self.scheme, bits) for bits in self.weight_widths)
-                ])  # fmt: skip
+                ]
+                _lay(
+                    weight,
+                    [(room_for_bias(scale, layer.bias, input_.scale.min()), zero) for scale, zero in scales],
+                )
                 output = None
                 if site.name in seen.outputs:
                     output = Quantizer(Grid(8))

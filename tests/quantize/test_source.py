@@ -273,3 +273,19 @@ def test_finetuning_reaches_every_scale_and_weight(bits: tuple[int, int]) -> Non
         assert layer.layer.weight.grad is not None, name
         assert layer.weight.scale.grad is not None, name
         assert layer.input.scale.grad is not None, name
+
+
+def test_the_bias_of_a_channel_without_weights_stays() -> None:
+    """Batch norm with a scale of next to nothing leaves channels whose weights are as good as zero."""
+    model = residual()
+    model.stem_norm.weight.data[2] = 1e-10
+    model.stem_norm.bias.data[2] = 0.7
+    found = source(model, widths=INTEGERS, outputs=True)
+    network = found.network(((8, 8),) * 7)
+    seen = []
+    layers = dict(quantized_layers(network))
+    layers["stem"].register_forward_hook(lambda module, given, result: seen.append(result[:, 2]))
+    outputs(network)
+    assert torch.allclose(seen[0], torch.tensor(0.7), atol=1e-3)
+    exact, eight = outputs(found.model), outputs(network)
+    assert float((exact - eight).norm()) < 0.02 * float(exact.norm())

@@ -20,9 +20,10 @@ from autocompress.latency.target import load_target, targets
 from autocompress.ops import OpSpec
 from autocompress.quantize.hawq import expected_losses
 from autocompress.quantize.network import QuantizedNetwork, quantized_network_of
+from autocompress.quantize.schemes import legal_widths
 from autocompress.quantize_command import account
 from autocompress.space import SearchSpace
-from search_spaces.bits import bit_space, bits, legal_widths, worth_by_losses
+from search_spaces.bits import bit_space, bits, worth_by_losses
 from search_spaces.mobilenet_v3 import mobilenet_v3
 
 SOURCE = source()
