@@ -81,6 +81,9 @@ def test_a_model_is_measured_searched_finetuned_and_exported_as_integers(model: 
     (cost,) = [c for c in _untimed(opened) if c.metric == "size_bytes"]
     assert costs["size_bytes"] <= 0.6 * float(cost.of(opened.space.largest())[0])
     assert list(folder.glob("networks/*/policy.svg"))
+    (path,) = folder.glob("networks/*/report.json")
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["as you brought it"]["costs"] == pytest.approx(rows["largest"]["costs"])
     report = (folder / "report.md").read_text()
     assert "bits of weights, inputs (mean)" in report
     assert "as you brought it" in report
@@ -121,6 +124,9 @@ def test_every_strategy_keeps_a_budget_of_a_device_that_is_not_here(
     named = [row for row in report["rows"] if row["name"].startswith(("searched", "uniform", "random"))]
     assert all(row["costs"]["size_bytes"] <= limit for row in named)
     assert any(row["name"].startswith("uniform") for row in named)
+    (brought,) = [row for row in report["rows"] if row["name"] == "as you brought it"]
+    assert brought["costs"]["size_bytes"] == 4 * brought["costs"]["params"]
+    assert "latency_ms" not in brought["costs"]
 
 
 @pytest.mark.slow
@@ -221,9 +227,12 @@ def test_the_recipe_of_a_call_is_complete(model: Path) -> None:
         f"{model}:make", strategy="exact", **{**given, "table": Path("table.json"), "target": "tensorrt"}
     )
     assert elsewhere.profile.measured == "elsewhere"
-    nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "tensorrt"})
+    nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "nvidia-int4"})
     assert nowhere.profile.measured == "nowhere"
     assert nowhere.search.budget == {"size_bytes": "50%"}
+    # A device of one width leaves nothing to save.
+    single = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "tensorrt"})
+    assert single.search.budget == {"size_bytes": "100%"}
 
 
 def payload(model: Path, **changes: Any) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class QuantizedNetwork(UserModel):
             )
         return found
 
+    def in_floats(self) -> "QuantizedNetwork":
+        """Return the same model with every layer in floating point."""
+        return self.at(((FULL_PRECISION, FULL_PRECISION),) * len(self.policy))
+
     def at(self, policy: Policy) -> "QuantizedNetwork":
         """Return the same model at other bits."""
         return dataclasses.replace(self, policy=policy)

@@ -18,11 +18,14 @@ from torch import nn
 from autocompress.atomic import read_json, write_json
 from autocompress.baselines import random_networks, uniform_candidates
 from autocompress.budget import Constraints
+from autocompress.cost import OPERATION_METRICS
 from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.check import measure_beside, measured_before
+from autocompress.latency.energy import METRIC as ENERGY
+from autocompress.latency.energy import EnergyModel
 from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
@@ -33,6 +36,7 @@ from autocompress.report.policy_plot import PlottedLayer, policy_plot
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
+    LATENCY,
     constraints,
     evaluator,
     export,
@@ -49,7 +53,7 @@ from autocompress.stages import (
 )
 from autocompress.training.evaluate import evaluate
 
-POLICY_PLOT, SIZE = "policy.svg", "size_bytes"
+BROUGHT, POLICY_PLOT, SIZE = "as you brought it", "policy.svg", "size_bytes"
 REPORT, SCHEMA = "report.json", "autocompress.report"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
@@ -144,7 +148,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
             and (run.recipe.train.epochs or not brought.is_whole)
         ):
             # Slices of it were trained since, or are of integers: the largest is not what the user has.
-            networks.insert(0, ("as you brought it", largest, whole_network(run.space)))
+            networks.insert(0, (BROUGHT, largest, whole_network(run.space)))
     for which, a in [*baselines, (name, arch)]:
         networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))
     with shown.stage("measure and compare") as progress:
@@ -289,12 +293,26 @@ def _row(
         test_interval=test.interval,
         test_images=test.count,
         validation=validation.mean,
-        costs={metric: float(values[0]) for metric, values in limits.price(run.space.encode([arch])).items()},
+        costs=_costs(run, limits, name, arch),
         bits=_bits(network),
         latency_ms=None if measured is None else measured.median_ms,
         latency_p95_ms=None if measured is None else measured.p95_ms,
         peak_memory_bytes=peak,
     )
+
+
+def _costs(run: Run, limits: Constraints, name: str, arch: Architecture) -> dict[str, float]:
+    """Return the costs of a network; of a model that was brought and then quantized, those in floats."""
+    codes = run.space.encode([arch])
+    costs = {metric: float(values[0]) for metric, values in limits.price(codes).items()}
+    model = user_model(run.space, codes)
+    if name != BROUGHT or not isinstance(model, QuantizedNetwork):
+        return costs
+    floats = model.in_floats()
+    own = {metric: float(getattr(floats, metric)) for metric in OPERATION_METRICS}
+    own[ENERGY] = EnergyModel().price(floats.ops, batch=target(run).batch)
+    # A device without floats has no latency of them.
+    return own | ({LATENCY: costs[LATENCY]} if LATENCY in costs and floats == model else {})
 
 
 def _bits(network: nn.Module) -> tuple[float, float] | None:

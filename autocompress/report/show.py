@@ -18,6 +18,9 @@ HEADERS = (
 )
 
 
+OVER = 1.05
+"""Measured latencies above this share of a limit are warned of."""
+
 BITS = "bits of weights, inputs (mean)"
 
 
@@ -111,6 +114,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         error = searched["costs"]["latency_ms"] / searched["latency_ms"] - 1
         share = _share(subject, searched, largest, "measured", lambda row: row["latency_ms"])
         lines.append(f"{share}{_off(error)} than was measured.")
+    lines += _warnings(content, searched, largest)
     if not content["selected_by"] and by_name.get("uniform-scaled", {}).get("key") == searched["key"]:
         lines.append(
             "The search found nothing better on validation than the uniform-scaled network, with which it "
@@ -133,6 +137,26 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     return lines
+
+
+def _warnings(
+    content: Mapping[str, Any], searched: Mapping[str, Any], largest: Mapping[str, Any] | None
+) -> list[str]:
+    """Say where measurements do not bear out what a search was for."""
+    measured, limit = searched["latency_ms"], content["limits"].get("latency_ms")
+    found: list[str] = []
+    if measured is None or limit is None:
+        return found
+    # At the speed that the machine had when the table was measured.
+    then = measured / (content["drift"] or 1.0)
+    if then > OVER * limit:
+        found.append(
+            f"WARNING: measured, it takes {then:.3f} ms at the speed of the table, more than the limit of "
+            f"{limit:.3f} ms, which predictions hold: search.confidence tightens it by the table's errors."
+        )
+    if largest is not None and largest["latency_ms"] is not None and measured >= largest["latency_ms"]:
+        found.append("WARNING: measured, it is not faster than the largest network: it buys no speed.")
+    return found
 
 
 def _share(

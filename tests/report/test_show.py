@@ -134,6 +134,17 @@ def test_a_tightened_limit_is_explained() -> None:
     assert "confidence." not in "\n".join(notes(CONTENT))
 
 
+def test_what_is_over_the_limit_or_no_faster_as_measured_is_warned_of() -> None:
+    assert "WARNING" not in "\n".join(notes(CONTENT))
+    rows = [*CONTENT["rows"][:-1], row("searched, finetuned", 0.85, 2.1)]
+    said = "\n".join(notes({**CONTENT, "rows": rows}))
+    assert "WARNING: measured, it takes 2.386 ms at the speed of the table" in said
+    assert "more than the limit of 1.235 ms" in said
+    assert "not faster than the largest network" in said
+    # Without a limit on latency, nothing was promised.
+    assert "WARNING" not in "\n".join(notes({**CONTENT, "rows": rows, "limits": {"macs": 1.0}}))
+
+
 def test_without_checks_nothing_is_said_of_the_machine() -> None:
     assert "speed" not in "\n".join(notes({**CONTENT, "drift": None}))
 
@@ -148,3 +159,25 @@ def test_markdown_is_a_table_of_as_many_cells_in_every_line_and_the_notes() -> N
     assert len(cells) == 2 + 6
     assert {line.count("|") for line in cells} == {10}
     assert [line[2:] for line in lines if line.startswith("- ")] == notes(CONTENT)
+
+
+def test_bits_have_a_column_where_some_network_has_few() -> None:
+    rows = [
+        row("largest", 0.9, 2.0, bits=(32.0, 32.0)),
+        row("searched, finetuned", 0.8, 1.0, bits=(4.25, 8.0)),
+    ]
+    headers, cells = table({**CONTENT, "rows": rows})
+    assert headers[-1] == "bits of weights, inputs (mean)"
+    assert [line[-1] for line in cells] == ["32.00, 32.00", "4.25, 8.00"]
+    assert len(table(CONTENT)[0]) == len(headers) - 1
+
+
+def test_costs_without_a_latency_are_those_of_a_device_that_is_not_known() -> None:
+    costs = {"macs": 1.5e6, "params": 2000.0, "size_bytes": 8000.0}
+    rows = [
+        {**row(name, 0.5, 1.0), "costs": costs, "latency_ms": None}
+        for name in ("largest", "searched, finetuned")
+    ]
+    content = {**CONTENT, "rows": rows, "drift": None, "exported": None, "limits": {"size_bytes": 9000.0}}
+    assert "No latency is known" in "\n".join(notes(content))
+    assert table(content)[1][0][5] == "-"
