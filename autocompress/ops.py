@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from autocompress.errors import SpaceError
+from autocompress.errors import CostError, SpaceError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -248,7 +248,12 @@ class GatedSpec(OpSpec):
 
 
 class UserModel(OpSpec):
-    """A user's own model as one operation, alone in its block, whose parts are its layers."""
+    """A user's own model as one operation, alone in its block, whose parts are its layers: their sum."""
+
+    @property
+    @abstractmethod
+    def ops(self) -> "Ops":
+        """The operations of the network that cost something."""
 
     @property
     @abstractmethod
@@ -258,6 +263,45 @@ class UserModel(OpSpec):
     @abstractmethod
     def whole(self) -> "nn.Module":
         """Return a copy of the model as it was brought, in evaluation mode."""
+
+    @property
+    def macs(self) -> int:
+        """Of all operations."""
+        return sum(op.macs for op in self.ops)
+
+    @property
+    def params(self) -> int:
+        """Of all operations."""
+        return sum(op.params for op in self.ops)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all operations, weights at their bits."""
+        return sum(op.size_bytes for op in self.ops)
+
+    @property
+    def bops(self) -> int:
+        """Of all operations."""
+        return sum(op.bops for op in self.ops)
+
+    @property
+    def weight_tensors(self) -> tuple[int, ...]:
+        """Of all operations."""
+        return tuple(tensor for op in self.ops for tensor in op.weight_tensors)
+
+    @property
+    def other_tensors(self) -> tuple[int, ...]:
+        """Of all operations."""
+        return tuple(tensor for op in self.ops for tensor in op.other_tensors)
+
+    @property
+    def peak_elements(self) -> int:
+        """Not known: what is alive at once depends on the order in which a runtime runs the graph.
+
+        Raises:
+            CostError: Always.
+        """
+        raise CostError("the peak of activations of a user's model is not computed: measure the process")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autocompress.errors import ConversionError, CostError
+from autocompress.errors import ConversionError
+from autocompress.network import user_model
 from autocompress.ops import GatedSpec, OpSpec, Shape, UserModel
 from autocompress.prune.source import Source, Widths
 from autocompress.space import SearchSpace
@@ -52,35 +53,6 @@ class NarrowNetwork(UserModel, GatedSpec):
         """The output, filled up to three axes with ones."""
         shape = (*self.source.trace.out_shape, 1, 1)
         return shape[0], shape[1], shape[2]
-
-    @property
-    def macs(self) -> int:
-        """Of all operations."""
-        return sum(op.macs for op in self.ops)
-
-    @property
-    def params(self) -> int:
-        """Of all operations."""
-        return sum(op.params for op in self.ops)
-
-    @property
-    def weight_tensors(self) -> tuple[int, ...]:
-        """Of all operations."""
-        return tuple(tensor for op in self.ops for tensor in op.weight_tensors)
-
-    @property
-    def other_tensors(self) -> tuple[int, ...]:
-        """Of all operations."""
-        return tuple(tensor for op in self.ops for tensor in op.other_tensors)
-
-    @property
-    def peak_elements(self) -> int:
-        """Not known: what is alive at once depends on the order in which a runtime runs the graph.
-
-        Raises:
-            CostError: Always.
-        """
-        raise CostError("the peak of activations of a user's model is not computed: measure the process")
 
     @property
     def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
@@ -152,8 +124,7 @@ def source_of(space: SearchSpace) -> Source:
     Raises:
         ConversionError: It narrows none.
     """
-    for _, ops in space.operations(space.smallest()):
-        for op in ops:
-            if isinstance(op, NarrowNetwork):
-                return op.source
+    model = user_model(space)
+    if isinstance(model, NarrowNetwork):
+        return model.source
     raise ConversionError(f"space {space.name!r} does not narrow a model; space channels does")

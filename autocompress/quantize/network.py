@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autocompress.errors import CostError, QuantizationError
+from autocompress.errors import QuantizationError
+from autocompress.network import user_model
 from autocompress.ops import OpSpec, Shape, UserModel
 from autocompress.quantize.ops import FULL_PRECISION
 from autocompress.quantize.schemes import weights_of
@@ -53,45 +54,6 @@ class QuantizedNetwork(UserModel):
         """The output, filled up to three axes with ones."""
         shape = (*self.source.plan.out_shape, 1, 1)
         return shape[0], shape[1], shape[2]
-
-    @property
-    def macs(self) -> int:
-        """Of all operations."""
-        return sum(op.macs for op in self.ops)
-
-    @property
-    def params(self) -> int:
-        """Of all operations."""
-        return sum(op.params for op in self.ops)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all operations, weights at their bits."""
-        return sum(op.size_bytes for op in self.ops)
-
-    @property
-    def bops(self) -> int:
-        """Of all operations."""
-        return sum(op.bops for op in self.ops)
-
-    @property
-    def weight_tensors(self) -> tuple[int, ...]:
-        """Of all operations."""
-        return tuple(tensor for op in self.ops for tensor in op.weight_tensors)
-
-    @property
-    def other_tensors(self) -> tuple[int, ...]:
-        """Of all operations."""
-        return tuple(tensor for op in self.ops for tensor in op.other_tensors)
-
-    @property
-    def peak_elements(self) -> int:
-        """Not known: what is alive at once depends on the order in which a runtime runs the graph.
-
-        Raises:
-            CostError: Always.
-        """
-        raise CostError("the peak of activations of a user's model is not computed: measure the process")
 
     @property
     def entries(self) -> Mapping[str, Mapping[int, Sequence[int]]]:
@@ -149,8 +111,7 @@ def quantized_network_of(space: SearchSpace) -> QuantizedNetwork:
     Raises:
         QuantizationError: Its networks are others.
     """
-    for _, ops in space.operations(space.smallest()):
-        for op in ops:
-            if isinstance(op, QuantizedNetwork):
-                return op
+    model = user_model(space)
+    if isinstance(model, QuantizedNetwork):
+        return model
     raise QuantizationError(f"space {space.name!r} does not quantize a model; space bits does")
