@@ -23,8 +23,8 @@ from autocompress.quantize.hawq import Losses, expected_losses
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.quantize.ops import FULL_PRECISION, at_bits
 from autocompress.quantize.plan import Site
-from autocompress.quantize.schemes import legal_widths
-from autocompress.quantize.source import Bits, Policy, QuantizationSource
+from autocompress.quantize.schemes import Bits, at_ends, chosen_apart, legal_widths
+from autocompress.quantize.source import Policy, QuantizationSource
 from autocompress.space import Block, Choice, Option, SearchSpace
 
 Sample = tuple[Iterable[tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
@@ -168,20 +168,13 @@ def _layer(source: QuantizationSource, number: int, ends: int | None) -> _Layer:
     Raises:
         QuantizationError: Its legal pairs are neither all of some widths nor equal ones only.
     """
-    sites, pairs = source.plan.sites, source.widths
-    at_end = ends is not None and number in (0, len(sites) - 1) and (ends, ends) in pairs
-    if ends is not None and at_end and any(bits < ends for pair in pairs for bits in pair):
-        pairs = ((ends, ends),)
-    site = sites[number]
+    sites = source.plan.sites
+    site, at_end = sites[number], number in (0, len(sites) - 1)
+    pairs = at_ends(source.widths, ends) if at_end else source.widths
     weights, inputs = (tuple(sorted({pair[side] for pair in pairs})) for side in (0, 1))
-    if len(pairs) == len(weights) * len(inputs) and (len(pairs) > 1 or len(source.widths) > 1):
+    if chosen_apart(source.widths):
         names = f"{site.name}.weight", f"{site.source}.input"
         return _Layer(site, (Choice(names[0], weights), Choice(names[1], inputs)))
-    if any(w != a for w, a in pairs):
-        raise QuantizationError(
-            "widths must be all pairs of some widths of weights and of activations, or equal ones only, got "
-            f"{', '.join(f'{w}/{a}' for w, a in pairs)}"
-        )
     # Layers of one tensor share it, and with it the width of their weights.
     return _Layer(site, (Choice(f"{site.source}.bits", weights),))
 

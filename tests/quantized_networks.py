@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.latency.target import Scheme
-from autocompress.quantize.source import Bits, QuantizationSource
+from autocompress.quantize.schemes import Bits
+from autocompress.quantize.source import QuantizationSource
 
 WIDTHS = tuple((w, a) for w in (2, 4, 8) for a in (4, 8))
 INTEGERS = ((8, 8), (32, 32))

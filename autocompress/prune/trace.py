@@ -120,6 +120,15 @@ def trace(model: nn.Module, image: Tensor) -> Trace:
     Raises:
         ConversionError: The model cannot be exported, or returns something else than one tensor.
     """
+    return followed(exported(model, image), image)
+
+
+def exported(model: nn.Module, image: Tensor) -> Graph:
+    """Return the graph of a model, which is not changed, in evaluation mode.
+
+    Raises:
+        ConversionError: It cannot be exported, or returns something else than one tensor.
+    """
     if image.dim() != 4 or not len(image):
         raise ConversionError(
             f"images must be (batch, channels, height, width), with at least one in the batch, got shape "
@@ -128,7 +137,12 @@ def trace(model: nn.Module, image: Tensor) -> Trace:
     # A copy that shares its tensors: forward() may leave something behind in its attributes.
     tensors = [*model.parameters(), *model.buffers()]
     still = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
-    return _Tracer(export(still, image), image).run()
+    return export(still, image)
+
+
+def followed(graph: Graph, image: Tensor) -> Trace:
+    """Follow the channels of the graph of a model, made with these images."""
+    return _Tracer(graph, image).run()
 
 
 class _Tracer:

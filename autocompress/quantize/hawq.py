@@ -15,7 +15,7 @@ from autocompress.quantize.grid import quantized
 from autocompress.quantize.hessian import Batch, Loss, hessian_traces, sensitivity
 from autocompress.quantize.ops import FULL_PRECISION
 from autocompress.quantize.quantizer import Quantizer
-from autocompress.quantize.source import Bits, QuantizationSource
+from autocompress.quantize.source import QuantizationSource
 
 Losses = dict[str, dict[int, float]]
 """Name of a layer, or of what it reads, to the loss that is expected at each number of bits."""
@@ -51,9 +51,7 @@ def expected_losses(
     for number, site in enumerate(sites):
         of_weights[site.name] = {FULL_PRECISION: 0.0}
         for bits in source.weight_widths:
-            rounded = _rounded(
-                _quantizer(source, number, "weight", (bits, FULL_PRECISION)), weights[site.name]
-            )
+            rounded = _rounded(source.quantizer(number, "weight", bits), weights[site.name])
             of_weights[site.name][bits] = sensitivity(traces[site.name].mean, weights[site.name], rounded)
     of_inputs = {
         name: {
@@ -105,10 +103,7 @@ def _input_errors(
     """Return the squared error of what layers read at each width, the mean over images of the sum over it."""
     numbers = {site.name: number for number, site in enumerate(source.plan.sites)}
     quantizers = {
-        name: {
-            bits: _quantizer(source, numbers[name], "input", (FULL_PRECISION, bits))
-            for bits in source.activation_widths
-        }
+        name: {bits: source.quantizer(numbers[name], "input", bits) for bits in source.activation_widths}
         for name in names
     }
     totals: dict[str, dict[int, float]] = {
@@ -128,15 +123,6 @@ def _input_errors(
             source.model(images)
             count += len(images)
     return {name: {bits: total / count for bits, total in of.items()} for name, of in totals.items()}
-
-
-def _quantizer(source: QuantizationSource, number: int, part: str, bits: Bits) -> Quantizer:
-    """Return a calibrated quantizer of one layer, all others being in floating point."""
-    floats = (FULL_PRECISION, FULL_PRECISION)
-    policy = tuple(bits if n == number else floats for n in range(len(source.plan.sites)))
-    layer: Any = source.network(policy).get_submodule(source.plan.sites[number].name)
-    found: Quantizer = getattr(layer, part)
-    return found
 
 
 def _rounded(quantizer: Quantizer, x: Tensor) -> Tensor:

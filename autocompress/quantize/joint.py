@@ -25,13 +25,20 @@ from autocompress.prune.network import source_of
 from autocompress.prune.ops import Convolution
 from autocompress.quantize.calibrate import ranges
 from autocompress.quantize.grid import Grid, scale_of
-from autocompress.quantize.layer import QuantizedLayer
+from autocompress.quantize.layer import QuantizedLayer, room_for_bias
 from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, at_bits
 from autocompress.quantize.plan import make_plan
 from autocompress.quantize.quantizer import Gradient, Quantizer
-from autocompress.quantize.schemes import activations_of, scales_of, weights_of
-from autocompress.quantize.source import Bits, fold
+from autocompress.quantize.schemes import (
+    Bits,
+    activations_of,
+    at_ends,
+    chosen_apart,
+    scales_of,
+    weights_of,
+)
+from autocompress.quantize.source import fold
 from autocompress.space import Block, Choice, Codes, Option, SearchSpace
 from autocompress.training.data import DataSet
 from autocompress.training.evaluate import evaluate
@@ -103,14 +110,16 @@ def joint_space(base: SearchSpace, widths: Iterable[Bits], *, ends: int | None =
     Args:
         base: Of operations of `autocompress.ops`, or `channels`.
         widths: Legal pairs of bits of weights and inputs: all pairs of some widths, or equal ones only.
-        ends: Bits of the first and the last layer, if they are legal; `None` leaves them open.
+        ends: Bits of the first and the last layer (`schemes.at_ends`).
 
     Raises:
-        QuantizationError: There are no widths, or no layers with weights.
+        QuantizationError: There are no widths, or neither all pairs of some nor equal ones only; no layers
+            have weights.
     """
     pairs = tuple(sorted(set(widths)))
     if not pairs:
         raise QuantizationError("no widths are legal; name at least one pair")
+    apart = chosen_apart(pairs)
     norms = _norms(base) if base.name == "channels" else {}
     found: dict[str, JointLayer] = {}
     places: list[tuple[Block, int, str]] = []
@@ -125,7 +134,7 @@ def joint_space(base: SearchSpace, widths: Iterable[Bits], *, ends: int | None =
             }
         )
         for at in quantized:
-            layer = _layer(base, block, at, norms, joined=len(pairs) < _product(pairs))
+            layer = _layer(base, block, at, norms, joined=not apart)
             found.setdefault(layer.weight, layer)
             places.append((block, at, layer.weight))
         blocks.append(
@@ -137,9 +146,7 @@ def joint_space(base: SearchSpace, widths: Iterable[Bits], *, ends: int | None =
     names = list(found)
     for block, at, name in places:
         layer = found[name]
-        own = pairs
-        if ends is not None and name in (names[0], names[-1]) and (ends, ends) in pairs:
-            own = ((ends, ends),)
+        own = at_ends(pairs, ends) if name in (names[0], names[-1]) else pairs
         condition = _condition(base, block)
         for side, choice in enumerate((layer.weight, layer.input)):
             options = tuple(sorted({pair[side] for pair in own}))
@@ -149,10 +156,6 @@ def joint_space(base: SearchSpace, widths: Iterable[Bits], *, ends: int | None =
         blocks.append(Block(f"{block.name}.{at}", (*block.choices, *both), run))
     space = SearchSpace(f"{base.name} x bits", (*base.choices, *choices.values()), tuple(blocks))
     return Joint(base, space, tuple(found.values()))
-
-
-def _product(pairs: Sequence[Bits]) -> int:
-    return len({w for w, _ in pairs}) * len({a for _, a in pairs})
 
 
 def _condition(base: SearchSpace, block: Block) -> tuple[tuple[str, tuple[Option, ...]], ...]:
@@ -237,26 +240,23 @@ def quantize_layers(
     )
     for name, (weight_bits, input_bits) in bits.items():
         layer, parts = layers[name], dict[str, Quantizer]()
-        if weight_bits != FULL_PRECISION:
-            grid = weights_of(scheme, weight_bits)
-            count, axis = scales_of(scheme, layer)
-            parts["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=gradient)
-            _set(parts["weight"], *scale_of(*weight_range(layer.weight.detach(), grid, axis, method), grid))
         if input_bits != FULL_PRECISION:
             observer = seen.inputs[name]
             # The range of a grid that can lie anywhere says whether there is anything below zero.
             positive = float(observer.range(Grid(8, signed=False, symmetric=False))[0]) >= 0
             grid = activations_of(scheme, input_bits, positive=positive)
             parts["input"] = Quantizer(grid, gradient=gradient)
-            _set(parts["input"], *scale_of(*observer.range(grid), grid))
+            parts["input"].lay([scale_of(*observer.range(grid), grid)])
+        if weight_bits != FULL_PRECISION:
+            grid = weights_of(scheme, weight_bits)
+            count, axis = scales_of(scheme, layer)
+            parts["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=gradient)
+            scale, zero_point = scale_of(*weight_range(layer.weight.detach(), grid, axis, method), grid)
+            if "input" in parts:
+                scale = room_for_bias(scale, layer.bias, parts["input"].scale.detach())
+            parts["weight"].lay([(scale, zero_point)])
         network.set_submodule(name, QuantizedLayer(layer, **parts))
     return network.eval()
-
-
-def _set(quantizer: Quantizer, scale: Tensor, zero_point: Tensor) -> None:
-    with torch.no_grad():
-        quantizer.scale.copy_(scale.reshape(-1))
-        quantizer.zero_point.copy_(zero_point.reshape(-1))
 
 
 @dataclass

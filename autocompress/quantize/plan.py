@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from autocompress.errors import QuantizationError
 from autocompress.ops import Conv2d, OpSpec
-from autocompress.prune.graph import Graph, argument, export, function_name, only_user, place
+from autocompress.prune.graph import Graph, argument, function_name, only_user, place
 from autocompress.prune.ops import Convolution
-from autocompress.prune.trace import trace
+from autocompress.prune.trace import exported, followed
 from autocompress.quantize.layer import KINDS
 from autocompress.quantize.ops import at_bits
 
@@ -114,8 +114,8 @@ def make_plan(model: nn.Module, image: Tensor) -> Plan:
         ConversionError: It cannot be exported.
         QuantizationError: Nothing of it can be quantized.
     """
-    traced = trace(model, image)
-    graph = export(model.eval(), image)
+    graph = exported(model, image)
+    traced = followed(graph, image)
     found = _Finder(model, graph)
     ops: dict[str, list[OpSpec]] = defaultdict(list)
     others: list[OpSpec] = []

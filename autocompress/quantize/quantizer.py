@@ -5,6 +5,7 @@ al., 2013; Jacob et al., CVPR 2018). What the scale learns from is `Gradient`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -105,6 +106,12 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
         # A parameter, so that slices of a supernet hold it as they hold the scale.
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=False)
+
+    @torch.no_grad()
+    def lay(self, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Set scales and zero points, one after another where there are those of several widths."""
+        self.scale.copy_(torch.cat([scale.reshape(-1) for scale, _ in scales]))
+        self.zero_point.copy_(torch.cat([point.reshape(-1) for _, point in scales]))
 
     def step(self) -> Tensor:
         """Return the distance of two levels, `(channels,)`; of logarithmic ones the greatest level."""

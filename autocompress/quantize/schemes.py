@@ -10,6 +10,9 @@ from autocompress.quantize.grid import Grid, Levels, activation_grid, weight_gri
 from autocompress.quantize.layer import out_axis, out_channels
 from autocompress.quantize.ops import FULL_PRECISION
 
+Bits = tuple[int, int]
+"""Of the weights, of the input of a layer; 32 and 32 leave it in floating point."""
+
 
 def levels_of(scheme: Scheme) -> Levels:
     """Return how levels lie; dynamic fixed point is evenly spaced at a scale that is a power of two."""
@@ -78,3 +81,30 @@ def legal_widths(
             )
         asked.append((pair[0], pair[1]))
     return scheme, tuple(sorted(set(asked)))
+
+
+def at_ends(pairs: Sequence[Bits], ends: int | None) -> tuple[Bits, ...]:
+    """Return which of the legal pairs the first and the last layer have.
+
+    They have `ends` bits where others can have fewer; `None`, or a width that is not legal, leaves them open.
+    """
+    if ends is not None and (ends, ends) in pairs and any(bits < ends for pair in pairs for bits in pair):
+        return ((ends, ends),)
+    return tuple(pairs)
+
+
+def chosen_apart(pairs: Sequence[Bits]) -> bool:
+    """Whether weights and inputs have a choice each; otherwise a layer has one for both.
+
+    Raises:
+        QuantizationError: The pairs are neither all of some widths nor equal ones only.
+    """
+    weights, inputs = ({pair[side] for pair in pairs} for side in (0, 1))
+    if len(pairs) == len(weights) * len(inputs):
+        return True
+    if any(w != a for w, a in pairs):
+        raise QuantizationError(
+            "widths must be all pairs of some widths of weights and of activations, or equal ones only, got "
+            f"{', '.join(f'{w}/{a}' for w, a in pairs)}"
+        )
+    return False

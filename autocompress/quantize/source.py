@@ -22,10 +22,7 @@ from autocompress.quantize.observers import weight_range
 from autocompress.quantize.ops import FULL_PRECISION, Conversion
 from autocompress.quantize.plan import Plan, make_plan, sources_of
 from autocompress.quantize.quantizer import Gradient, Quantizer
-from autocompress.quantize.schemes import activations_of, scales_of, weights_of
-
-Bits = tuple[int, int]
-"""Of the weights, of the input of a layer; 32 and 32 leave it in floating point."""
+from autocompress.quantize.schemes import Bits, activations_of, scales_of, weights_of
 
 Policy = tuple[Bits, ...]
 """Bits of each layer, in the order of the plan."""
@@ -122,7 +119,7 @@ class QuantizationSource:
             ]
             # Layers of one tensor have one quantizer: a runtime makes its integers once.
             input_ = Quantizer(Grid(8), channels=len(grids))
-            _lay(input_, [scale_of(*seen.inputs[sites[0].name].range(grid), grid) for grid in grids])
+            input_.lay([scale_of(*seen.inputs[sites[0].name].range(grid), grid) for grid in grids])
             for site in sites:
                 layer = cast(Any, holder.get_submodule(site.name))
                 count, axis = scales_of(self.scheme, layer)
@@ -131,15 +128,14 @@ class QuantizationSource:
                     scale_of(*weight_range(layer.weight.detach(), grid, axis, weights), grid)
                     for grid in (weights_of(self.scheme, bits) for bits in self.weight_widths)
                 ]
-                _lay(
-                    weight,
+                weight.lay(
                     [(room_for_bias(scale, layer.bias, input_.scale.min()), zero) for scale, zero in scales],
                 )
                 output = None
                 if site.name in seen.outputs:
                     output = Quantizer(Grid(8))
                     grid = activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified)
-                    _lay(output, [scale_of(*seen.outputs[site.name].range(grid), grid)])
+                    output.lay([scale_of(*seen.outputs[site.name].range(grid), grid)])
                 holder.set_submodule(
                     site.name, QuantizedLayer(layer, weight=weight, input=input_, output=output)
                 )
@@ -149,20 +145,42 @@ class QuantizationSource:
 
     def quantizers(self, policy: Policy, number: int, layer: nn.Module) -> dict[str, Quantizer]:
         """Return the quantizers of a layer, not calibrated; none if it stays in floating point."""
+        count, axis = scales_of(self.scheme, layer)
+        return {
+            part: Quantizer(grid, channels=count, axis=axis, gradient=self.gradient)
+            if part == "weight"
+            else Quantizer(grid, gradient=self.gradient)
+            for part, grid in self._grids(policy, number).items()
+        }
+
+    def _grids(self, policy: Policy, number: int) -> dict[str, Grid]:
+        """Return what is quantized of a layer: `weight`, `input`, `output`."""
         site, (weight_bits, input_bits) = self.plan.sites[number], policy[number]
-        found: dict[str, Quantizer] = {}
+        found: dict[str, Grid] = {}
         if weight_bits != FULL_PRECISION:
-            count, axis = scales_of(self.scheme, layer)
-            grid = weights_of(self.scheme, weight_bits)
-            found["weight"] = Quantizer(grid, channels=count, axis=axis, gradient=self.gradient)
+            found["weight"] = weights_of(self.scheme, weight_bits)
         if input_bits != FULL_PRECISION:
-            found["input"] = Quantizer(
-                activations_of(self.scheme, input_bits, positive=site.positive), gradient=self.gradient
-            )
+            found["input"] = activations_of(self.scheme, input_bits, positive=site.positive)
         if self.gives_integers(policy, number) and not self.hands_on(policy, number):
-            found["output"] = Quantizer(
-                activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified), gradient=self.gradient
-            )
+            found["output"] = activations_of(self.scheme, OUTPUT_BITS, positive=site.rectified)
+        return found
+
+    def quantizer(self, number: int, part: str, bits: int) -> Quantizer:
+        """Return a calibrated quantizer of the weights, or of the input, of a layer.
+
+        Args:
+            number: Of the layer.
+            part: `weight` or `input`.
+            bits: Of the widths that were calibrated.
+        """
+        floats = FULL_PRECISION, FULL_PRECISION
+        own = (bits, FULL_PRECISION) if part == "weight" else (FULL_PRECISION, bits)
+        policy = tuple(own if n == number else floats for n in range(len(self.plan.sites)))
+        name = self.plan.sites[number].name
+        found = self.quantizers(policy, number, self.model.get_submodule(name))[part]
+        whole = cast(Quantizer, self._holder.get_submodule(f"{name}.{part}"))
+        at = list(self.entries(policy)[f"{name}.{part}.scale"][0])
+        found.lay([(whole.scale.detach()[at], whole.zero_point.detach()[at])])
         return found
 
     def gives_integers(self, policy: Policy, number: int) -> bool:
@@ -217,20 +235,21 @@ class QuantizationSource:
         """Return which scales and zero points of `shared` a policy uses, by name of the parameter."""
         found: dict[str, dict[int, Sequence[int]]] = {}
         for number, site in enumerate(self.plan.sites):
-            layer = self.model.get_submodule(site.name)
-            parts = self.quantizers(policy, number, layer)
-            for part, widths, bits in (
-                ("weight", self.weight_widths, policy[number][0]),
-                ("input", self.activation_widths, policy[number][1]),
-                ("output", (OUTPUT_BITS,), OUTPUT_BITS),
-            ):
-                if part not in parts:
-                    continue
-                count = len(parts[part].scale)
-                at = widths.index(bits) * count
+            for part, grid in self._grids(policy, number).items():
+                widths, count = {
+                    "weight": (self.weight_widths, self._weight_scales[number]),
+                    "input": (self.activation_widths, 1),
+                    "output": ((OUTPUT_BITS,), 1),
+                }[part]
+                at = widths.index(grid.bits) * count
                 for name in ("scale", "zero_point"):
                     found[f"{site.name}.{part}.{name}"] = {0: range(at, at + count)}
         return found
+
+    @cached_property
+    def _weight_scales(self) -> tuple[int, ...]:
+        layers = (self.model.get_submodule(site.name) for site in self.plan.sites)
+        return tuple(scales_of(self.scheme, layer)[0] for layer in layers)
 
     def _check(self, policy: Policy) -> None:
         if len(policy) != len(self.plan.sites):
@@ -304,10 +323,3 @@ def fold(model: nn.Module, norms: Mapping[str, str]) -> None:
             fused = fuse_conv_bn_eval(cast(Any, layer), norm, isinstance(layer, nn.ConvTranspose2d))
         model.set_submodule(name, fused)
         model.set_submodule(norm_name, nn.Identity())
-
-
-def _lay(quantizer: Quantizer, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Put the scales and zero points of several widths one after another."""
-    with torch.no_grad():
-        quantizer.scale.copy_(torch.cat([scale.reshape(-1) for scale, _ in scales]))
-        quantizer.zero_point.copy_(torch.cat([point.reshape(-1) for _, point in scales]))

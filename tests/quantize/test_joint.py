@@ -121,6 +121,24 @@ def test_equal_widths_are_one_choice_a_layer() -> None:
     assert joint.space.choices[-1].options == (8,)
 
 
+def test_ends_are_open_where_nothing_has_fewer_bits() -> None:
+    joint = joint_space(mobilenet_v3(preset="tiny"), [(8, 8), (32, 32)])
+    assert {choice.options for choice in joint.space.choices[len(joint.base.choices) :]} == {(8, 32)}
+
+
+def test_a_channel_of_no_weights_keeps_its_bias() -> None:
+    layer = torch.nn.Conv2d(3, 2, 1)
+    with torch.no_grad():
+        layer.weight[0] = 1e-30
+        layer.bias.copy_(torch.tensor([0.7, -0.3]))
+    model = torch.nn.Sequential(layer).eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+        found = quantize_layers(model, {"0": (8, 8)}, [x], SCHEME)(x)
+    assert torch.allclose(found[:, 0], expected[:, 0], atol=1e-3)
+
+
 def test_inputs_that_are_never_negative_are_unsigned() -> None:
     model = residual()
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -137,6 +155,8 @@ def test_inputs_that_are_never_negative_are_unsigned() -> None:
 def test_what_cannot_be_multiplied_is_refused() -> None:
     with pytest.raises(QuantizationError, match="no widths are legal"):
         joint_space(ELASTIC.base, [])
+    with pytest.raises(QuantizationError, match="equal ones only, got 4/4, 4/8, 8/8"):
+        joint_space(ELASTIC.base, [(4, 4), (4, 8), (8, 8)])
     empty = SearchSpace("empty", (Choice("a", (1, 2)),), (Block("b", ("a",), lambda option: ()),))
     with pytest.raises(QuantizationError, match="no convolutions or linear layers"):
         joint_space(empty, [(8, 8)])

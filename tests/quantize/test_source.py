@@ -97,6 +97,18 @@ def _random(rng: np.random.Generator, plan: object) -> Policy:
     return tuple((int(rng.choice((2, 4, 8))), inputs[site.source]) for site in plan.sites)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("part", "bits"), [("weight", 2), ("weight", 8), ("input", 4)])
+def test_a_quantizer_alone_is_that_of_the_network(part: str, bits: int) -> None:
+    found = source()
+    policy = ((bits, 4) if part == "weight" else (8, bits),) * 7
+    number, name = next((n, s.name) for n, s in enumerate(found.plan.sites) if n and s.source == s.name)
+    whole = getattr(found.network(policy).get_submodule(name), part)
+    alone = found.quantizer(number, part, bits)
+    assert torch.equal(alone.scale, whole.scale)
+    assert torch.equal(alone.zero_point, whole.zero_point)
+    assert (alone.grid, alone.axis) == (whole.grid, whole.axis)
+
+
 def test_layers_of_one_tensor_quantize_it_once_whatever_finetuning_learns() -> None:
     space = bit_space(source(widths=INTEGERS, outputs=True))
     supernet = space.supernet().eval()
