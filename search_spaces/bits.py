@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autocompress.elastic.supernet import resize
 from autocompress.errors import QuantizationError, SpaceError
 from autocompress.latency.target import load_target
 from autocompress.ops import Ops, OpSpec
@@ -81,6 +82,7 @@ def bits(
     """
     if len(image) != 3 or not all(type(size) is int and size > 0 for size in image):
         raise SpaceError(f"image must be channels, height and width, integers >= 1, got {image!r}")
+    side = (image[1], image[2])
     device = load_target(target)
     scheme, legal = legal_widths(device, widths)
     given = arguments_of(model, arguments or {}, classes=classes, in_channels=image[0])
@@ -88,7 +90,7 @@ def bits(
     source = QuantizationSource(
         found,
         torch.zeros(1, *image),
-        calibration=images_of(calibration, calibration_images),
+        calibration=images_of(calibration, calibration_images, side),
         widths=legal,
         scheme=scheme,
         outputs=bool(device.runtime),
@@ -104,7 +106,8 @@ def bits(
     space = bit_space(source, ends=ends)
     if sample is not None and worth:
         batches, loss = sample()
-        space = worth_by_losses(source, space, *expected_losses(source, [*batches], loss))
+        sized = [(resize(images, side), targets) for images, targets in batches]
+        space = worth_by_losses(source, space, *expected_losses(source, sized, loss))
     settings = {
         "model": model,
         "image": list(image),

@@ -7,6 +7,7 @@ product of both scales, as integer kernels have them.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -22,6 +23,7 @@ from autocompress.quantize.quantizer import Quantizer
 
 MOST_BITS: Final = 8
 RECTIFIERS: Final = ("Relu", "Clip")
+LAYERS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def in_floats(network: nn.Module) -> nn.Module:
@@ -79,6 +81,7 @@ class _Pairs:
             for node in self._graph.node
             if node.op_type == "Identity" and node.input[0] in self._stored
         }
+        self._taken: set[int] = set()
         # What is put before or behind a node, by its position.
         self._before: dict[int, list[Any]] = {}
         self._behind: dict[int, list[Any]] = {}
@@ -87,19 +90,17 @@ class _Pairs:
 
     def insert(self, network: nn.Module) -> None:
         """Put all pairs in."""
-        positions = {
-            self._origin(node.input[1]): at for at, node in enumerate(self._graph.node) if len(node.input) > 1
-        }
         for name, layer in quantized_layers(network):
             if layer.weight is None and layer.input is None:
                 continue
-            at = positions.get(f"{name}.weight" if name else "weight")
-            if at is None:
+            found = self._nodes_of(f"{name}.weight" if name else "weight", layer)
+            if not found:
                 raise ExportError(
                     f"layer {name} is not in the ONNX model by the name of its weights: PyTorch's exporter "
                     "changed it; leave it in floating point, or leave 'onnx' out of formats"
                 )
-            self._layer(at, layer)
+            for at in found:
+                self._layer(at, layer)
         nodes = [
             one
             for at, node in enumerate(self._graph.node)
@@ -112,8 +113,28 @@ class _Pairs:
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
 
-    def _origin(self, name: str) -> str:
-        found: str = self._alias.get(name, name)
+    def _nodes_of(self, name: str, layer: QuantizedLayer) -> list[int]:
+        """Return the positions of the nodes that a layer became: several where it runs several times.
+
+        Those that read its weights by name; a linear layer on more than two axes is a MatMul of transposed
+        weights without a name, and layers of equal weights share one: they are known by their values.
+        """
+        candidates = {}
+        for at, node in enumerate(self._graph.node):
+            if node.op_type in LAYERS and at not in self._taken:
+                stored = self._stored.get(self._alias.get(node.input[1], node.input[1]))
+                if stored is not None:
+                    candidates[at] = node.op_type, stored
+        found = [at for at, (_, stored) in candidates.items() if stored.name == name]
+        if not found:
+            weight = _array(cast(Any, layer.layer).weight)
+            same = (
+                at
+                for at, (kind, stored) in candidates.items()
+                if np.array_equal(_stored_array(stored, transposed=kind == "MatMul"), weight)
+            )
+            found = list(itertools.islice(same, 1))
+        self._taken.update(found)
         return found
 
     def _layer(self, at: int, layer: QuantizedLayer) -> None:
@@ -124,10 +145,14 @@ class _Pairs:
             scales.append(_array(layer.input.step()))
         if isinstance(layer.weight, Quantizer):
             plain = cast(Any, layer.layer)
-            node.input[1] = self._weight(at, plain, layer.weight)
+            node.input[1] = self._weight(at, plain, layer.weight, transposed=node.op_type == "MatMul")
             scales.append(_array(layer.weight.step()))
-            if len(node.input) > 2 and len(scales) == 2:
-                node.input[2] = self._bias(at, plain.bias, scales[0] * scales[1])
+            if plain.bias is not None and len(scales) == 2:
+                q = bias_integers(plain.bias, scale := scales[0] * scales[1])
+                if len(node.input) > 2:
+                    node.input[2] = self._bias(at, q, scale)
+                else:
+                    self._added(node.output[0], q * scale)
         if isinstance(layer.output, Quantizer):
             self._output(at, layer.output)
 
@@ -165,21 +190,28 @@ class _Pairs:
             nodes, "DequantizeLinear", [self._node(nodes, "QuantizeLinear", [value, *settings]), *settings]
         )
 
-    def _weight(self, at: int, layer: Any, quantizer: Quantizer) -> str:
+    def _weight(self, at: int, layer: Any, quantizer: Quantizer, *, transposed: bool) -> str:
         q = stored_integers(layer.weight, quantizer)
         scale, point = _array(quantizer.step()), _array(quantizer.zero_point).round().astype(np.int8)
         one = quantizer.axis is None
         names = [
-            self._store("weight", q),
+            self._store("weight", q.T if transposed else q),
             self._store("scale", scale[0] if one else scale),
             self._store("zero", point[0] if one else point),
         ]
         nodes = self._before.setdefault(at, [])
-        return self._node(nodes, "DequantizeLinear", names, **({} if one else {"axis": out_axis(layer)}))
+        axis = 1 if transposed else out_axis(layer)
+        return self._node(nodes, "DequantizeLinear", names, **({} if one else {"axis": axis}))
 
-    def _bias(self, at: int, bias: Tensor, scale: NDArray[Any]) -> str:
-        values = _array(bias)
-        q = np.clip(np.rint(values.astype(np.float64) / scale), -MOST_BIAS, MOST_BIAS).astype(np.int32)
+    def _added(self, value: str, bias: NDArray[Any]) -> None:
+        """Give the addition behind a MatMul the bias that integers can hold."""
+        for node in self._graph.node:
+            if node.op_type == "Add" and value in node.input:
+                side = 1 - list(node.input).index(value)
+                if self._alias.get(node.input[side], node.input[side]) in self._stored:
+                    node.input[side] = self._store("bias", bias.astype(np.float32))
+
+    def _bias(self, at: int, q: NDArray[np.int32], scale: NDArray[Any]) -> str:
         one = len(scale) == 1
         names = [self._store("bias", q), self._store("scale", scale[0] if one else scale)]
         nodes = self._before.setdefault(at, [])
@@ -211,6 +243,17 @@ def stored_integers(weight: Tensor, quantizer: Quantizer) -> NDArray[np.int8]:
         axis,
     )
     return cast(NDArray[np.int8], q.cpu().numpy().astype(np.int8))
+
+
+def bias_integers(bias: Tensor, scale: NDArray[Any]) -> NDArray[np.int32]:
+    """Return a bias as multiples of the product of both scales."""
+    q = np.rint(_array(bias).astype(np.float64) / scale)
+    return cast(NDArray[np.int32], np.clip(q, -MOST_BIAS, MOST_BIAS).astype(np.int32))
+
+
+def _stored_array(tensor: Any, *, transposed: bool) -> NDArray[Any]:
+    array: NDArray[Any] = numpy_helper.to_array(tensor)
+    return array.T if transposed else array
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -7,7 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+LEVELS = {
+    **dict.fromkeys(("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir"), logging.ERROR),
+    # What fails is raised; this is its traceback besides.
+    "torch._subclasses": logging.CRITICAL,
+}
+"""Loggers, and the least that they say."""
 
 
 @contextmanager
@@ -16,18 +21,17 @@ def quiet() -> Iterator[None]:
 
     The records say, for example, that torchvision is not installed. Errors are exceptions and come through.
     """
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    before = {name: logging.getLogger(name).level for name in LEVELS}
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        for name, level in LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What layers read and give on some images, for ranges of every width at once."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.elastic.supernet import resize
 from autocompress.errors import QuantizationError
 from autocompress.quantize.observers import Observer, observer
 
@@ -75,8 +75,8 @@ def _hook(seen: Seen, name: str, rectified: bool) -> Any:
     return look
 
 
-def images_of(batches: Iterable[Tensor], count: int) -> list[Tensor]:
-    """Return the first images of some batches.
+def images_of(batches: Iterable[Tensor], count: int, size: tuple[int, int]) -> list[Tensor]:
+    """Return the first images of some batches, resized to height and width of those a model takes.
 
     Raises:
         QuantizationError: `count` is below 1.
@@ -85,7 +85,7 @@ def images_of(batches: Iterable[Tensor], count: int) -> list[Tensor]:
         raise QuantizationError(f"calibration needs at least 1 image, got {count}")
     found, missing = [], count
     for batch in batches:
-        found.append(batch[: math.ceil(missing)])
+        found.append(resize(batch[:missing], size))
         missing -= len(found[-1])
         if missing <= 0:
             break
