@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, whole, with_changes
-from autocompress.errors import RecipeError
-from autocompress.shrink_command import beforehand, limits_of_options, with_file_path
+from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, with_changes
+from autocompress.errors import PluginError, RecipeError
+from autocompress.model_command import data_of_option, limits_of_options, with_file_path, work_on
 
 if TYPE_CHECKING:
     from autocompress.latency.target import Target
@@ -37,7 +37,7 @@ def quantize_recipe(
     table: Path | None,
     budget: str | None,
     strategy: str,
-    widths: str,
+    widths: str | None,
     calibration: int,
     gradient: str,
     rounding: str,
@@ -54,16 +54,21 @@ def quantize_recipe(
     from autocompress.quantize.schemes import legal_widths
     from autocompress.recipe import parse_recipe, with_absolute_paths
 
+    if table is not None and not table.is_file():
+        raise RecipeError(f"--table must be a latency table, or BitFusion's CSV: there is no file {table}")
     measured = _measured(load_target(target), table)
-    _, legal = legal_widths(load_target(target), _widths(widths) if widths else None)
+    asked = None if widths is None else _widths(widths)
+    _, legal = legal_widths(load_target(target), asked)
     default = OTHER_BUDGET if measured == "nowhere" else MEASURED_BUDGET
     # Where there is one pair of widths, there is nothing to save and nothing to choose.
     limits = limits_of_options(budget or (default if len(legal) > 1 else "size=100%"))
     search: dict[str, Any] = STRATEGIES.get(strategy, {"strategy": strategy})
-    beyond = getattr(load_strategy(search["strategy"]), "beyond_budget", False)
-    source, _, folder = data.partition("=")
+    try:
+        beyond = getattr(load_strategy(search["strategy"]), "beyond_budget", False)
+    except PluginError as error:
+        raise PluginError(f"{error}; quantize also has {', '.join(STRATEGIES)}") from None
     payload: dict[str, Any] = {
-        "data": {"source": source, **({"folder": folder} if folder else {})},
+        "data": data_of_option(data),
         "space": {
             "name": "bits",
             "arguments": {
@@ -71,7 +76,7 @@ def quantize_recipe(
                 "calibration_images": calibration,
                 "gradient": gradient,
                 **({"weights": str(weights.resolve())} if weights else {}),
-                **({"widths": _widths(widths)} if widths else {}),
+                **({"widths": asked} if asked else {}),
                 **({"worth": "hawq"} if strategy == "hawq" else {}),
             },
         },
@@ -116,11 +121,15 @@ def account(space: "SearchSpace") -> list[str]:
     source = quantized_network_of(space).source
     sites = source.plan.sites
     pairs = ", ".join(f"{w}/{a}" for w, a in source.widths[:8])
+    norms = sum(bool(site.norm) for site in sites)
+    asked = space.settings.get("calibration_images", source.calibrated_on)
     more = f" and {len(source.widths) - 8} more" if len(source.widths) > 8 else ""
     lines = [
         f"{type(source.model).__name__}: {len(sites)} layers can be quantized, at bits of weights/inputs "
-        f"{pairs}{more} (32 is floating point); {sum(bool(site.norm) for site in sites)} batch norms are "
-        "folded"
+        f"{pairs}{more} (32 is floating point)"
+        + (f"; {norms} batch norm{'s are' if norms > 1 else ' is'} folded" if norms else ""),
+        f"ranges are those of {source.calibrated_on} training images"
+        + (f": there are no {asked}" if source.calibrated_on < asked else ""),
     ]
     for left in source.plan.left[:SHOWN]:
         advice = f"; {left.advice}" if left.advice else ""
@@ -149,7 +158,9 @@ def quantize(
     strategy: Annotated[
         str, typer.Option(help="exact, hawq, haq, greedy, or any of `autocompress list strategies`.")
     ] = "exact",
-    widths: Annotated[str, typer.Option(help="Bits to choose from, of those the target runs: 4,8.")] = "",
+    widths: Annotated[
+        str | None, typer.Option(help="Bits to choose from, of those the target runs: 4,8.")
+    ] = None,
     calibration: Annotated[int, typer.Option(help="Training images that ranges are found on.")] = 512,
     gradient: Annotated[str, typer.Option(help="How finetuning learns scales: lsq, pact or fixed.")] = "lsq",
     rounding: Annotated[
@@ -169,8 +180,6 @@ def quantize(
     exported as ONNX with QuantizeLinear and DequantizeLinear, and measured. Your model is never changed. The
     run can be resumed: `autocompress resume RUN`.
     """
-    from autocompress.run import Run, load_recipe_data, make_space
-
     recipe = quantize_recipe(
         model,
         weights=weights,
@@ -186,19 +195,4 @@ def quantize(
         epochs=epochs,
         changes=set_,
     )
-    if dry_run:
-        loaded = load_recipe_data(recipe)
-        space = make_space(recipe, lambda: loaded)
-        show(space)
-        beforehand(recipe, space, loaded)
-        return
-    opened = Run(run, recipe)
-    show(opened.space)
-    beforehand(opened.recipe, opened.space, opened.data)
-    whole(opened)
-
-
-def show(space: "SearchSpace") -> None:
-    """Print what can be quantized and what cannot."""
-    for line in account(space):
-        typer.echo(line)
+    work_on(recipe, None if dry_run else run, account)

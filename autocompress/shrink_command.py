@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, stage, whole, with_changes
+from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, stage, with_changes
 from autocompress.cost import METRIC_UNITS
 from autocompress.errors import RecipeError
+from autocompress.model_command import METRICS, data_of_option, limits_of_options, with_file_path, work_on
 from autocompress.plugins import load_strategy
 
 if TYPE_CHECKING:
     from autocompress.recipe import Recipe
     from autocompress.space import SearchSpace
-    from autocompress.training.data import DataSet
 
 # Strategies that find their network without evaluations need no more than the baselines and themselves.
 EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
@@ -21,7 +21,6 @@ EVALUATIONS, ALL_EVALUATIONS = 100, 1_000_000
 LEARNING = {"amc": 200}
 UNTRAINED_EPOCHS, GRADIENT_EPOCHS, TRAINED_RATE = 30, 10, 0.02
 BUDGET, MINIMISED = "latency=60%", "latency"
-METRICS = {"latency": "latency_ms", "flops": "macs", "size": "size_bytes", "energy": "energy_mj"}
 ALIGNED_BY_TARGET = "target"
 SHOWN_GROUPS = 60
 
@@ -65,9 +64,8 @@ def shrink_recipe(
         allowed = ", ".join([*METRICS, *METRIC_UNITS])
         raise RecipeError(f"--minimise takes one of {allowed}, got {minimise!r}")
 
-    source, _, folder = data.partition("=")
     payload: dict[str, Any] = {
-        "data": {"source": source, **({"folder": folder} if folder else {})},
+        "data": data_of_option(data),
         "space": {
             "name": "channels",
             "arguments": {
@@ -148,26 +146,6 @@ def _alignment(text: str, target: str, run: Path, *, measured: bool) -> int:
     return step
 
 
-def with_file_path(model: str) -> str:
-    """Return `file.py:factory` with the absolute path of the file; `module:factory` as it is."""
-    path, _, factory = model.rpartition(":")
-    return f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
-
-
-def limits_of_options(text: str) -> dict[str, str]:
-    """Read `latency=60%,flops=50%`; `latency` stands for `latency_ms`."""
-    found: dict[str, str] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or not name or not value:
-            raise RecipeError(f"--budget takes metric=limit, such as latency=60% or flops=50%, got {part!r}")
-        metric = METRICS.get(name, name)
-        if metric in found:
-            raise RecipeError(f"--budget limits {metric} twice, to {found[metric]} and {value}: give it once")
-        found[metric] = value
-    return found
-
-
 def account(space: "SearchSpace") -> list[str]:
     """Return in lines what of a model can be narrowed, and what cannot, with the reason."""
     from autocompress.prune.network import source_of
@@ -237,8 +215,6 @@ def shrink(
     widths; a strategy finds the widths; the narrow network is finetuned, taught by yours, exported and
     measured. Your model is never changed. The run can be resumed: `autocompress resume RUN`.
     """
-    from autocompress.run import Run, load_recipe_data, make_space
-
     recipe = shrink_recipe(
         model,
         weights=weights,
@@ -254,54 +230,16 @@ def shrink(
         epochs=epochs,
         changes=set_,
     )
-    if dry_run:
-        loaded = load_recipe_data(recipe)
-        space = make_space(recipe, lambda: loaded)
-        show(space)
-        beforehand(recipe, space, loaded)
-        return
-    opened = Run(run, recipe)
-    show(opened.space)
-    beforehand(opened.recipe, opened.space, opened.data)
-    if hint := _hint(opened.recipe):
-        typer.echo(hint)
-    whole(opened)
+    work_on(recipe, None if dry_run else run, lambda space: [*account(space), *_hint(recipe)])
 
 
-def _hint(recipe: "Recipe") -> str:
-    """Return what somebody should know who limits other costs than latency."""
+def _hint(recipe: "Recipe") -> list[str]:
+    """Return what somebody should know who limits other costs than latency, in lines."""
     limited = {*recipe.search.budget, *([recipe.tolerance.metric] if recipe.tolerance else [])}
     if "latency_ms" in limited or recipe.space.arguments.get("align", 1) != 1:
-        return ""
-    return (
+        return []
+    return [
         "note: a network with fewer MACs need not be faster: devices compute some channels at once, and a "
         "width between two steps can cost more than the next one; `--align target` keeps to the steps, and a "
         "budget on latency knows them"
-    )
-
-
-def beforehand(recipe: "Recipe", space: "SearchSpace", data: "DataSet") -> None:
-    """Refuse what cannot work before anything is measured, and print what the model scores as it was brought.
-
-    Raises:
-        AutocompressError: Task and data do not fit the model, it cannot be trained, or nothing fits a limit
-            that needs no measuring.
-    """
-    from autocompress.latency.target import load_target
-    from autocompress.prune.beforehand import report_of
-    from autocompress.stages import check_untimed
-    from autocompress.training.check import check_regularisers, check_task
-    from autocompress.training.task import load_task
-
-    task = load_task(recipe.task)
-    check_task(data, task, space)
-    check_regularisers(data, recipe.finetune, space)
-    check_untimed(recipe, space, load_target(recipe.target.name, batch=recipe.target.batch))
-    for line in report_of(space, data, task, trained=bool(space.settings.get("weights"))):
-        typer.echo(line)
-
-
-def show(space: "SearchSpace") -> None:
-    """Print what can be narrowed and what cannot."""
-    for line in account(space):
-        typer.echo(line)
+    ]

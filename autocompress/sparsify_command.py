@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autocompress.console import DataOption, WeightsOption, on_screen, with_changes
+from autocompress.model_command import data_of_option, with_file_path
 
 if TYPE_CHECKING:
     from autocompress.sparse.recipe import SparsifyRecipe
@@ -33,13 +34,12 @@ def sparsify_recipe(
     from autocompress.sparse.methods import options_of
     from autocompress.sparse.recipe import SparsifyRecipe
 
-    path, _, factory = model.rpartition(":")
-    source, _, folder = data.partition("=")
+    where = data_of_option(data)
     payload: dict[str, Any] = {
-        "model": f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model,
+        "model": with_file_path(model),
         "data": {
-            "source": source,
-            **({"folder": str(Path(folder).expanduser().resolve())} if folder else {}),
+            **where,
+            **({"folder": str(Path(where["folder"]).expanduser().resolve())} if "folder" in where else {}),
         },
         "method": method,
         "ignore": ignore,

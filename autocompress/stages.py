@@ -34,6 +34,7 @@ from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.engine import search as run_search
 from autocompress.errors import (
+    BudgetError,
     CheckpointError,
     CostError,
     ExportError,
@@ -282,9 +283,29 @@ def check_untimed(recipe: Recipe, space: SearchSpace, where: Target) -> None:
     Raises:
         InfeasibleBudgetError: Nothing fits.
         BudgetError: A limit is on a cost that the space does not have.
+        BudgetError: A limit is on latency, and nothing is known of it.
     """
+    if LATENCY in recipe.search.budget and recipe.profile.measured == "nowhere":
+        raise BudgetError(
+            f"nothing is known of the latency of target {where.name!r}, which is not measured here: give a "
+            "table of it (profile.table, or --table), or limit size_bytes, bops, energy_mj, macs or params"
+        )
     if limits := {m: value for m, value in recipe.search.budget.items() if m != LATENCY}:
         Budget.of(limits).resolve(space, untimed_costs(space, where)).check_feasible()
+
+
+def check_trained(recipe: Recipe, space: SearchSpace) -> None:
+    """Refuse to compress random weights.
+
+    Raises:
+        RecipeError: The recipe trains nothing, and the space brings no weights.
+    """
+    if not recipe.train.epochs and not space.settings.get("weights"):
+        raise RecipeError(
+            f"train.epochs 0 leaves the supernet of {space.name!r} as it was made, with random weights: "
+            "train at least 1 epoch; only a model that brings weights needs none (--weights, or "
+            "space.arguments.weights)"
+        )
 
 
 def try_out(recipe: Recipe, space: SearchSpace, where: Target, metric: str) -> Strategy:
@@ -315,11 +336,7 @@ def train(run: Run, shown: Shown) -> Supernet:
             supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return supernet.eval()
     check(run)
-    if not run.recipe.train.epochs and not run.space.settings.get("weights"):
-        raise RecipeError(
-            f"train.epochs 0 leaves the supernet of {run.space.name!r} as it was made, with random weights: "
-            "train at least 1 epoch; only a model that brings weights needs none (space.arguments.weights)"
-        )
+    check_trained(run.recipe, run.space)
     with shown.stage("train the supernet") as progress:
         position = train_supernet(
             supernet, run.data, run.task, run.recipe.train, checkpoint=path, progress=progress

@@ -41,9 +41,9 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path)
 
 
-def run(model: Path, arguments: list[str], folder: Path | None = None) -> str:
-    weights = model.with_name("weights.safetensors")
-    given = [f"{model}:make", "--weights", str(weights), "--calibration", "64", "--epochs", "1", *arguments]
+def run(model: Path, arguments: list[str], folder: Path | None = None, *, trained: bool = True) -> str:
+    weights = ["--weights", str(model.with_name("weights.safetensors"))] if trained else []
+    given = [f"{model}:make", *weights, "--calibration", "64", "--epochs", "1", *arguments]
     changes = [part for change in QUICK for part in ("--set", change)]
     where = ["--run", str(folder)] if folder else []
     result = CliRunner().invoke(app, ["quantize", *given, *where, *changes])
@@ -183,7 +183,9 @@ def test_a_dry_run_says_what_can_be_quantized_and_writes_nothing(model: Path, tm
         (["--target", "pytorch-cpu"], QuantizationError, "states no way to quantize"),
         (["--target", "nothing"], PluginError, "no target 'nothing'"),
         (["--budget", "size=1%"], InfeasibleBudgetError, "the reachable minimum is size_bytes"),
-        ([*LOW_BIT, "--budget", "latency=50%"], BudgetError, "latency needs a latency table"),
+        ([*LOW_BIT, "--budget", "latency=50%"], BudgetError, "nothing is known of the latency of target"),
+        (["--widths", ""], RecipeError, "--widths takes bits such as 4,8"),
+        (["--target", "tensorrt", "--table", "none.json"], RecipeError, "there is no file none.json"),
         (["--calibration", "0"], QuantizationError, "at least 1 image, got 0"),
         (["--rounding", "up"], RecipeError, "quantize.rounding"),
         (["--gradient", "up"], QuantizationError, "gradient must be one of"),
@@ -197,8 +199,19 @@ def test_what_cannot_work_is_refused_at_once(
     assert not list(tmp_path.glob("run/networks"))
 
 
+def test_random_weights_are_refused_before_anything_is_measured(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"random weights.*--weights"):
+        run(model, [], tmp_path / "run", trained=False)
+    assert not (tmp_path / "run" / "latency_table.json").exists()
+
+
+def test_fewer_images_than_asked_for_are_said(model: Path) -> None:
+    said = run(model, ["--calibration", "100000", "--dry-run"])
+    assert "training images: there are no 100000" in said
+
+
 def test_a_strategy_of_another_name_is_no_strategy(model: Path) -> None:
-    with pytest.raises(PluginError, match="no strategy"):
+    with pytest.raises(PluginError, match=r"no strategy .*; quantize also has exact, hawq"):
         run(model, ["--strategy", "best"])
 
 
@@ -209,7 +222,7 @@ def test_the_recipe_of_a_call_is_complete(model: Path) -> None:
         "target": "onnxruntime-cpu",
         "table": None,
         "budget": None,
-        "widths": "",
+        "widths": None,
         "calibration": 64,
         "gradient": "pact",
         "rounding": "nearest",
@@ -224,7 +237,7 @@ def test_the_recipe_of_a_call_is_complete(model: Path) -> None:
     assert (hawq.search.strategy, hawq.search.options) == ("importance", {"method": "exact"})
     assert hawq.space.arguments["worth"] == "hawq"
     elsewhere = quantize_recipe(
-        f"{model}:make", strategy="exact", **{**given, "table": Path("table.json"), "target": "tensorrt"}
+        f"{model}:make", strategy="exact", **{**given, "table": model, "target": "tensorrt"}
     )
     assert elsewhere.profile.measured == "elsewhere"
     nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "nvidia-int4"})

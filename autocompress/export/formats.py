@@ -126,9 +126,9 @@ def write_onnx(
         raise RuntimeError("torch.onnx.export returned nothing")
     model: onnx.ModelProto = exported.model_proto
     _pool_globally(model.graph)
-    _strip(model.graph)
     if network is not None and has_quantizers(network):
         insert_pairs(model, network)
+    _strip(model.graph)
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))

@@ -6,8 +6,8 @@ restricted range; inputs of fewer bits are clipped to their range. Biases become
 product of both scales, as integer kernels have them.
 """
 
+import ast
 import copy
-import itertools
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -55,7 +55,7 @@ def insert_pairs(model: Any, network: nn.Module) -> Any:
     """Put the quantizers of a network into its ONNX model, which was exported from `in_floats`.
 
     Args:
-        model: Changed in place; its initializers have the names of the network's parameters.
+        model: Changed in place; as PyTorch exported it, or with initializers by the names of parameters.
         network: What the quantizers are of.
 
     Returns:
@@ -81,7 +81,6 @@ class _Pairs:
             for node in self._graph.node
             if node.op_type == "Identity" and node.input[0] in self._stored
         }
-        self._taken: set[int] = set()
         # What is put before or behind a node, by its position.
         self._before: dict[int, list[Any]] = {}
         self._behind: dict[int, list[Any]] = {}
@@ -90,52 +89,33 @@ class _Pairs:
 
     def insert(self, network: nn.Module) -> None:
         """Put all pairs in."""
+        nodes = [(at, node) for at, node in enumerate(self._graph.node) if node.op_type in LAYERS]
+        # Linear layers on more than two axes read transposed weights without a name, and equal weights are
+        # stored once, by the name of one of them: the exporters' notes tell layers apart. A model of our own
+        # making has none.
+        by_module = {module: at for at, node in nodes if (module := _module_of(node)) is not None}
+        by_weight = {self._alias.get(node.input[1], node.input[1]): at for at, node in nodes}
         for name, layer in quantized_layers(network):
             if layer.weight is None and layer.input is None:
                 continue
-            found = self._nodes_of(f"{name}.weight" if name else "weight", layer)
-            if not found:
+            at = by_module.get(name, by_weight.get(f"{name}.weight" if name else "weight"))
+            if at is None:
                 raise ExportError(
                     f"layer {name} is not in the ONNX model by the name of its weights: PyTorch's exporter "
                     "changed it; leave it in floating point, or leave 'onnx' out of formats"
                 )
-            for at in found:
-                self._layer(at, layer)
-        nodes = [
+            self._layer(at, layer)
+        ordered = [
             one
             for at, node in enumerate(self._graph.node)
             for one in (*self._before.get(at, ()), node, *self._behind.get(at, ()))
         ]
         del self._graph.node[:]
-        self._graph.node.extend(nodes)
-        used = {name for node in nodes for name in node.input}
+        self._graph.node.extend(ordered)
+        used = {name for node in ordered for name in node.input}
         kept = [tensor for tensor in self._stored.values() if tensor.name in used]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
-
-    def _nodes_of(self, name: str, layer: QuantizedLayer) -> list[int]:
-        """Return the positions of the nodes that a layer became: several where it runs several times.
-
-        Those that read its weights by name; a linear layer on more than two axes is a MatMul of transposed
-        weights without a name, and layers of equal weights share one: they are known by their values.
-        """
-        candidates = {}
-        for at, node in enumerate(self._graph.node):
-            if node.op_type in LAYERS and at not in self._taken:
-                stored = self._stored.get(self._alias.get(node.input[1], node.input[1]))
-                if stored is not None:
-                    candidates[at] = node.op_type, stored
-        found = [at for at, (_, stored) in candidates.items() if stored.name == name]
-        if not found:
-            weight = _array(cast(Any, layer.layer).weight)
-            same = (
-                at
-                for at, (kind, stored) in candidates.items()
-                if np.array_equal(_stored_array(stored, transposed=kind == "MatMul"), weight)
-            )
-            found = list(itertools.islice(same, 1))
-        self._taken.update(found)
-        return found
 
     def _layer(self, at: int, layer: QuantizedLayer) -> None:
         node = self._graph.node[at]
@@ -251,9 +231,19 @@ def bias_integers(bias: Tensor, scale: NDArray[Any]) -> NDArray[np.int32]:
     return cast(NDArray[np.int32], np.clip(q, -MOST_BIAS, MOST_BIAS).astype(np.int32))
 
 
-def _stored_array(tensor: Any, *, transposed: bool) -> NDArray[Any]:
-    array: NDArray[Any] = numpy_helper.to_array(tensor)
-    return array.T if transposed else array
+def _module_of(node: Any) -> str | None:
+    """Return the module whose `forward()` a node computes, as both of PyTorch's exporters note it."""
+    for note in node.metadata_props:
+        if note.key == "pkg.torch.onnx.name_scopes":
+            scopes: list[str] = ast.literal_eval(note.value)
+            return scopes[-2] if len(scopes) > 1 else None
+    if not node.name.startswith("/"):
+        return None
+    # The older one: /blocks/blocks.0/linear/MatMul.
+    path: list[str] = []
+    for part in node.name.split("/")[1:-1]:
+        path[-1 if path and part.startswith(f"{path[-1]}.") else len(path) :] = [part]
+    return ".".join(path)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -49,6 +49,7 @@ class QuantizationSource:
         gradient: How scales are learned in finetuning.
 
     Attributes:
+        calibrated_on: How many images.
         model: The copy, batch norm folded, in evaluation mode.
         plan: What can be quantized.
         origin: How the model is made again: `model`, the name of its factory, and `arguments`; empty if it
@@ -84,7 +85,9 @@ class QuantizationSource:
         self.model = folded(found, self.plan)
         check_buffers(self.model)
         self._by_source = sources_of(self.plan)
-        self._holder = self._calibrated(calibration, weight_ranges, activation_ranges)
+        images = list(calibration)
+        self.calibrated_on = sum(map(len, images))
+        self._holder = self._calibrated(images, weight_ranges, activation_ranges)
 
     # Grids -------------------------------------------------------------------------------------------
 

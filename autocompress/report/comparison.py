@@ -61,9 +61,10 @@ UNIFORM_RULE = (
     "uniform-scaled: the better, on validation, of the same relative setting for every choice and of "
     "compound scaling of depth, width and resolution, each as large as fits"
 )
+UNIFORM_BITS = "uniform-scaled: the same relative setting for every choice, as large as fits"
 RANDOM_RULE = (
-    "random: uniform over genes, given that the network's output depends on its input, and that it fits the "
-    f"budget and uses at least {RANDOM_AT_LEAST:.0%} of it"
+    "random: every choice drawn uniformly, given that the network's output depends on its input, and that it "
+    f"fits the budget and uses at least {RANDOM_AT_LEAST:.0%} of it"
 )
 
 Compared = tuple[str, Architecture, nn.Module]
@@ -174,13 +175,15 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "latency_margin": latency_margin(run, shown, limits.limits),
         "confidence": run.recipe.search.confidence,
         "metric": run.task.metric,
-        "trained_anew": trains_anew(run.recipe),
+        "made": _made(run),
         "target": target(run).describe(),
         "rows": [asdict(row) for row in rows],
         "drift": drift,
         "exported": None if exported_latency is None else asdict(exported_latency),
         "exported_folder": str(folder),
-        "uniform": UNIFORM_RULE if uniform else "uniform-scaled: no such network fits the budget",
+        "uniform": (UNIFORM_BITS if _is_quantized(run) else UNIFORM_RULE)
+        if uniform
+        else "uniform-scaled: no such network fits the budget",
         "random": RANDOM_RULE
         if _uses_enough(limits, drawn)
         else f"{RANDOM_RULE}, where there are enough such",
@@ -188,6 +191,21 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     write_json(path, content)
     _draw(run, shown, arch, next(iter(limits.limits), SIZE))
     return content
+
+
+def _is_quantized(run: Run) -> bool:
+    return isinstance(user_model(run.space, run.space.largest()), QuantizedNetwork)
+
+
+def _made(run: Run) -> str:
+    """Say where the networks of the table come from."""
+    if trains_anew(run.recipe):
+        return "all networks were trained anew in the same way, taught by the mixture of the search"
+    if _is_quantized(run):
+        return "networks not marked finetuned are your model with fewer bits, not trained after that"
+    if user_model(run.space, run.space.largest()) is not None:
+        return "networks not marked finetuned are your model cut, with batch-norm statistics of their own"
+    return "networks not marked finetuned are slices of the supernet with batch-norm statistics of their own"
 
 
 def _draw(run: Run, shown: Shown, arch: Architecture, metric: str) -> None:

@@ -42,6 +42,7 @@ def policy_plot(path: Path, layers: Sequence[PlottedLayer], *, metric: str, titl
         QuantizationError: There are no layers.
         StorageError: It cannot be written.
     """
+    import matplotlib
     from matplotlib.figure import Figure
 
     if not layers:
@@ -60,5 +61,6 @@ def policy_plot(path: Path, layers: Sequence[PlottedLayer], *, metric: str, titl
     below.set(ylabel=metric, xlabel="layer")
     below.set_xticks(list(places), [layer.name for layer in layers], rotation=90, fontsize=5)
     below.legend(fontsize=8)
-    with replacing(path) as temporary:
+    # Names inside the file are drawn at random otherwise.
+    with matplotlib.rc_context({"svg.hashsalt": title}), replacing(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -88,7 +88,7 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         f"Budget: {asked}, which is {limits}; percent are of the predicted cost of the largest network."
         f"{held}",
         "MACs count a multiply-accumulate once, as FLOPs do in the pruning and NAS literature.",
-        f"Test: {images} images, {read}; {_made(content)}.",
+        f"Test: {images} images, {read}; {content['made']}.",
         f"{content['uniform'][0].upper()}{content['uniform'][1:]}.",
         f"{content['random'][0].upper()}{content['random'][1:]}.",
     ]
@@ -171,13 +171,6 @@ def _share(
         return f"The {subject} network: "
     share = latency(searched) / latency(largest)
     return f"The {subject} network takes {share:.0%} of the largest one's {kind} latency; "
-
-
-def _made(content: Mapping[str, Any]) -> str:
-    """Say where the networks of the table come from."""
-    if content.get("trained_anew"):
-        return "all networks were trained anew in the same way, taught by the mixture of the search"
-    return "networks not marked finetuned are slices of the supernet with batch-norm statistics of their own"
 
 
 def _undecided(by_name: Mapping[str, Any], searched: Mapping[str, Any]) -> list[str]:

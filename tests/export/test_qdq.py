@@ -1,5 +1,7 @@
 """Networks of few bits as ONNX: ONNX Runtime computes on integers what PyTorch computes in simulation."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,6 +13,7 @@ from quantized_networks import INTEGERS, images, residual, source
 from torch import nn
 
 from autocompress.errors import ExportError
+from autocompress.export.formats import trace, write_onnx
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.export.qdq import cannot_be_integers, in_floats, insert_pairs, stored_integers
 from autocompress.latency.runtime import prepare
@@ -105,6 +108,45 @@ def test_a_quantized_layer_runs_on_integers_in_the_runtime(tmp_path: object) -> 
     assert kinds.count("QLinearConv") == 6
     assert "Conv" not in kinds
     assert "QGemm" in kinds
+
+
+class Tokens(nn.Module):
+    """Linear layers over patches: two have equal weights, one has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.last = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 5)
+        # Defined in another order than they run in.
+        self.second, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.load_state_dict(self.first.state_dict())
+        self.plain = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = x + self.second(self.first(x).relu())
+        x = self.plain(x)
+        return self.last(x.mean(1))
+
+
+@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize("policy", [((8, 8),) * 5, ((8, 8), FLOATS, (8, 8), FLOATS, (8, 8))])
+def test_linear_layers_over_patches_are_integers_too(policy: Policy, newer: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found = source(Tokens().eval(), INTEGERS)
+    x = images(8, seed=3)
+    model, network = exported(found, policy, len(x))
+    if newer:
+        write_onnx(tmp_path / "network.onnx", trace(in_floats(network), (3, 8, 8)), network)
+        model = (tmp_path / "network.onnx").read_bytes()
+    with torch.no_grad():
+        expected = network(x).numpy()
+    difference = np.abs(by_runtime(model, optimised=False, x=x) - expected).max()
+    assert difference <= 0.02 * np.abs(expected).max()
+    stored = [
+        t for t in onnx.load_from_string(model).graph.initializer if t.data_type == onnx.TensorProto.INT8
+    ]
+    weights = [tensor for tensor in stored if tensor.name.startswith("quantized_weight")]
+    assert len(weights) == sum(bits != FLOATS for bits in policy)
 
 
 def test_the_floats_of_a_network_are_those_of_the_model() -> None:

@@ -34,6 +34,7 @@ CONTENT: dict[str, Any] = {
         row("searched", 0.8, 1.0, peak_memory_bytes=None),
         row("searched, finetuned", 0.85, 1.0),
     ],
+    "made": "networks not marked finetuned are slices",
     "drift": 0.88,
     "latency_margin": 1.0,
     "confidence": None,
