@@ -7,6 +7,7 @@ import json
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from autocompress.atomic import read_json, replacing, write_json
 from autocompress.baselines import uniform_candidates
 from autocompress.budget import Budget, Constraints
-from autocompress.cost import OPERATION_METRICS, Cost, Price, operation_cost
+from autocompress.cost import OPERATION_METRICS, Cost, Price, compile_cost, operation_cost
 from autocompress.describe import (
     describe_costs,
     describe_error,
@@ -194,15 +195,20 @@ def untimed_costs(space: SearchSpace, target: Target) -> list[Cost]:
     cell has too many settings to look at all (DARTS), there is no peak of activations: it is no sum of parts.
     """
     element_bytes = ELEMENT_BYTES[target.number_format]
-    bits = 8 * element_bytes
     peak: list[Cost] = []
     with suppress(CostError):
         peak.append(peak_activation_cost(space, element_bytes=element_bytes, batch=target.batch))
     return [
         *(operation_cost(space, metric) for metric in OPERATION_METRICS),
         *peak,
-        EnergyModel().cost(space, batch=target.batch, weight_bits=bits, activation_bits=bits),
+        compile_cost(space, energy_price(target), energy.METRIC),
     ]
+
+
+def energy_price(target: Target) -> Price:
+    """Return what prices the energy of operations, at the target's batch and number format."""
+    bits = 8 * ELEMENT_BYTES[target.number_format]
+    return partial(EnergyModel().price, batch=target.batch, weight_bits=bits, activation_bits=bits)
 
 
 def price_of(run: Run, shown: Shown, metric: str) -> Price:
@@ -214,7 +220,7 @@ def price_of(run: Run, shown: Shown, metric: str) -> Price:
     if metric == LATENCY:
         return profile(run, shown).price
     if metric == energy.METRIC:
-        return EnergyModel().price
+        return energy_price(target(run))
     if metric not in OPERATION_METRICS:
         raise CostError(f"operations have no {metric} of their own")
     return lambda ops: sum(getattr(op, metric) for op in ops)

@@ -91,6 +91,8 @@ class QuantizedNetwork(UserModel):
             if weights != FULL_PRECISION:
                 grid = weights_of(self.source.scheme, weights)
                 stored = f"int8 in {grid.qmin}..{grid.qmax}" if weights <= 8 else f"{weights} bits"
+                if grid.levels == "logarithmic":
+                    stored = f"{weights} bits, sign and power of two; float32 in torch.export"
             found.append(
                 {"layer": site.name, "weight_bits": weights, "input_bits": inputs, "weights_stored": stored}
             )
