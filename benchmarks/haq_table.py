@@ -52,6 +52,8 @@ TABLE = SHARED / "tables" / "haq_mobilenetv2_batch16_latency.npy"
 IMAGES = SHARED / "FashionMNIST"
 WIDTHS = tuple(range(2, 9))
 SHARE, EPISODES, GENERATIONS, POPULATION = 0.6, 600, 600, 100
+DRAWS = (1, 2, 3, 4, 5)
+"""Losses that nothing was chosen on: the options of the additive critic were on that of seed 0."""
 MARKS = (100, 300, 600, 2_000, 10_000, 60_000)
 
 Make = Callable[[Constraints, int, int], Strategy]
@@ -95,12 +97,12 @@ STRATEGIES: dict[str, tuple[Make, int, int, tuple[int, ...], float | None]] = {
 }
 
 
-def problem() -> tuple[Constraints, AdditiveCost]:
-    """Return the limited space and what networks lose."""
+def problem(draw: int = 0) -> tuple[Constraints, AdditiveCost]:
+    """Return the limited space and what networks lose, drawn from a seed."""
     table = read_haq(TABLE)
     space = bit_space(table.layers, weight_bits=WIDTHS, activation_bits=WIDTHS)
     cost = bit_cost(table, space, "cycles")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(draw)
     of_weights, of_inputs = (rng.lognormal(0, 1.5, len(table.layers)) for _ in range(2))
     errors = 4.0 ** -np.array(WIDTHS)
     vectors = [scale * errors for pair in zip(of_weights, of_inputs, strict=True) for scale in pair]
@@ -166,6 +168,22 @@ def table_part(results: dict[str, Any], save: Callable[[], None], *, only: list[
                 flush=True,
             )
             save()
+
+
+def other_draws(results: dict[str, Any], save: Callable[[], None], *, quick: bool) -> None:
+    """Fill `results` with searches of the additive critic on losses of other seeds."""
+    found = results.setdefault("other draws", {})
+    for draw in DRAWS[:1] if quick else DRAWS:
+        if str(draw) in found:
+            continue
+        constraints, loss = problem(draw)
+        optimum = solve(loss, constraints, sense="minimize")
+        run = searched(
+            AdditiveCritic(constraints, seed=draw), constraints, loss, 30 if quick else EPISODES, 1
+        )
+        found[str(draw)] = {"gap": run["loss"] / optimum.value - 1, "proven": optimum.proven}
+        print(f"additive critic, draw {draw}: {found[str(draw)]}", flush=True)
+        save()
 
 
 def gap(loss: float, results: dict[str, Any]) -> float:
@@ -328,6 +346,13 @@ def page(results: dict[str, Any]) -> str:
             f"| {name} | {len(runs)} | {runs[0]['evaluations']:,} | {shown} | {at_600} | {goal} | {reached} "
             f"| {seconds:.0f} |"
         )
+    if draws := [entry["gap"] for entry in table.get("other draws", {}).values()]:
+        spread = f"{statistics.median(draws):.2%} ({min(draws):.2%} .. {max(draws):.2%})"
+        lines += [
+            "",
+            "The options of the additive critic were chosen on this loss. On losses of other seeds, one "
+            f"search each ({len(draws)}): {spread}.",
+        ]
     network = results.get("network", {})
     if "mean_bits" in network:
         lines += [
@@ -369,6 +394,7 @@ def main() -> None:
 
     if given.part in ("table", "both"):
         table_part(results["table"], save, only=given.only, quick=given.quick)
+        other_draws(results["table"], save, quick=given.quick)
     if given.part in ("network", "both"):
         network_part(results["network"], save, RESULTS.parents[1] / "runs", quick=given.quick)
     if not given.quick or given.output:
