@@ -4,6 +4,7 @@ import copy
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -166,18 +167,21 @@ def _write(
     batch: int | str = writers.BATCH
     if "safetensors" in wanted:
         _attempt("safetensors", "written", lambda: writers.write_safetensors(fresh, reference, blocks))
-    if "torch_export" in wanted or "onnx" in wanted:
-        traced = [name for name in wanted if name != "safetensors"]
-        program = _attempt(" and ".join(traced), "traced", lambda: writers.trace(reference, in_shape))
+    plain = in_floats(reference) if has_quantizers(reference) else reference
+    traced: dict[int, torch.export.ExportedProgram] = {}
+    for name, network in (("torch_export", reference), ("onnx", plain)):
+        if name not in wanted:
+            continue
+        if id(network) not in traced:
+            traced[id(network)] = _attempt(name, "traced", partial(writers.trace, network, in_shape))
+        program = traced[id(network)]
         batch = writers.batch_of(program)
-        if "torch_export" in wanted:
+        if name == "torch_export":
             path = fresh / "network.pt2"
-            _attempt("torch_export", "written", lambda: writers.write_torch_export(path, program))
-        if "onnx" in wanted:
+            _attempt(name, "written", partial(writers.write_torch_export, path, program))
+        else:
             path = fresh / "network.onnx"
-            if has_quantizers(reference):
-                program = _attempt("onnx", "traced", lambda: writers.trace(in_floats(reference), in_shape))
-            operators = _attempt("onnx", "written", lambda: writers.write_onnx(path, program, reference))
+            operators = _attempt(name, "written", partial(writers.write_onnx, path, program, reference))
     return operators, batch
 
 
