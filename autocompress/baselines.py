@@ -69,6 +69,28 @@ def compound_networks(space: SearchSpace) -> Codes:
     return _distinct(space.canonical(np.array(rows)))
 
 
+def bit_networks(space: SearchSpace) -> list[Codes]:
+    """Return the networks with one relative setting for all inputs, another for the rest, a family a setting.
+
+    Inputs cost nothing under a limit on size: to scale their bits down with those of the weights would make a
+    uniform network that nobody would take. Inputs are choices whose name ends with `.input`.
+
+    Returns:
+        Families of distinct canonical codes `(n, choices)`, largest first; none if there are no such choices.
+    """
+    inputs = np.array([_kind(choice.name) == "input" for choice in space.choices])
+    if not inputs.any() or inputs.all():
+        return []
+    relative = relative_networks(space)
+    settings = _distinct(relative[:, inputs])
+    families = []
+    for setting in settings:
+        family = relative.copy()
+        family[:, inputs] = setting
+        families.append(_distinct(space.canonical(family)))
+    return families
+
+
 def _distinct(codes: Codes) -> Codes:
     _, first = np.unique(codes, axis=0, return_index=True)
     return codes[np.sort(first)]
@@ -77,14 +99,15 @@ def _distinct(codes: Codes) -> Codes:
 def uniform_candidates(constraints: Constraints) -> Codes:
     """Return the uniform-scaled networks that fit the budget and that no other of them clearly beats.
 
-    Of each way of scaling (the same relative setting; compound scaling at each setting of the other choices)
-    that is the one with the greatest use of the budget. Which of these is best is for an evaluation to say.
+    Of each way of scaling (the same relative setting, that of inputs' bits apart; compound scaling at each
+    setting of the other choices) that is the one with the greatest use of the budget. Which of these is best
+    is for an evaluation to say.
 
     Returns:
         Distinct canonical codes `(n, choices)`, `n` may be 0 if even the smallest does not fit.
     """
     space = constraints.space
-    families = [relative_networks(space)]
+    families = [relative_networks(space), *bit_networks(space)]
     compound = compound_networks(space)
     if len(compound):
         others = [p for p, c in enumerate(space.choices) if _kind(c.name) not in COMPOUND]

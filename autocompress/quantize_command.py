@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What HAQ's agent plans for; the others take what they need of it.
 EVALUATIONS: Final = {"haq": 600, "haq-compat": 600}
 MOST_EVALUATIONS, ALL_EVALUATIONS = 200, 1_000_000
-MEASURED_BUDGET, OTHER_BUDGET = "latency=50%", "size=50%"
+MEASURED_BUDGET, OTHER_BUDGET, WIDE_BUDGET = "latency=50%", "size=50%", "size=75%"
 SHOWN: Final = 60
 
 STRATEGIES: Final[dict[str, dict[str, Any]]] = {
@@ -59,7 +59,11 @@ def quantize_recipe(
     measured = _measured(load_target(target), table)
     asked = None if widths is None else _widths(widths)
     _, legal = legal_widths(load_target(target), asked)
-    default = OTHER_BUDGET if measured == "nowhere" else MEASURED_BUDGET
+    default = MEASURED_BUDGET
+    if measured == "nowhere":
+        # Biases have 32 bits: half of the size takes less than half of the bits.
+        weights_bits = [w for w, _ in legal]
+        default = OTHER_BUDGET if 2 * min(weights_bits) < max(weights_bits) else WIDE_BUDGET
     # Where there is one pair of widths, there is nothing to save and nothing to choose.
     limits = limits_of_options(budget or (default if len(legal) > 1 else "size=100%"))
     search: dict[str, Any] = STRATEGIES.get(strategy, {"strategy": strategy})
@@ -131,6 +135,12 @@ def account(space: "SearchSpace") -> list[str]:
         f"ranges are those of {source.calibrated_on} training images"
         + (f": there are no {asked}" if source.calibrated_on < asked else ""),
     ]
+    if rest := sum(op.macs for op in source.plan.others):
+        every = rest + sum(op.macs for site in sites for op in site.ops)
+        lines.append(
+            f"operations that are no such layers, as products of attention, stay in floating point: "
+            f"{rest / every:.1%} of the multiply-accumulates"
+        )
     for left in source.plan.left[:SHOWN]:
         advice = f"; {left.advice}" if left.advice else ""
         lines.append(f"  {left.layer} stays in floating point: {left.reason}{advice}")
@@ -152,7 +162,7 @@ def quantize(
         str | None,
         typer.Option(
             help="latency=50%, size=500k, bops=30%, energy=1, several by commas; by default latency=50%, "
-            "or size=50% where no latency is known."
+            "or size=50% (size=75% where the least bits are half of the most) if no latency is known."
         ),
     ] = None,
     strategy: Annotated[

@@ -71,7 +71,10 @@ class SearchResult:
         return [t for t in self.measured if all(t.costs[m] <= limit for m, limit in limits.items())]
 
     def best(self, limits: Mapping[str, float] | None = None) -> Trial:
-        """Return the measured trial of the highest score within limits; the earlier one of equals.
+        """Return the measured trial of the highest score within limits.
+
+        Of equals it is the one of the least latency, where that is known, and then the earlier one: few
+        images often give networks of different cost one score.
 
         Args:
             limits: Metric to absolute limit; the search's own by default.
@@ -92,7 +95,14 @@ class SearchResult:
                 f"no evaluated network fits {asked}; the smallest seen are {seen}; to find others, "
                 "search under this budget in a new run directory (profile.table takes a measured table over)"
             )
-        return max(fitting, key=lambda trial: (trial.metrics[self.objective], -trial.number))
+        return max(
+            fitting,
+            key=lambda trial: (
+                trial.metrics[self.objective],
+                -trial.costs.get("latency_ms", 0.0),
+                -trial.number,
+            ),
+        )
 
     def cheapest(self, metric: str, tolerance: float) -> Trial:
         """Return the trial of the least cost whose score is within a tolerance of the best one.

@@ -137,8 +137,8 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
             if estimated := table.provenance.get("estimated"):
                 shown.say(
                     f"{len(estimated)} of its {len(table.rows)} rows are estimates by a model fitted to the "
-                    f"published ones; its error for other shapes, in percent: "
-                    f"{table.provenance['error of estimates, %']}"
+                    "published ones; its mean error for shapes that were held out: "
+                    + ", ".join(f"{k} {v} %" for k, v in table.provenance["error of estimates, %"].items())
                 )
         return table
     if path.exists():
@@ -677,6 +677,11 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     write_json(report, vars(scored))
     done = "trained anew" if trains_anew(run.recipe) else "finetuned"
     shown.say(f"{done} {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before {before.mean:.4f}")
+    if scored.epoch and scored.mean < before.mean:
+        shown.say(
+            "  that is within one standard error, and kept: the score before is that of the network which "
+            "these very images chose"
+        )
     if scored.epoch == 0:
         shown.say(
             "  no epoch of finetuning was better: the weights before it were kept. More epochs, or more "

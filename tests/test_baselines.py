@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from small_spaces import spaces
 
-from autocompress.baselines import compound_networks, random_networks, relative_networks, uniform_candidates
+from autocompress.baselines import (
+    bit_networks,
+    compound_networks,
+    random_networks,
+    relative_networks,
+    uniform_candidates,
+)
 from autocompress.budget import Constraints
 from autocompress.cost import OPERATION_METRICS, operation_cost
 from autocompress.space import Choice, Codes, Option, SearchSpace
@@ -20,6 +26,13 @@ def choices(**options: tuple[Option, ...]) -> SearchSpace:
 
 def settings_of(space: SearchSpace, codes: Codes) -> list[tuple[Option, ...]]:
     return [tuple(option for _, option in arch.settings) for arch in space.decode(codes)]
+
+
+def test_bits_of_inputs_are_scaled_apart_from_those_of_weights() -> None:
+    space = choices(a__weight=(2, 4, 8), a__input=(4, 8), b__weight=(2, 4, 8), b__input=(4, 8))
+    families = [settings_of(space, family) for family in bit_networks(space)]
+    assert families == [[(w, a, w, a) for w in (8, 4, 2)] for a in (8, 4)]
+    assert not bit_networks(choices(a=(1, 2), b=(1, 2)))
 
 
 # The same relative setting ---------------------------------------------------------------------------------

@@ -243,6 +243,9 @@ def test_the_recipe_of_a_call_is_complete(model: Path) -> None:
     nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "nvidia-int4"})
     assert nowhere.profile.measured == "nowhere"
     assert nowhere.search.budget == {"size_bytes": "50%"}
+    # Half of the size is out of reach where bits go from 8 to 16 and biases have 32.
+    wide = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "hisilicon-nnie"})
+    assert wide.search.budget == {"size_bytes": "75%"}
     # A device of one width leaves nothing to save.
     single = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "tensorrt"})
     assert single.search.budget == {"size_bytes": "100%"}

@@ -9,10 +9,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from autocompress.errors import QuantizationError
 from autocompress.quantize.capture import evaluating
@@ -191,6 +194,9 @@ def _differentiable(
     """Let the network be derived by these weights alone; batch norms take their running statistics.
 
     With the statistics of the batch, the loss of an image would depend on the other images.
+
+    Raises:
+        QuantizationError: There are no weights or batches, or an operation has no second derivative.
     """
     if not weights:
         raise QuantizationError("weights must not be empty: name the parameters whose curvature is asked for")
@@ -201,11 +207,28 @@ def _differentiable(
     try:
         for parameter in given:
             parameter.requires_grad_(parameter in wanted)
-        with evaluating(network), torch.enable_grad():
+        with evaluating(network), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _SecondDerivatives():
             yield
+    except RuntimeError as error:
+        if "derivative" not in str(error) or "not implemented" not in str(error):
+            raise
+        raise QuantizationError(
+            f"PyTorch has no second derivative of an operation of {type(network).__name__}, which curvature "
+            f"(hawq) needs: {error}; write the operation otherwise, or take another strategy, such as exact"
+        ) from error
     finally:
         for parameter, requires in given.items():
             parameter.requires_grad_(requires)
+
+
+class _SecondDerivatives(TorchFunctionMode):
+    """Computes hard sigmoid by what it is made of: PyTorch 2.13 does not derive its kernel twice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of PyTorch."""
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
 
 
 def _weighted(batches: Sequence[Batch]) -> Iterator[tuple[float, Batch]]:

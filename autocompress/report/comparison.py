@@ -61,7 +61,10 @@ UNIFORM_RULE = (
     "uniform-scaled: the better, on validation, of the same relative setting for every choice and of "
     "compound scaling of depth, width and resolution, each as large as fits"
 )
-UNIFORM_BITS = "uniform-scaled: the same relative setting for every choice, as large as fits"
+UNIFORM_BITS = (
+    "uniform-scaled: the better, on validation, of the same relative setting for all weights and another, or "
+    "the same, for all inputs, each as large as fits"
+)
 RANDOM_RULE = (
     "random: every choice drawn uniformly, given that the network's output depends on its input, and that it "
     f"fits the budget and uses at least {RANDOM_AT_LEAST:.0%} of it"

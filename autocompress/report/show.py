@@ -145,16 +145,21 @@ def _warnings(
     """Say where measurements do not bear out what a search was for."""
     measured, limit = searched["latency_ms"], content["limits"].get("latency_ms")
     found: list[str] = []
-    if measured is None or limit is None:
+    if measured is None:
         return found
     # At the speed that the machine had when the table was measured.
     then = measured / (content["drift"] or 1.0)
-    if then > OVER * limit:
+    if limit is not None and then > OVER * limit:
         found.append(
             f"WARNING: measured, it takes {then:.3f} ms at the speed of the table, more than the limit of "
             f"{limit:.3f} ms, which predictions hold: search.confidence tightens it by the table's errors."
         )
-    if largest is not None and largest["latency_ms"] is not None and measured >= largest["latency_ms"]:
+    if (
+        largest is not None
+        and largest["latency_ms"] is not None
+        and largest["key"] != searched["key"]
+        and measured >= largest["latency_ms"]
+    ):
         found.append("WARNING: measured, it is not faster than the largest network: it buys no speed.")
     return found
 

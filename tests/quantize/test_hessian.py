@@ -149,6 +149,53 @@ def test_fewer_bits_are_more_sensitive_and_the_formula_is_that_of_hawq() -> None
     assert found[2] > found[3] > found[4] > found[8] > 0
 
 
+class Attention(nn.Module):
+    """What PyTorch derives once by kernels that it does not derive twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.gate, self.last = nn.Linear(3, 12), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.made(x).chunk(3, dim=2)
+        x = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return self.last(x * F.hardsigmoid(self.gate(x))).mean(1)
+
+
+def test_attention_and_hard_sigmoid_are_derived_twice() -> None:
+    torch.manual_seed(0)
+    network = Attention().eval()
+    data = [(normal(8, 5, 3), normal(8, 2, seed=1))]
+    weights = weights_of(network)
+    exact = exact_traces(network, squared, data, weights)
+    found = hessian_traces(network, squared, data, weights, samples=400, tolerance=0)
+    for name in weights:
+        assert found[name].mean == pytest.approx(exact[name], rel=0.1, abs=5 * found[name].error)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("derivative for aten::once_backward is not implemented")
+
+
+def test_operations_without_second_derivatives_are_named() -> None:
+    network = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(
+        QuantizationError, match=r"second derivative of an operation of Sequential.*once_backward"
+    ):
+        hessian_traces(
+            network,
+            lambda y, t: squared(_Once.apply(y), t),
+            [(normal(4, 2), normal(4, 2))],
+            weights_of(network),
+        )
+
+
 def test_what_has_no_curvature_is_refused() -> None:
     network, data = nn.Linear(2, 2), [(torch.ones(3, 2), torch.zeros(3, 2))]
     other = nn.Linear(2, 2)
