@@ -14,6 +14,7 @@ from autocompress.distill.losses import hinton
 from autocompress.elastic.supernet import resize
 from autocompress.errors import RecipeError
 from autocompress.progress import Progress, silent
+from autocompress.quantize.quantizer import learned_scales, limit_gradients
 from autocompress.recipe import FinetuneSettings
 from autocompress.training.auxiliary import with_auxiliary
 from autocompress.training.data import DataSet
@@ -94,6 +95,7 @@ def finetune(
         features = trained = _with_features(trained, network, teacher, data, settings, sizes)
     per_epoch = steps_per_epoch(data, settings)
     loss_on_labels = task.training_loss(settings.label_smoothing)
+    scales = learned_scales(network)
     formats: dict[str, str] = {}
     best: dict[str, Any] = {}
     if teacher is not None:
@@ -126,6 +128,7 @@ def finetune(
         if auxiliary is not None:
             loss = loss + settings.auxiliary * loss_on_labels(found[1].float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        limit_gradients(scales)
         return float(on_labels.detach())
 
     def score() -> Scored:

@@ -5,7 +5,7 @@ al., 2013; Jacob et al., CVPR 2018). What the scale learns from is `Gradient`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -158,6 +158,25 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Say what it does."""
         return f"{self.grid.bits} bits, {'signed' if self.grid.signed else 'unsigned'}, axis={self.axis}"
+
+
+def learned_scales(network: nn.Module) -> list[nn.Parameter]:
+    """Return the scales of a network that finetuning learns."""
+    found = [module for module in network.modules() if isinstance(module, Quantizer)]
+    return [quantizer.scale for quantizer in found if quantizer.gradient != "fixed"]
+
+
+@torch.no_grad()
+def limit_gradients(scales: Iterable[nn.Parameter]) -> None:
+    """Keep the gradient of each scale within the scale itself, in place.
+
+    A step of gradient descent then changes it by no more than the learning rate, as a share. LSQ's factor
+    balances the mean of many rounding errors; one weight beyond the range counts up to 2^bits times as much,
+    and a scale of 8 bits is so small that such a gradient made it hundreds of times greater in one step.
+    """
+    for scale in scales:
+        if scale.grad is not None:
+            scale.grad.clamp_(-scale.abs(), scale.abs())
 
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
