@@ -15,6 +15,8 @@ from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import resize
 from autocompress.errors import CheckpointError
+from autocompress.latency.target import Scheme
+from autocompress.quantize.source import QuantizationSource
 from autocompress.recipe import FinetuneSettings, TaskSettings
 from autocompress.testing.toys import toy_classifier_space
 from autocompress.training import statistics
@@ -380,3 +382,26 @@ def test_the_test_part_is_never_read_and_a_task_may_be_made_by_hand() -> None:
 
     task = Task(loss, TASK.distillation, TASK.score, "accuracy", smoothed=False)
     finetune(small_network(), DATA, task, settings(epochs=1), resolution=SIDE, teacher=teacher_network())
+
+
+# Few bits ------------------------------------------------------------------------------------------------
+
+
+def test_no_step_changes_a_learned_scale_by_more_than_its_share() -> None:
+    """At 8 bits a few weights beyond the range push a scale that is a hundredth of theirs."""
+    model = small_network(width=16, seed=2).eval()
+    images = [resize(batch, SIDE) for batch in calibration_batches(DATA, 16)]
+    bits = ((8, 8),)
+    source = QuantizationSource(model, images[0][:1], calibration=images, widths=bits, scheme=Scheme((8,)))
+    network = source.network(bits * 2)
+    before = {n: p.detach().clone() for n, p in network.named_parameters() if n.endswith(".scale")}
+    chosen = settings(epochs=1, momentum=0.0, learning_rate=0.01, warmup_epochs=0.0)
+    finetune(network, DATA, TASK, chosen, resolution=SIDE, teacher=model, keep_best=False)
+    steps = len(list(training_batches(DATA, chosen, epoch=0, seed=0)))
+    assert len(before) == 4
+    for name, parameter in network.named_parameters():
+        if name in before:
+            ratio = parameter.detach() / before[name]
+            assert float(ratio.max()) <= 1.0101**steps
+            assert float(ratio.min()) >= 0.9899**steps
+            assert float((ratio - 1).abs().max()) > 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autocompress.errors import QuantizationError
 from autocompress.quantize.grid import Grid, power_of_two, quantized, weight_grid
-from autocompress.quantize.quantizer import Quantizer
+from autocompress.quantize.quantizer import Quantizer, learned_scales, limit_gradients
 
 GRIDS = [
     Grid(2),
@@ -125,3 +125,27 @@ def test_a_fixed_scale_learns_nothing() -> None:
 def test_a_gradient_that_does_not_exist_is_refused() -> None:
     with pytest.raises(QuantizationError, match="gradient must be one of"):
         Quantizer(Grid(4), gradient="ste")  # type: ignore[arg-type]
+
+
+def test_gradients_of_scales_stay_within_the_scales() -> None:
+    quantizer = Quantizer(Grid(8), channels=3, axis=0)
+    fixed = Quantizer(Grid(8), gradient="fixed")
+    quantizer.scale.data.copy_(torch.tensor([0.5, 0.01, 2.0]))
+    assert learned_scales(torch.nn.Sequential(quantizer, fixed)) == [quantizer.scale]
+    quantizer.scale.grad = torch.tensor([0.2, 3.0, -9.0])
+    limit_gradients([quantizer.scale])
+    assert quantizer.scale.grad.tolist() == pytest.approx([0.2, 0.01, -2.0])
+    limit_gradients([fixed.scale])  # has none
+
+
+def test_a_weight_beyond_the_range_at_8_bits_moves_the_scale_by_the_learning_rate_at_most() -> None:
+    quantizer = Quantizer(Grid(8))
+    weight = torch.linspace(-1, 1, 100)
+    quantizer.scale.data.fill_(0.99 / 127)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.01)
+    (quantizer(weight) * torch.linspace(-50, 50, 100)).sum().backward()
+    assert quantizer.scale.grad is not None
+    assert float(quantizer.scale.grad.abs()) > 100 * float(quantizer.scale.detach())
+    limit_gradients([quantizer.scale])
+    optimizer.step()
+    assert quantizer.scale.tolist() == pytest.approx([0.99 / 127], rel=0.01001)
