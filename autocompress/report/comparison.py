@@ -184,6 +184,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "drift": drift,
         "exported": None if exported_latency is None else asdict(exported_latency),
         "exported_folder": str(folder),
+        "onnx_bytes": exported.stat().st_size if exported.exists() else None,
         "uniform": (UNIFORM_BITS if _is_quantized(run) else UNIFORM_RULE)
         if uniform
         else "uniform-scaled: no such network fits the budget",

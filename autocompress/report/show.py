@@ -136,6 +136,12 @@ def notes(content: Mapping[str, Any]) -> list[str]:
             f"p95 {exported['p95_ms']:.3f} ms (predicted {searched['costs']['latency_ms']:.3f} ms)."
         )
     lines.append(f"Exported files: {content['exported_folder']}")
+    stored = content.get("onnx_bytes")
+    if stored is not None and searched.get("bits") is not None:
+        lines.append(
+            f"Sizes count weights at their bits. network.onnx has {stored / 1e3:.0f} kB: the graph besides, "
+            "and weights of fewer than 8 bits as int8."
+        )
     return lines
 
 

@@ -148,6 +148,13 @@ def test_what_is_over_the_limit_or_no_faster_as_measured_is_warned_of() -> None:
     assert "not faster than the largest network" in said
 
 
+def test_the_size_of_the_file_is_told_apart_from_that_of_the_bits() -> None:
+    rows = [*CONTENT["rows"][:-1], row("searched, finetuned", 0.85, 1.0, bits=(4.0, 8.0))]
+    said = "\n".join(notes({**CONTENT, "rows": rows, "onnx_bytes": 19_400}))
+    assert "network.onnx has 19 kB" in said
+    assert "kB" not in "\n".join(notes({**CONTENT, "onnx_bytes": 19_400}))
+
+
 def test_without_checks_nothing_is_said_of_the_machine() -> None:
     assert "speed" not in "\n".join(notes({**CONTENT, "drift": None}))
 
