@@ -4,7 +4,7 @@ Everything here is deterministic in its arguments and the order of calls, and ca
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
@@ -112,6 +112,14 @@ class Asked:
                 known.add(key)
                 new.append(row)
         return codes if len(new) == len(codes) else codes[new]
+
+
+def one_by_one(draw: Callable[[], Codes], n: int, choices: int) -> Codes:
+    """Return up to `n` rows of `draw`, which gives one at a time, or none where none is left."""
+    found: list[Codes] = [np.zeros((0, choices), dtype=np.int64)]
+    while len(found) <= n and len(row := draw()):
+        found.append(row)
+    return np.vstack(found)
 
 
 def fresh_sample(

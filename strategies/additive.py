@@ -21,7 +21,14 @@ from autocompress.baselines import uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.errors import RecipeError, SpaceError
-from autocompress.proposals import Asked, check_count, check_positive, fresh_sample, random_generator
+from autocompress.proposals import (
+    Asked,
+    check_count,
+    check_positive,
+    fresh_sample,
+    one_by_one,
+    random_generator,
+)
 from autocompress.space import Codes
 from autocompress.trial import Batch
 from strategies.breeding import objective_values
@@ -101,14 +108,10 @@ class AdditiveCritic:
 
     def ask(self, n: int) -> Codes:
         """Propose up to `n` rows, each by a draw of its own."""
-        found = [self._constraints.space.smallest()[:0]]
-        for _ in range(min(n, MOST_WAITING - len(self._waiting))):
-            row = self._drawn()
-            if not len(row):
-                break
-            self._waiting.add(row.tobytes())
-            found.append(row)
-        return np.vstack(found)
+        most = min(n, MOST_WAITING - len(self._waiting))
+        rows = one_by_one(self._drawn, most, len(self._constraints.space.choices))
+        self._waiting |= {row.tobytes() for row in rows}
+        return rows
 
     def tell(self, batch: Batch) -> None:
         """Remember what was measured.

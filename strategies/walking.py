@@ -7,7 +7,7 @@ import numpy as np
 
 from autocompress.cost import Values
 from autocompress.ddpg import DDPG, Transition
-from autocompress.proposals import Asked, fresh_sample
+from autocompress.proposals import Asked, fresh_sample, one_by_one
 from autocompress.ratios import RatioProcess, Walk
 from autocompress.space import Codes
 from autocompress.trial import Batch
@@ -83,14 +83,10 @@ class Walker(ABC):
 
     def ask(self, n: int) -> Codes:
         """Walk through `n` episodes; fewer where many wait to be told, or the space is exhausted."""
-        found = [self._constraints.space.smallest()[:0]]
-        for _ in range(min(n, MOST_WAITING - len(self._waiting))):
-            row = self._drawn()
-            if not len(row):
-                break
-            self._waiting.add(row.tobytes())
-            found.append(row)
-        return np.vstack(found)
+        most = min(n, MOST_WAITING - len(self._waiting))
+        rows = one_by_one(self._drawn, most, len(self._constraints.space.choices))
+        self._waiting |= {row.tobytes() for row in rows}
+        return rows
 
     def tell(self, batch: Batch) -> None:
         """Learn from every measured row, an episode each, in their order.
