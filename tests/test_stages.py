@@ -225,7 +225,10 @@ def test_what_the_predictor_was_worth_is_kept_and_said(tmp_path: Path, exported:
 
 @pytest.mark.parametrize(
     "kind",
-    ["none", "uniform", "synflow", pytest.param("naswot", marks=pytest.mark.slow), "params", "macs"],
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("synflow", "naswot")),
+        *("none", "uniform", "params", "macs"),
+    ],
 )
 def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) -> None:
     run = Run(with_table(tmp_path / "run"), small_recipe(search={"warm_start": kind}))
@@ -640,6 +643,7 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) ->
     assert rounds(after) == RECIPE["profile"]["max_rounds"] == 2
 
 
+@pytest.mark.slow
 def test_a_differentiable_search_that_was_killed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     recipe = small_payload(search={"strategy": "darts", "options": {"learning_rate": 0.01}})
     recipe["train"]["batch_size"] = 20  # half of the images, two epochs: eight steps

@@ -175,6 +175,7 @@ def test_a_killed_search_for_the_smallest_ends_as_one_that_was_not(model: Path, 
     assert len(json.loads((tmp_path / "killed" / TOLERANCE).read_text())["probes"]) > 0
 
 
+@pytest.mark.slow
 def test_a_narrowing_killed_in_any_stage_ends_as_one_that_was_not(model: Path, tmp_path: Path) -> None:
     """SIGKILL in training of slices, in the search and in finetuning of a user's own network."""
     made = narrow_payload(model, train={"epochs": 2})

@@ -97,6 +97,7 @@ def test_a_search_that_was_killed_in_its_training_goes_on_and_finds_the_same(
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_seeds_differ_in_what_is_trained(folder: Path) -> None:
     problem = supernet_problem(str(folder))
     assert problem.train_together is not None

@@ -46,7 +46,7 @@ def evaluator(joint: Joint) -> JointEvaluator:
     )
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(JOINTS))
 def test_bits_change_bytes_and_bit_operations_and_nothing_else(seed: int, joint: Joint) -> None:
     codes = joint.space.sample(1, np.random.default_rng(seed))

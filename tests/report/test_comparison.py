@@ -97,6 +97,7 @@ def test_the_promised_networks_are_compared(compared: Compared) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_gradients_found_is_compared_with_networks_that_were_trained_like_it(tmp_path: Path) -> None:
     recipe = small_recipe(
         search={"strategy": "darts", "options": {}, "budget": {"latency_ms": "90%"}},

@@ -304,6 +304,7 @@ def test_geometry_is_checked() -> None:
         Preprocess(4, 4, 5, True)
 
 
+@pytest.mark.slow
 def test_a_network_leaves_as_onnx(tmp_path: Path) -> None:
     space = tiny()
     arch = from_genotype(space, MIXED)

@@ -281,6 +281,7 @@ def test_smaller_supernets_are_trained_first_and_the_given_one_last() -> None:
     assert any(not torch.equal(t, before[name]) for name, t in run.supernet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_in_each_phase_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
