@@ -240,12 +240,13 @@ def test_the_recipe_of_a_call_is_complete(model: Path) -> None:
         f"{model}:make", strategy="exact", **{**given, "table": model, "target": "tensorrt"}
     )
     assert elsewhere.profile.measured == "elsewhere"
-    nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "nvidia-int4"})
+    nowhere = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "arm-cpu-low-bit"})
     assert nowhere.profile.measured == "nowhere"
     assert nowhere.search.budget == {"size_bytes": "50%"}
-    # Half of the size is out of reach where bits go from 8 to 16 and biases have 32.
-    wide = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "hisilicon-nnie"})
-    assert wide.search.budget == {"size_bytes": "75%"}
+    # Half of the size is out of reach where bits go from 8 to 16, or 4 to 8, and biases have 32.
+    for target in ("hisilicon-nnie", "nvidia-int4"):
+        wide = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": target})
+        assert wide.search.budget == {"size_bytes": "75%"}
     # A device of one width leaves nothing to save.
     single = quantize_recipe(f"{model}:make", strategy="exact", **{**given, "target": "tensorrt"})
     assert single.search.budget == {"size_bytes": "100%"}
