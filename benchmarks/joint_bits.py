@@ -56,7 +56,7 @@ from search_spaces.mobilenet_v3 import mobilenet_v3
 WIDTHS = (2, 4, 6, 8)
 PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]
 METHODS = ("joint", "sequential", "8 bits", "uniform", "random")
-SHARES = (0.5, 0.35)
+SHARES = (0.35,)
 SEEDS = 3
 SIZE = "size_bytes"
 
