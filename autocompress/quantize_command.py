@@ -56,9 +56,10 @@ def quantize_recipe(
 
     if table is not None and not table.is_file():
         raise RecipeError(f"--table must be a latency table, or BitFusion's CSV: there is no file {table}")
-    measured = _measured(load_target(target), table)
+    where = load_target(target)
+    measured = _measured(where, table)
     asked = None if widths is None else _widths(widths)
-    _, legal = legal_widths(load_target(target), asked)
+    _, legal = legal_widths(where, asked)
     default = MEASURED_BUDGET
     if measured == "nowhere":
         # Biases have 32 bits: half of the size takes less than half of the bits.

@@ -4,7 +4,6 @@ import copy
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -167,21 +166,15 @@ def _write(
     batch: int | str = writers.BATCH
     if "safetensors" in wanted:
         _attempt("safetensors", "written", lambda: writers.write_safetensors(fresh, reference, blocks))
-    plain = in_floats(reference) if has_quantizers(reference) else reference
-    traced: dict[int, torch.export.ExportedProgram] = {}
-    for name, network in (("torch_export", reference), ("onnx", plain)):
-        if name not in wanted:
-            continue
-        if id(network) not in traced:
-            traced[id(network)] = _attempt(name, "traced", partial(writers.trace, network, in_shape))
-        program = traced[id(network)]
-        batch = writers.batch_of(program)
-        if name == "torch_export":
-            path = fresh / "network.pt2"
-            _attempt(name, "written", partial(writers.write_torch_export, path, program))
-        else:
-            path = fresh / "network.onnx"
-            operators = _attempt(name, "written", partial(writers.write_onnx, path, program, reference))
+    if "torch_export" in wanted:
+        program = _attempt("torch_export", "traced", lambda: writers.trace(reference, in_shape))
+        batch, path = writers.batch_of(program), fresh / "network.pt2"
+        _attempt("torch_export", "written", lambda: writers.write_torch_export(path, program))
+    if "onnx" in wanted:
+        if "torch_export" not in wanted or has_quantizers(reference):
+            program = _attempt("onnx", "traced", lambda: writers.trace(in_floats(reference), in_shape))
+        batch, path = writers.batch_of(program), fresh / "network.onnx"
+        operators = _attempt("onnx", "written", lambda: writers.write_onnx(path, program, reference))
     return operators, batch
 
 

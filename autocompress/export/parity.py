@@ -95,17 +95,12 @@ def check_parity(
     if shapes[0] != shapes[1]:
         raise ExportError(f"format {format_name!r} gives outputs of shapes {shapes[1]}, PyTorch {shapes[0]}")
     # Noise drives some networks to outputs that no image does.
-    compared = expected[len(BATCHES) :] if quantized and len(expected) > len(BATCHES) else expected
-    scale = max(float(output.abs().max()) for output in compared)
+    first = len(BATCHES) if quantized and len(expected) > len(BATCHES) else 0
+    compared = list(zip(expected[first:], actual[first:], strict=True))
+    scale = max(float(left.abs().max()) for left, _ in compared)
     tolerance = (QUANTIZED_TOLERANCE if quantized else RELATIVE_TOLERANCE[format_name]) * scale
     # torch.max hands nan on, Python's max may drop it.
-    difference = float(
-        torch.stack(
-            [(left - right).abs().max() for left, right in zip(expected, actual, strict=True)][
-                len(expected) - len(compared) :
-            ]
-        ).max()
-    )
+    difference = float(torch.stack([(left - right).abs().max() for left, right in compared]).max())
     if not difference <= tolerance:
         raise ExportError(
             f"format {format_name!r} differs from the PyTorch network by {difference:.3g}, more than the "
