@@ -184,6 +184,7 @@ class Benchmark:
         self.model.load_state_dict(load_file(RESULTS / "shrink_resnet" / "resnet20.safetensors"))
         self.model.eval()
         self._sources: dict[int, tuple[QuantizationSource, SearchSpace, Remembered]] = {}
+        self._losses: dict[int, Any] = {}
 
     @property
     def side(self) -> tuple[int, int]:
@@ -249,6 +250,20 @@ class Benchmark:
         limit = float(limited.of(uniform)[0]) * (1 + 1e-9)
         return Budget.of({metric: limit}).resolve(space, costs), uniform
 
+    def losses(self, seed: int) -> Any:
+        """Return the losses that the curvature foretells, which no budget changes."""
+        if seed not in self._losses:
+            source = self.source(seed)[0]
+            some = next(batches(self.data.train, self.size.hessian_images, seed=seed))
+            pairs = [
+                (resize(some[0][at : at + 64], self.side), some[1][at : at + 64])
+                for at in range(0, len(some[0]), 64)
+            ]
+            self._losses[seed] = expected_losses(
+                source, pairs, self.task.training_loss(0.0), samples=self.size.hessian_samples, seed=seed
+            )
+        return self._losses[seed]
+
     def policy(self, name: str, budget: str, seed: int) -> tuple[Codes, Constraints, int]:
         """Return what a method finds, and how many networks it looked at."""
         source, space, judge = self.source(seed)
@@ -259,15 +274,7 @@ class Benchmark:
         if name == RANDOM:
             return limits.sample(1, np.random.default_rng(seed), at_least=0.95), limits, 0
         if name == "hawq":
-            some = next(batches(self.data.train, self.size.hessian_images, seed=seed))
-            pairs = [
-                (resize(some[0][at : at + 64], self.side), some[1][at : at + 64])
-                for at in range(0, len(some[0]), 64)
-            ]
-            losses = expected_losses(
-                source, pairs, self.task.training_loss(0.0), samples=self.size.hessian_samples, seed=seed
-            )
-            space = worth_by_losses(source, space, *losses)
+            space = worth_by_losses(source, space, *self.losses(seed))
             limits = Constraints(space, limits.costs, limits.limits)
         made: Any = load_strategy(method.strategy)(limits, seed=seed, **(method.options or {}))
         if method.evaluations == 1:
