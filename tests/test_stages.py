@@ -47,6 +47,7 @@ from autocompress.progress import Progress
 from autocompress.recipe import parse_recipe
 from autocompress.result import load_result
 from autocompress.run import Run, Shown
+from autocompress.stages.finetuning import settings_of
 from autocompress.trial import Outcome
 
 SILENT = Shown()
@@ -111,8 +112,8 @@ def test_a_cell_without_paths_is_finetuned_without_dropping(
 ) -> None:
     """Others of its space have some, or the recipe would be refused."""
     run = Run(tmp_path / "run", small_recipe(finetune={"drop_path": 0.2}))
-    monkeypatch.setattr(stages, "_choices", lambda run: {})
-    kept = [stages._settings_of(run, network) for network in (nn.Sequential(DropPath()), nn.Sequential())]
+    monkeypatch.setattr("autocompress.stages.finetuning.chosen_formats", lambda run: {})
+    kept = [settings_of(run, network) for network in (nn.Sequential(DropPath()), nn.Sequential())]
     assert [chosen.drop_path for chosen in kept] == [0.2, 0.0]
 
 
@@ -251,7 +252,8 @@ def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) ->
 def test_a_search_by_two_workers_finds_what_one_process_finds(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autocompress.stages.cores", lambda: 2)
+    for module in ("limits", "searching"):
+        monkeypatch.setattr(f"autocompress.stages.{module}.cores", lambda: 2)
     found = []
     for workers in (1, 2):
         folder = copy_of(exported, tmp_path / str(workers), without=("trials.log", "result.json"))
@@ -837,7 +839,7 @@ def test_threads_that_were_chosen_once_stay(tmp_path: Path, monkeypatch: pytest.
     before = torch.get_num_threads()
     run = Run(tmp_path / "run", small_recipe(threads=None))
     chosen = iter((1, 2))
-    monkeypatch.setattr(stages, "choose_threads", lambda step: next(chosen))
+    monkeypatch.setattr("autocompress.stages.training.choose_threads", lambda step: next(chosen))
     try:
         for _ in range(2):
             stages.set_threads(Run(run.folder))
