@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.compare.command import compare
-from autocompress.console import (
+from autocompress.commands.console import (
     RecipeArgument,
     RunOption,
     SetOption,
@@ -20,11 +19,12 @@ from autocompress.console import (
     whole,
     with_changes,
 )
+from autocompress.commands.quantize import quantize
+from autocompress.commands.shrink import shrink
+from autocompress.commands.sparsify import sparsify
+from autocompress.commands.table import table_commands
+from autocompress.compare.command import compare
 from autocompress.errors import AutocompressError, RecipeError
-from autocompress.quantize_command import quantize
-from autocompress.shrink_command import shrink
-from autocompress.sparsify_command import sparsify
-from autocompress.table_commands import table_commands
 
 if TYPE_CHECKING:
     from autocompress.latency.target import Target

@@ -20,7 +20,8 @@ from click.testing import Result
 from small_runs import RECIPE, small_payload, small_recipe, small_space, with_table
 from typer.testing import CliRunner
 
-from autocompress import cli, console, stages
+from autocompress import cli, stages
+from autocompress.commands import console
 from autocompress.errors import AutocompressError, InfeasibleBudgetError, RecipeError
 from autocompress.run import Run
 
@@ -54,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     recipe = written(folder / "small.yaml", small_payload(export={"formats": ["onnx", "safetensors"]}))
     with pytest.MonkeyPatch.context() as patch:
         # On a busy machine a stage may take long enough for a line of progress.
-        patch.setattr("autocompress.console.SECONDS_A_LINE", math.inf)
+        patch.setattr("autocompress.commands.console.SECONDS_A_LINE", math.inf)
         return folder / "run", call("run", recipe, "--run", folder / "run")
 
 

@@ -12,6 +12,7 @@ from test_stages import assert_equal_runs, killed_runs
 from typer.testing import CliRunner
 
 from autocompress.cli import app
+from autocompress.commands.quantize import quantize_recipe
 from autocompress.errors import (
     BudgetError,
     InfeasibleBudgetError,
@@ -19,7 +20,6 @@ from autocompress.errors import (
     QuantizationError,
     RecipeError,
 )
-from autocompress.quantize_command import quantize_recipe
 from autocompress.recipe import parse_recipe
 from autocompress.run import Run, load_recipe_data, make_space
 

@@ -13,11 +13,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from autocompress.cli import app
+from autocompress.commands.shrink import _alignment, _hint, account, shrink_recipe
 from autocompress.errors import ConversionError, InfeasibleBudgetError, RecipeError, SpaceError
 from autocompress.plugins import load_strategy
 from autocompress.prune.network import source_of
 from autocompress.run import Run
-from autocompress.shrink_command import _alignment, _hint, account, shrink_recipe
 
 QUICK = [
     "profile.networks=8",

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from autocompress.budget import Budget
 from autocompress.cli import app
+from autocompress.commands.sparsify import sparsify_recipe
 from autocompress.cost import operation_cost
 from autocompress.errors import ConversionError, RecipeError, StorageError
 from autocompress.prune.load import load_model
@@ -25,7 +26,6 @@ from autocompress.prune.network import source_of
 from autocompress.run import Shown
 from autocompress.sparse.recipe import SparsifyRecipe
 from autocompress.sparse.run import sparsify_folder
-from autocompress.sparsify_command import sparsify_recipe
 from search_spaces.channels import channels
 from strategies.importance import Importance
 

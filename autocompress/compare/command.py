@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from autocompress.console import stage
+from autocompress.commands.console import stage
 from autocompress.errors import RecipeError, StrategyError
 
 DEFAULT_STRATEGIES = "random,evolution,elitist,nsga2,reinforce,tpe,predictor"
@@ -46,10 +46,10 @@ def compare(
     Finished searches are kept: the same command goes on where it was stopped, and more strategies or seeds
     can be added to it. Failed searches are run again.
     """
+    from autocompress.commands.console import with_changes
     from autocompress.compare.cells import make_strategy, run_cells
     from autocompress.compare.problem import ProblemSource, parse_contestant
     from autocompress.compare.show import claim, extent, write_comparison
-    from autocompress.console import with_changes
     from autocompress.machine import cores
 
     if (run is None) == (not problem):

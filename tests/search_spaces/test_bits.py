@@ -11,6 +11,7 @@ from narrow_runs import write_model
 from quantized_networks import INTEGERS, images, residual, source
 
 from autocompress.budget import Budget
+from autocompress.commands.quantize import account
 from autocompress.cost import compile_cost, operation_cost
 from autocompress.elastic.extract import extract
 from autocompress.errors import InfeasibleBudgetError, QuantizationError, SpaceError
@@ -21,7 +22,6 @@ from autocompress.ops import OpSpec
 from autocompress.quantize.hawq import expected_losses
 from autocompress.quantize.network import QuantizedNetwork, quantized_network_of
 from autocompress.quantize.schemes import legal_widths
-from autocompress.quantize_command import account
 from autocompress.space import SearchSpace
 from search_spaces.bits import bit_space, bits, worth_by_losses
 from search_spaces.mobilenet_v3 import mobilenet_v3

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from autocompress.console import (
+from autocompress.commands.console import (
     RecipeArgument,
     RunOption,
     SetOption,

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import DataOption, WeightsOption, on_screen, with_changes
-from autocompress.model_command import data_of_option, with_file_path
+from autocompress.commands.console import DataOption, WeightsOption, on_screen, with_changes
+from autocompress.commands.model import data_of_option, with_file_path
 
 if TYPE_CHECKING:
     from autocompress.sparse.recipe import SparsifyRecipe

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, with_changes
+from autocompress.commands.console import DataOption, RunOption, SetOption, WeightsOption, with_changes
+from autocompress.commands.model import data_of_option, limits_of_options, with_file_path, work_on
 from autocompress.errors import PluginError, RecipeError
-from autocompress.model_command import data_of_option, limits_of_options, with_file_path, work_on
 
 if TYPE_CHECKING:
     from autocompress.latency.target import Target

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from autocompress.console import whole
+from autocompress.commands.console import whole
 from autocompress.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.console import DataOption, RunOption, SetOption, WeightsOption, stage, with_changes
+from autocompress.commands.console import DataOption, RunOption, SetOption, WeightsOption, stage, with_changes
+from autocompress.commands.model import METRICS, data_of_option, limits_of_options, with_file_path, work_on
 from autocompress.cost import METRIC_UNITS
 from autocompress.errors import RecipeError
-from autocompress.model_command import METRICS, data_of_option, limits_of_options, with_file_path, work_on
 from autocompress.plugins import load_strategy
 
 if TYPE_CHECKING:
