@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from narrow_runs import write_model
 from small_runs import small_payload, table_by_hand
 from test_stages import assert_equal_runs, killed_runs
@@ -19,6 +20,7 @@ from autocompress.errors import (
     PluginError,
     QuantizationError,
     RecipeError,
+    TableError,
 )
 from autocompress.recipe import parse_recipe
 from autocompress.run import Run, load_recipe_data, make_space
@@ -203,6 +205,23 @@ def test_random_weights_are_refused_before_anything_is_measured(model: Path, tmp
     with pytest.raises(RecipeError, match=r"random weights.*--weights"):
         run(model, [], tmp_path / "run", trained=False)
     assert not (tmp_path / "run" / "latency_table.json").exists()
+
+
+def test_what_is_no_table_is_refused_by_a_dry_run(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save({}, file)
+    with pytest.raises(TableError, match=r"weights\.pt"):
+        run(model, ["--target", "tensorrt", "--table", str(file), "--dry-run"])
+
+
+@pytest.mark.slow
+def test_a_budget_that_a_given_table_cannot_meet_is_refused_by_a_dry_run(model: Path) -> None:
+    if not BITFUSION.exists():
+        pytest.skip(f"needs {BITFUSION}, which is no part of the distribution")
+    with pytest.raises(InfeasibleBudgetError, match="the reachable minimum is latency_ms"):
+        run(
+            model, ["--target", "bitfusion", "--table", str(BITFUSION), "--budget", "latency=1%", "--dry-run"]
+        )
 
 
 def test_fewer_images_than_asked_for_are_said(model: Path) -> None:

@@ -10,7 +10,7 @@ from autocompress.machine import cores
 from autocompress.recipe import Recipe
 from autocompress.run import Run, Shown, strategy_factory
 from autocompress.space import SearchSpace
-from autocompress.stages.pricing import LATENCY, costs, profile, untimed_costs
+from autocompress.stages.pricing import LATENCY, costs, given_table, profile, untimed_costs
 from autocompress.strategy import Strategy
 
 
@@ -65,14 +65,19 @@ def check_untimed(recipe: Recipe, space: SearchSpace, where: Target) -> None:
         InfeasibleBudgetError: Nothing fits.
         BudgetError: A limit is on a cost that the space does not have.
         BudgetError: A limit is on latency, and nothing is known of it.
+        TableError: The table from elsewhere cannot be read, or lacks rows.
     """
     if LATENCY in recipe.search.budget and recipe.profile.measured == "nowhere":
         raise BudgetError(
             f"nothing is known of the latency of target {where.name!r}, which is not measured here: give a "
             "table of it (profile.table, or --table), or limit size_bytes, bops, energy_mj, macs or params"
         )
-    if limits := {m: value for m, value in recipe.search.budget.items() if m != LATENCY}:
-        Budget.of(limits).resolve(space, untimed_costs(space, where)).check_feasible()
+    known = untimed_costs(space, where)
+    if recipe.profile.measured == "elsewhere":
+        known.append(given_table(recipe, space).cost(space))
+    metrics = {cost.metric for cost in known}
+    if limits := {m: value for m, value in recipe.search.budget.items() if m in metrics or m != LATENCY}:
+        Budget.of(limits).resolve(space, known).check_feasible()
 
 
 def try_out(recipe: Recipe, space: SearchSpace, where: Target, metric: str) -> Strategy:

@@ -14,6 +14,7 @@ from autocompress.latency.table import LatencyTable
 from autocompress.latency.target import Target, load_target
 from autocompress.peak_memory import ELEMENT_BYTES, peak_activation_cost
 from autocompress.quantize.estimate import bitfusion_table
+from autocompress.recipe import Recipe
 from autocompress.run import Run, Shown
 from autocompress.space import SearchSpace
 
@@ -77,15 +78,25 @@ def profile(run: Run, shown: Shown) -> LatencyTable:
 
 def _table_from_elsewhere(run: Run) -> LatencyTable:
     """Read the table of another device: the run's copy, or the file it is taken from."""
-    path, given = run.path(TABLE), run.recipe.profile.table
+    path = run.path(TABLE)
+    return LatencyTable.load(path) if path.exists() else given_table(run.recipe, run.space)
+
+
+def given_table(recipe: Recipe, space: SearchSpace) -> LatencyTable:
+    """Read the table of another device that a recipe names.
+
+    Raises:
+        TableError: It names none, or what it names is none.
+    """
+    given = recipe.profile.table
     if given is None:
         raise TableError("profile.measured: elsewhere needs profile.table")
-    if not path.exists() and given.name.endswith(PUBLISHED):
+    if given.name.endswith(PUBLISHED):
         # The tables of an accelerator are of shapes and bits: which rows a space needs is seen here.
-        settings = run.recipe.target
+        settings = recipe.target
         where = load_target(settings.name, threads=settings.threads, batch=settings.batch)
-        return bitfusion_table(given, run.space, where)
-    return LatencyTable.load(path if path.exists() else given)
+        return bitfusion_table(given, space, where)
+    return LatencyTable.load(given)
 
 
 def costs(run: Run, shown: Shown) -> list[Cost]:
