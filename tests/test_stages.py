@@ -690,6 +690,7 @@ def cells_run(folder: Path, **changes: Any) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_cells_are_searched_in_a_small_supernet_for_a_large_network(tmp_path: Path) -> None:
     run = cells_run(tmp_path)
     said: list[str] = []

@@ -214,6 +214,9 @@ def measure(
     runs: dict[str, Run] = {}
     rounds_left = 0
     collects = gc.isenabled()
+    # What is there already is looked through once, not at every load: half a second with PyTorch around.
+    gc.collect()
+    gc.freeze()
     try:
         while waiting := [item for item in items if item.key not in state.finished]:
             rng = np.random.default_rng([seed, state.round])
@@ -229,6 +232,7 @@ def measure(
             if progress:
                 progress(state.done(), total)
     finally:
+        gc.unfreeze()
         if collects:
             gc.enable()
     if progress:
