@@ -353,11 +353,18 @@ def select(
 
 
 @app.command()
-def finetune(run: RunOption = Path("runs/run")) -> None:
+def finetune(
+    run: RunOption = Path("runs/run"),
+    distill: Annotated[
+        str | None, typer.Option(help="Losses of distillation, as kd+at, or none; docs/distillation.md.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
     """Finetune the selected network with distillation from the largest one."""
     from autocompress import stages
 
-    opened = _open(run, None)
+    changes = [*([f"finetune.distill={distill}"] if distill is not None else []), *(set_ or [])]
+    opened = _open(run, read_recipe(None, changes, run))
     with opened.locked():
         arch = stages.selected(opened, on_screen())
         _, scored = stages.finetune(opened, on_screen(), arch)

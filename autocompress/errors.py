@@ -45,6 +45,10 @@ class QuantizationError(AutocompressError, ValueError):
     """A model, a width or calibration data cannot be quantized as asked."""
 
 
+class FactorizationError(AutocompressError, ValueError):
+    """A layer or a model cannot be factorized as asked."""
+
+
 class NegativeLatencyError(TableError):
     """By a latency table some network of a space would take less than no time."""
 
@@ -67,6 +71,10 @@ class DataError(AutocompressError, ValueError):
 
 class CheckpointError(AutocompressError, ValueError):
     """A checkpoint is damaged or belongs to another space, step or version."""
+
+
+class DistillationError(AutocompressError, ValueError):
+    """A student cannot be compared with its teacher, or not as asked."""
 
 
 class TrainingError(AutocompressError, RuntimeError):

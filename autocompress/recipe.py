@@ -219,6 +219,49 @@ class SearchSettings(_Settings):
         return value
 
 
+class DistillTerm(_Settings):
+    """One loss of distillation; `docs/distillation.md` has them all."""
+
+    loss: str
+    """`kd`, `at`, `sp`, ..."""
+    weight: Annotated[float, Field(ge=0)] | None = None
+    """By default the published one. `kd` and `topk` have none: they mix with the loss on labels by `alpha`;
+    with a weight they are added to it."""
+    layers: tuple[str, ...] = ()
+    """Names of the student's layers, as in `named_modules()`; found by their maps by default."""
+    teacher_layers: tuple[str, ...] = ()
+    """Of the teacher, in the same order; by default the same names."""
+    start: Fraction | None = None
+    """Share of the training from which on it counts."""
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training after which it counts no more."""
+    beside: Literal["all", "nothing"] = "all"
+    """`nothing`: while it counts, nothing else does, the labels neither."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the loss, such as `{temperature: 2}`."""
+
+
+class TeacherSettings(_Settings):
+    """A trained model that teaches."""
+
+    model: str
+    """`file.py:factory` or `module:factory`; this runs that code."""
+    weights: Path | None = None
+    """Its state dict; without, those that the factory gives it."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Of the factory."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share among several."""
+
+
+SCHEDULES: dict[str, list[dict[str, Any]]] = {
+    "eskd": [{"loss": "kd", "end": 0.66}],
+    "fitnets": [{"loss": "hint", "end": 0.3, "beside": "nothing"}, {"loss": "kd", "start": 0.3}],
+}
+"""Names of losses with a schedule: early-stopped distillation (Cho & Hariharan, 2019), and FitNets in two
+stages (Romero et al., 2015)."""
+
+
 class FinetuneSettings(OptimizerSettings):
     """How the winner is finetuned with knowledge distillation from the largest sub-network."""
 
@@ -229,15 +272,30 @@ class FinetuneSettings(OptimizerSettings):
     temperature: Annotated[float, Field(gt=0)] = 4.0
     alpha: Fraction = 0.9
     """Weight of the distillation loss; the loss on the labels has `1 - alpha`."""
-    cosine: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a further loss, 1 - cosine between the features that enter the last linear layer in student
-    and teacher (Aghli & Ribeiro, 2021)."""
+    distill: tuple[DistillTerm, ...] = (DistillTerm(loss="kd"),)
+    """What is learned from the teacher: names with `+` between them, as `kd+at`; `none`; or a list of names
+    and of terms, `[kd, {loss: at, weight: 500}]`."""
+    teachers: tuple[TeacherSettings, ...] = ()
+    """Who teaches instead of the largest network, on images of the data's size; several are an ensemble."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a path of a cell is dropped for an image, at the end of training, to which it rises
     linearly from 0; 0.2 in DARTS. Only for networks of cells: those that have a `DropPath`."""
     auxiliary: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the loss of an auxiliary classifier after two thirds of the blocks, in training only (Szegedy
     et al., 2015); 0.4 in DARTS. Only for labels that are classes."""
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _distill(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [] if value.strip() == "none" else value.split("+")
+        if not isinstance(value, (list, tuple)):
+            return value
+        terms: list[Any] = []
+        for term in value:
+            name = term.strip() if isinstance(term, str) else None
+            terms += [term] if name is None else SCHEDULES.get(name, [{"loss": name}])
+        return terms
 
 
 class QuantizeSettings(_Settings):
@@ -339,13 +397,17 @@ def parsed(kind: type[_Kind], payload: Any, source: str) -> _Kind:
         raise RecipeError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
+# What the lists of a recipe hold.
+LISTS: dict[Any, Any] = {"phases": Phase, "distill": DistillTerm, "teachers": TeacherSettings}
+
+
 def _explain(finding: Any, kind: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in finding["loc"]) or "(top)"
     if finding["type"] == "extra_forbidden":
         model: Any = kind
         for part in finding["loc"][:-1]:
             annotation = model.model_fields[part].annotation if isinstance(part, str) else model
-            model = Phase if part == "phases" else annotation
+            model = LISTS.get(part, annotation)
         return f"{path}: unknown key; allowed here: {', '.join(sorted(model.model_fields))}"
     return f"{path}: {finding['msg']}, got {finding['input']!r}"
 
@@ -376,7 +438,20 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.profile.table is not None:
         table = (folder / recipe.profile.table.expanduser()).resolve()
         updates["profile"] = recipe.profile.model_copy(update={"table": table})
+    if recipe.finetune.teachers:
+        teachers = tuple(_absolute(teacher, folder) for teacher in recipe.finetune.teachers)
+        updates["finetune"] = recipe.finetune.model_copy(update={"teachers": teachers})
     if recipe.target.name.endswith(".json"):
         name = str((folder / Path(recipe.target.name).expanduser()).resolve())
         updates["target"] = recipe.target.model_copy(update={"name": name})
     return recipe.model_copy(update=updates)
+
+
+def _absolute(teacher: TeacherSettings, folder: Path) -> TeacherSettings:
+    place, _, factory = teacher.model.rpartition(":")
+    updates: dict[str, Any] = {}
+    if place.endswith(".py"):
+        updates["model"] = f"{(folder / Path(place).expanduser()).resolve()}:{factory}"
+    if teacher.weights is not None:
+        updates["weights"] = (folder / teacher.weights.expanduser()).resolve()
+    return teacher.model_copy(update=updates)

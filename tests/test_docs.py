@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from autocompress import cli
 from autocompress.budget import Constraints
+from autocompress.distill.methods import METHODS
 from autocompress.recipe import parse_recipe
 from autocompress.run import make_space
 from autocompress.strategy import Strategy
@@ -82,6 +83,29 @@ def test_the_python_of_the_page_on_gradients_runs(capsys: pytest.CaptureFixture[
     first, large = (parse_recipe(yaml.safe_load(text)) for text in blocks("docs/differentiable.md", "yaml"))
     assert make_space(first, lambda: load_data("digits")).size == 15_625
     assert large.train.proxy == {"channels": 16, "layers": 8}
+
+
+def test_the_page_on_distillation_has_every_loss_and_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (python,) = blocks("docs/distillation.md", "python")
+    exec(compile(python, "docs/distillation.md", "exec"), {})
+    assert "validation accuracy" in capsys.readouterr().out
+    (recipe,) = blocks("docs/distillation.md", "yaml")
+    assert [term.loss for term in parse_recipe(yaml.safe_load(recipe)).finetune.distill] == ["kd", "at"]
+    page = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]* \|$", page, re.MULTILINE))
+    assert rows.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        assert rows[name].split(",")[0] == ("`alpha`" if method.weight is None else f"{method.weight:.5g}")
+
+
+def test_the_python_of_the_page_on_factorization_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (python,) = blocks("docs/factorize.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(python, "docs/factorize.md", "exec"), names)
+    assert "MACs, then" in capsys.readouterr().out
+    assert names["small"].macs_after <= 0.6 * names["small"].macs_before
 
 
 @pytest.mark.parametrize("page", PAGES)

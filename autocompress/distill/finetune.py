@@ -1,26 +1,32 @@
 """Training of one plain network: finetuning with distillation, or training alone."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.distill.features import WithFeatures
-from autocompress.distill.losses import hinton
+from autocompress.distill.distiller import PROBES, Distiller, Probe
+from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import resize
-from autocompress.errors import RecipeError
 from autocompress.progress import Progress, silent
 from autocompress.quantize.quantizer import learned_scales, limit_gradients
 from autocompress.recipe import FinetuneSettings
 from autocompress.training.auxiliary import with_auxiliary
-from autocompress.training.data import DataSet
+from autocompress.training.data import DataSet, batches
 from autocompress.training.drop_path import drop_paths, rate_of_epoch
 from autocompress.training.evaluate import Scored, calibration_batches, evaluate
-from autocompress.training.loop import Position, run_epochs, steps_per_epoch, training_batches
+from autocompress.training.loop import (
+    Position,
+    run_epochs,
+    samples_of_step,
+    seed_of,
+    steps_per_epoch,
+    training_batches,
+)
 from autocompress.training.speed import autocast, choose_formats
 from autocompress.training.statistics import CALIBRATION_IMAGES, lags, recalibrate
 from autocompress.training.supernet import FORMATS
@@ -54,9 +60,9 @@ def finetune(
 ) -> Finetuned:
     """Train a network in place, from its checkpoint if there is one.
 
-    The loss is `(1 - alpha) * loss on labels + alpha * distillation` (Hinton et al., 2015); for tasks whose
-    distillation is not soft cross-entropy, the task's own distillation loss takes the place of Hinton's.
-    `settings.cosine` adds so many times 1 - cosine of the features that enter the last linear layer.
+    With a teacher the loss is what `settings.distill` says, by default `(1 - alpha) * loss on labels +
+    alpha * distillation` (Hinton et al., 2015); for tasks whose distillation is not soft cross-entropy, the
+    task's own distillation loss takes the place of Hinton's. Without one, only losses that need none count.
     `settings.auxiliary` adds so many times the loss on labels of an auxiliary classifier. It is trained along
     and stands in the checkpoint; the network knows nothing of it. Statistics of batch norm that lag behind an
     epoch of few steps are computed anew before its score.
@@ -81,8 +87,8 @@ def finetune(
         The validation score of the weights that were kept.
 
     Raises:
-        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where the network has no place;
-            or features be compared without a teacher or a linear layer.
+        RecipeError: Paths shall be dropped, or an auxiliary classifier sit, where the network has no place.
+        DistillationError: A loss or a layer of `settings.distill` is unknown, or does not fit the networks.
         TrainingError: Training collapsed again after every roll-back.
         CheckpointError: The checkpoint is damaged or belongs to another run.
     """
@@ -90,14 +96,14 @@ def finetune(
     auxiliary = with_auxiliary(network, data, settings, resolution) if settings.auxiliary else None
     trained = network if auxiliary is None else auxiliary
     sizes = resolution, teacher_resolution or resolution
-    features = None
-    if settings.cosine:
-        features = trained = _with_features(trained, network, teacher, data, settings, sizes)
+    distiller = _distiller(trained, network, teacher, data, task, settings, sizes)
+    trained = distiller or trained
     per_epoch = steps_per_epoch(data, settings)
     loss_on_labels = task.training_loss(settings.label_smoothing)
     scales = learned_scales(network)
     formats: dict[str, str] = {}
     best: dict[str, Any] = {}
+    reached = Position()
     if teacher is not None:
         teacher.eval()
 
@@ -115,16 +121,14 @@ def finetune(
         outputs = (found if auxiliary is None else found[0]).float()
         on_labels = loss_on_labels(outputs, targets)
         loss = on_labels
-        if teacher is not None:
-            with torch.no_grad(), autocast(formats["precision"]):
-                target = teacher(placed(images, sizes[1])).float()
-            if task.distillation is soft_cross_entropy:
-                distilled = hinton(outputs, target, settings.temperature)
-            else:
-                distilled = task.distillation(outputs, target)
-            loss = (1 - settings.alpha) * on_labels + settings.alpha * distilled
-        if features is not None:
-            loss = loss + settings.cosine * features.loss()
+        if distiller is not None:
+            share, taught = step / (settings.epochs * per_epoch), None
+            if teacher is not None and distiller.asks_teacher(share):
+                with torch.no_grad(), autocast(formats["precision"]):
+                    taught = teacher(placed(images, sizes[1])).float()
+            epoch, inside = divmod(step, per_epoch)
+            indices = samples_of_step(data, settings, epoch, inside, seed=seed_of(settings, reached))
+            loss = distiller.loss(on_labels, outputs, taught, targets, indices=indices, share=share)
         if auxiliary is not None:
             loss = loss + settings.auxiliary * loss_on_labels(found[1].float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -157,6 +161,8 @@ def finetune(
         remember(scored, epoch + 1)
 
     def prepare(position: Position, _: torch.optim.Optimizer) -> None:
+        nonlocal reached
+        reached = position
         if not position.choices:
             images, targets = next(training_batches(data, settings, epoch=0, seed=settings.seed))
             # Timing must not move the statistics of batch norm.
@@ -201,22 +207,42 @@ def finetune(
         )
     finally:
         drop(0.0)
-        if features is not None:
-            features.close()
+        if distiller is not None:
+            distiller.close()
     network.load_state_dict(best["weights"])
     network.eval()
     return Finetuned(best["mean"], best["standard_error"], best["count"], best.get("epoch"))
 
 
-def _with_features(
+def _distiller(
     trained: nn.Module,
     network: nn.Module,
     teacher: nn.Module | None,
     data: DataSet,
+    task: Task,
     settings: FinetuneSettings,
     sizes: tuple[tuple[int, int], tuple[int, int]],
-) -> WithFeatures:
-    if teacher is None:
-        raise RecipeError(f"finetune.cosine ({settings.cosine:g}) compares with a teacher, and there is none")
-    own, other = (torch.zeros(1, data.in_shape[0], *size) for size in sizes)
-    return WithFeatures(trained, network, teacher, (own, other), seed=settings.seed)
+) -> Distiller | None:
+    """Return what is trained instead, where something is distilled."""
+    terms = [term for term in settings.distill if teacher is not None or not method_of(term.loss).taught]
+    if not terms:
+        return None
+    images, targets = next(batches(data.train, PROBES, seed=None))
+    probe = Probe(
+        resize(images, sizes[0]),
+        resize(images, sizes[1]),
+        targets,
+        len(cast(Sized, data.train)),
+        data.classes,
+    )
+    return Distiller(
+        trained,
+        network,
+        teacher,
+        terms,
+        probe,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        distillation=None if task.distillation is soft_cross_entropy else task.distillation,
+    )

@@ -37,6 +37,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     """
     from autocompress.distill.finetune import Finetuned
     from autocompress.distill.finetune import finetune as finetune_network
+    from autocompress.distill.teachers import load_teacher
 
     arch = selected(run, shown, arch)
     folder = run.network_folder(arch)
@@ -52,6 +53,9 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     # Settings of finetuning may have been changed since the supernet was trained.
     check_regularisers(run.data, run.recipe.finetune, run.space)
     supernet, network, teacher, teacher_size = _start(run, shown, arch)
+    if teachers := run.recipe.finetune.teachers:
+        teacher = load_teacher(teachers, run.data, temperature=run.recipe.finetune.temperature)
+        teacher_size = run.data.in_shape[1:]
     size = resolution(run, arch)
     before = evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score)
     with shown.stage("finetune with distillation") as progress:
@@ -64,7 +68,8 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
             teacher=teacher,
             teacher_resolution=teacher_size,
             identity={"space": run.space.fingerprint, "architecture": arch.key,
-                      "weights": weights_fingerprint(supernet)},
+                      "weights": weights_fingerprint(supernet),
+                      "teachers": weights_fingerprint(teacher) if teachers else ""},
             checkpoint=folder / FINETUNE_CHECKPOINT,
             progress=progress,
         )  # fmt: skip

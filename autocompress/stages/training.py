@@ -9,6 +9,7 @@ from autocompress.atomic import write_json
 from autocompress.budget import Constraints
 from autocompress.describe import describe_relaxation
 from autocompress.differentiable import Differentiable
+from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import Supernet
 from autocompress.errors import RecipeError, StorageError
 from autocompress.recipe import Recipe
@@ -46,7 +47,10 @@ def check(run: Run) -> None:
     Raises:
         DataError: The task does not.
         RecipeError: A regulariser of finetuning does not.
+        DistillationError: There is no such loss of distillation.
     """
+    for term in run.recipe.finetune.distill:
+        method_of(term.loss)
     check_task(run.data, run.task, run.space)
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)

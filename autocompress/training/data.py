@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -393,6 +394,12 @@ class Augmentation:
             raise DataError(f"padding must be 'zero' or 'reflect', got {self.padding!r}")
 
 
+@lru_cache(maxsize=2)
+def order_of(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order in which `batches` goes through so many items, `(count,)`."""
+    return np.random.default_rng([_ORDER_STREAM, seed, epoch]).permutation(count)
+
+
 def batches(
     dataset: Dataset[Any],
     batch_size: int,
@@ -437,9 +444,7 @@ def batches(
         sides = dataset.images.shape[2:]
         if augment.shift >= min(sides):
             raise DataError(f"shift must be under {min(sides)}, the side of the images, got {augment.shift}")
-    order = np.arange(n)
-    if seed is not None:
-        order = np.random.default_rng([_ORDER_STREAM, seed, epoch]).permutation(n)
+    order = np.arange(n) if seed is None else order_of(n, seed=seed, epoch=epoch)
     stop = n - n % batch_size if drop_last else n
 
     def generate() -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ from autocompress.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from autocompress.training.data import Augmentation, DataSet, batches
+from autocompress.training.data import Augmentation, DataSet, batches, order_of
 
 # A checkpoint inside an epoch at most so often: writing it costs about as much as a few steps.
 CHECKPOINT_SECONDS = 60.0
@@ -104,6 +104,20 @@ def training_batches(
     size = min(settings.batch_size, len(cast(Sized, data.train)))
     found = batches(data.train, size, seed=seed, epoch=epoch, augment=augmentation, drop_last=True)
     return itertools.islice(found, skip, None)
+
+
+def samples_of_step(
+    data: DataSet, settings: OptimizerSettings, epoch: int, inside: int, *, seed: int
+) -> Tensor:
+    """Return which samples of the training part the batch number `inside` of an epoch holds, `(batch,)`."""
+    count = len(cast(Sized, data.train))
+    size = min(settings.batch_size, count)
+    return torch.from_numpy(order_of(count, seed=seed, epoch=epoch)[inside * size : (inside + 1) * size])
+
+
+def seed_of(settings: OptimizerSettings, position: Position) -> int:
+    """Return the seed of batches: after a roll-back the same ones might lead to the same end."""
+    return settings.seed + 7919 * position.rollbacks
 
 
 @contextmanager
@@ -214,8 +228,7 @@ def run_epochs(
             before_epoch(epoch, optimizer)
             good = snapshot()
         collapse = ""
-        # After a roll-back the same batches in the same order might lead to the same end.
-        seed = settings.seed + 7919 * position.rollbacks
+        seed = seed_of(settings, position)
         model.train()
         for images, targets in training_batches(data, settings, epoch=epoch, seed=seed, skip=inside):
             rate = position.rate * learning_rate(settings, position.step, per_epoch, epochs)

@@ -143,7 +143,7 @@ def test_the_teacher_is_in_evaluation_mode_and_does_not_change() -> None:
     modes: list[bool] = []
     teacher.register_forward_hook(lambda module, args, output: modes.append(module.training))
     finetune(small_network(), DATA, TASK, settings(epochs=1), resolution=SIDE, teacher=teacher)
-    assert modes == [False] * 4
+    assert modes == [False] * 5  # once to try the loss, then four steps
     assert_equal(weights(teacher), before)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 

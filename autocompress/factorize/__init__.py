@@ -1,0 +1,1 @@
+"""Low-rank and compact replacements of the layers of a trained network, as plain PyTorch modules."""
