@@ -1,10 +1,11 @@
 """A run directory: everything of one run, each stage whole or resumable.
 
 `recipe.yaml` (resolved), `environment.json` (when it was begun), `latency_table.json`, `supernet.pt`,
-`trials.log` (an Optuna journal), `result.json`, `networks/KEY/` for each network that was
+`trials.log` (an Optuna journal), `result.json`, `networks/KEY-SETTINGS/` for each network that was
 finetuned and exported, `report.json` and `report.md`; `searches/N/` for searches that a later one put aside.
 """
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -41,9 +42,10 @@ BEGUN = {
     "profile": ("latency_samples.jsonl", "latency_table.json"),
     "train": ("supernet.pt",),
     "search": SEARCHED,
-    "quantize": ("networks",),
-    "finetune": ("networks",),
-    "export": ("networks",),
+    # Networks have a folder for each setting of these, and an export of other formats replaces the last one.
+    "quantize": (),
+    "finetune": (),
+    "export": (),
     "random_networks": ("networks",),
 }
 
@@ -158,8 +160,19 @@ class Run:
         return self.folder / name
 
     def network_folder(self, arch: Architecture) -> Path:
-        """Return the folder of one network of the run."""
-        return self.folder / "networks" / arch.key
+        """Return the folder of one network of the run, finetuned as the recipe says.
+
+        With other settings it is another folder: nothing is lost, and who goes back to them finds it again.
+        """
+        recipe = self.recipe
+        settings = {
+            "finetune": recipe.finetune.model_dump(mode="json"),
+            "quantize": recipe.quantize.model_dump(mode="json"),
+            # Statistics of batch norm are computed on these images.
+            "calibration": [recipe.search.calibration_images, recipe.search.seed],
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return self.folder / "networks" / f"{arch.key}-{digest}"
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run.

@@ -194,7 +194,8 @@ def test_the_cheapest_network_near_the_best_is_selected_and_then_finetuned(searc
         call("finetune", "--run", searched).stdout.splitlines()[-1].startswith(f"{key}: validation accuracy")
     )
     exported = call("export", "--run", searched).stdout.splitlines()[-1]
-    assert exported == f"exported to {searched / 'networks' / key / 'exported'}"
+    (folder,) = searched.glob(f"networks/{key}-*/exported")
+    assert exported == f"exported to {folder}"
 
 
 @pytest.mark.parametrize(
@@ -318,6 +319,32 @@ def test_a_selected_network_is_reported_as_such_and_later_reports_say_so(searche
     call("select", "--run", searched)  # the search's own best again
     assert not (searched / "selected.json").exists()
     assert "searched, finetuned" in call("resume", searched).stdout
+
+
+def test_finetuning_with_other_losses_repeats_no_other_stage_and_loses_nothing(searched: Path) -> None:
+    (first,) = searched.glob("networks/*")
+    kept = ages(searched)
+    said = call("finetune", "--run", searched, "--distill", "none").stdout
+    assert "finetuned" in said
+    (second,) = set(searched.glob("networks/*")) - {first}
+    now = ages(searched)
+    changed = {path for path in now if now[path] != kept.get(path)}
+    assert {str(path) for path in changed} <= {"recipe.yaml"} | {
+        str(p) for p in changed if second.name in str(p)
+    }
+    # Back again, nothing is trained.
+    assert len(call("finetune", "--run", searched, "--distill", "kd").stdout.splitlines()) == 1
+    assert Run(searched).recipe.finetune.distill[0].loss == "kd"
+
+
+def test_an_export_in_other_formats_replaces_the_last_one(searched: Path) -> None:
+    recipe = yaml.safe_load((searched / "recipe.yaml").read_text())
+    recipe["export"]["formats"] = ["safetensors"]
+    (searched / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    call("export", "--run", searched)
+    (folder,) = searched.glob("networks/*/exported")
+    assert not (folder / "network.onnx").exists()
+    assert (folder / "network.safetensors").exists()
 
 
 @pytest.mark.parametrize("command", ["export", "profile"])

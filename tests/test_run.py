@@ -86,8 +86,6 @@ def test_another_recipe_is_refused_and_what_differs_is_named(
         ("supernet.pt", {"train": {"epochs": 9}}),
         ("trials.log", {"search": {"budget": {"macs": "80%"}}}),
         ("result.json", {"search": {"seed": 5}}),
-        ("networks", {"finetune": {"epochs": 9}}),
-        ("networks", {"export": {"formats": ["onnx"]}}),
         ("networks", {"random_networks": 4}),
     ],
 )
@@ -102,6 +100,22 @@ def test_settings_of_a_stage_can_be_changed_until_it_has_begun(
     with pytest.raises(RecipeError, match="holds a run of another recipe"):
         Run(tmp_path, small_recipe())
     assert Run(tmp_path).recipe == changed
+
+
+def test_finetuned_networks_have_a_folder_for_each_setting_of_finetuning(tmp_path: Path) -> None:
+    run = Run(tmp_path, small_recipe())
+    (arch,) = run.space.decode(run.space.largest())
+    first = run.network_folder(arch)
+    first.mkdir(parents=True)
+    for changes in (
+        {"finetune": {"distill": "kd+at"}},
+        {"quantize": {"steps": 3}},
+        {"finetune": {"epochs": 9}},
+    ):
+        assert Run(tmp_path, small_recipe(**changes)).network_folder(arch) != first
+        assert Run(tmp_path, small_recipe()).network_folder(arch) == first
+    exported = Run(tmp_path, small_recipe(export={"formats": ["onnx"]}))
+    assert exported.network_folder(arch) == first
 
 
 def test_a_recipe_is_not_changed_under_a_process_that_works_on_the_run(tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     folder = run.network_folder(arch) / "exported"
     if (folder / "manifest.json").exists():
         try:
-            verify_export(folder)
+            written = verify_export(folder)
         except ExportError as error:
             raise ExportError(f"{error}; remove {folder} first") from None
-        return folder
+        if {*written.parity, *written.left_out} == {*run.recipe.export.formats}:
+            return folder
     codes = run.space.encode([arch])
     size = resolution(run, arch)
     priced = {cost.metric: float(cost.of(codes)[0]) for cost in costs(run, shown)}

@@ -79,6 +79,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, A
 Compared = tuple[Run, dict[str, Any], Noted]
 
 
+def folder_of(run: Run, key: str) -> Path:
+    """Of a network that was finetuned once."""
+    (folder,) = run.folder.glob(f"networks/{key}-*")
+    return folder
+
+
 def rows(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in content["rows"]}
 
@@ -155,7 +161,7 @@ def test_finetuned_rows_are_of_the_finetuned_weights(compared: Compared) -> None
     for name in ("uniform-scaled", "searched"):
         finetuned = found[f"{name}, finetuned"]
         assert finetuned["key"] == found[name]["key"]
-        report = run.folder / "networks" / finetuned["key"] / "finetune.json"
+        report = folder_of(run, finetuned["key"]) / "finetune.json"
         assert finetuned["validation"] == pytest.approx(json.loads(report.read_text())["mean"])
 
 
@@ -214,9 +220,7 @@ def test_equal_networks_are_measured_once_and_share_what_was_measured(compared: 
     assert all(len(found) == 1 for found in by_key.values())
     assert len({found for values in by_key.values() for found in values}) == len(by_key)
     assert content["exported"] is None  # no ONNX among the formats of this run
-    assert content["exported_folder"] == str(
-        run.folder / "networks" / rows(content)["searched"]["key"] / "exported"
-    )
+    assert content["exported_folder"] == str(folder_of(run, rows(content)["searched"]["key"]) / "exported")
 
 
 def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
@@ -266,7 +270,7 @@ def test_the_comparison_is_kept_and_not_made_again(
 @pytest.mark.parametrize("text", ["", "{", "\x00"])
 def test_a_damaged_comparison_is_refused(compared: Compared, text: str) -> None:
     run, content, _ = compared
-    path = run.folder / "networks" / rows(content)["searched"]["key"] / "report.json"
+    path = folder_of(run, rows(content)["searched"]["key"]) / "report.json"
     kept = path.read_bytes()
     path.write_text(text)
     try:
@@ -280,7 +284,7 @@ def test_where_no_uniform_network_fits_the_others_are_compared(
     compared: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, content, _ = compared
-    path = run.folder / "networks" / rows(content)["searched"]["key"] / "report.json"
+    path = folder_of(run, rows(content)["searched"]["key"]) / "report.json"
     kept = path.read_bytes()
     path.unlink()
     none = np.zeros((0, len(run.space.choices)), dtype=np.int64)
