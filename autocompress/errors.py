@@ -97,6 +97,10 @@ class RecipeError(AutocompressError, ValueError):
     """A recipe or a command-line option is wrong; the message has the path of the key."""
 
 
+class PolicyError(AutocompressError, ValueError):
+    """A compression policy names passes or settings that there are not, or that cannot be done."""
+
+
 class PluginError(AutocompressError, LookupError):
     """No search space or strategy has that name, or it cannot be imported."""
 

@@ -1,7 +1,7 @@
 """Training of one plain network: finetuning with distillation, or training alone."""
 
 import copy
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,7 @@ def finetune(
     identity: Mapping[str, Any] | None = None,
     checkpoint: Path | None = None,
     keep_best: bool = True,
+    after_epoch: Callable[[int, float], None] | None = None,
     progress: Progress = silent,
 ) -> Finetuned:
     """Train a network in place, from its checkpoint if there is one.
@@ -81,6 +82,8 @@ def finetune(
             ones; otherwise those of the last. The weights before the first epoch are kept where every epoch
             is worse by more than a standard error: a searched network was chosen for its score on this part,
             which therefore flatters it, so that what is really better would seldom beat it.
+        after_epoch: Told each finished epoch, counted from 1, and its validation score, when its checkpoint
+            is on disk.
         progress: Told steps and losses.
 
     Returns:
@@ -160,6 +163,10 @@ def finetune(
         position.scores.append([epoch + 1, "network", scored.mean])
         remember(scored, epoch + 1)
 
+    def told(epoch: int, position: Position) -> None:
+        if after_epoch is not None:
+            after_epoch(epoch + 1, position.scores[-1][2])
+
     def prepare(position: Position, _: torch.optim.Optimizer) -> None:
         nonlocal reached
         reached = position
@@ -203,6 +210,7 @@ def finetune(
             extra_state=best,
             validate=validate,
             prepare=prepare,
+            after_epoch=told,
             progress=progress,
         )
     finally:

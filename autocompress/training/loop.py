@@ -148,6 +148,7 @@ def run_epochs(
     guard: Callable[[int, torch.optim.Optimizer], AbstractContextManager[None]] | None = None,
     prepare: Callable[[Position, torch.optim.Optimizer], None] | None = None,
     before_epoch: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    after_epoch: Callable[[int, Position], None] | None = None,
     progress: Progress = silent,
     clock: Callable[[], float] = time.monotonic,
 ) -> Position:
@@ -169,6 +170,7 @@ def run_epochs(
             called with those.
         before_epoch: Called with epoch and optimizer at the start of each epoch that is not resumed in its
             middle.
+        after_epoch: Called with epoch and position when the checkpoint of an epoch is on disk.
         progress: Told steps and the loss.
         clock: For the interval of checkpoints only.
 
@@ -273,6 +275,8 @@ def run_epochs(
         if checkpoint is not None:
             save_checkpoint(checkpoint, identity, content())
             saved_at = clock()
+        if after_epoch is not None:
+            after_epoch(epoch, position)
         good = snapshot()
     return position
 

@@ -1,0 +1,196 @@
+"""Passes of a policy: what each leaves of a network, what it never touches, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_networks import assert_equal, small_data, weights
+from torch import nn
+
+from autocompress.count import count
+from autocompress.errors import (
+    ConversionError,
+    DistillationError,
+    FactorizationError,
+    PolicyError,
+    QuantizationError,
+)
+from autocompress.latency.target import load_target
+from autocompress.policy.passes import PASSES, Context, above_threshold, apply, settings_of
+from autocompress.prune.source import Source
+from autocompress.quantize.layer import has_quantizers
+from autocompress.recipe import TaskSettings
+from autocompress.training.task import load_task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA = small_data(64)
+IMAGE = torch.zeros(1, 3, 12, 12)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Three convolutions; nothing of it is at zero or one by chance."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for entering, leaving, stride in ((3, 16, 1), (16, 16, 2), (16, 24, 1)):
+            layers += [
+                nn.Conv2d(entering, leaving, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(leaving),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3)).eval()
+
+
+def context(**changes: Any) -> Context:
+    given: dict[str, Any] = {
+        "teacher": network(),
+        "data": DATA,
+        "task": load_task(TaskSettings()),
+        "target": load_target("onnxruntime-cpu"),
+        "size": (12, 12),
+        "finetune": {"batch_size": 16, "shift": 1},
+    }
+    return Context(**given | changes)
+
+
+def macs(made: nn.Module) -> int:
+    return count(made, IMAGE).macs
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_that_is_off_returns_what_it_was_given(name: str) -> None:
+    given = network()
+    assert PASSES[name].run(given, context(), **PASSES[name].off) is given
+
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "prune": {"ratio": 0.4, "criterion": "l2"},
+    "factorize": {"method": "svd", "ratio": 0.5},
+    "compact": {"kind": "depthwise"},
+    "quantize": {"bits": 8},
+    "distill": {"epochs": 1},
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_leaves_what_it_was_given_as_it_was(name: str) -> None:
+    given = network()
+    before = weights(given)
+    made = PASSES[name].run(given, context(teacher=given), **SMALLER[name])
+    assert made is not given
+    assert_equal(before, weights(given))
+    assert not given.training
+    assert made.eval()(torch.randn(2, 3, 12, 12)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+def test_pruning_removes_at_least_its_share_of_the_macs(ratio: float, criterion: str) -> None:
+    made = PASSES["prune"].run(network(), context(), ratio=ratio, criterion=criterion)
+    assert macs(made) <= (1 - ratio) * macs(network())
+
+
+def test_the_threshold_is_the_lowest_that_leaves_the_share() -> None:
+    source = Source(network(), IMAGE)
+    rng = np.random.default_rng(0)
+    scores = {group.name: rng.random(len(group)) for group in source.groups}
+    source = source.ranked(scores)
+    limit = 0.5 * sum(op.macs for op in source.operations(source.full))
+    found = above_threshold(source, scores, 0.5)
+    everything = np.sort(np.concatenate(list(scores.values())))
+
+    def above(threshold: float) -> tuple[int, ...]:
+        kept = (int((scores[group.name] > threshold).sum()) for group in source.groups)
+        return tuple(max(least, n) for least, n in zip(source.least, kept, strict=True))
+
+    fitting = [
+        widths
+        for widths in map(above, everything)
+        if sum(op.macs for op in source.operations(widths)) <= limit
+    ]
+    assert found == fitting[0]
+
+
+def test_what_cannot_be_pruned_away_is_refused_with_the_least() -> None:
+    with pytest.raises(PolicyError, match=r"cannot leave 0% of the MACs: the fewest channels need [\d.]+%"):
+        PASSES["prune"].run(network(), context(), ratio=0.9999, criterion="l2")
+
+
+@pytest.mark.parametrize("method", ["svd", "spatial", "tucker"])
+def test_factorized_layers_need_less(method: str) -> None:
+    made = PASSES["factorize"].run(network(), context(), method=method, ratio=0.5)
+    # The first convolution has three inputs, and the last layer is small: others are halved.
+    assert macs(made) <= 0.75 * macs(network())
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "replaced"), [("depthwise", 1.0, 2), ("fire", 1.0, 2), ("fire", 0.5, 1)]
+)
+def test_compact_layers_take_the_place_of_the_largest(kind: str, share: float, replaced: int) -> None:
+    given = network()
+    made = PASSES["compact"].run(given, context(), kind=kind, share=share)
+    assert isinstance(made[0], nn.Conv2d)  # three inputs
+    changed = [n for n in (3, 6) if not isinstance(made[n], nn.Conv2d)]
+    assert len(changed) == replaced
+    assert changed[-1] == 6 or share == 1.0
+    assert macs(made) < macs(given)
+
+
+def test_quantized_layers_have_the_bits_that_were_asked_for() -> None:
+    made = PASSES["quantize"].run(network(), context(), bits=8)
+    assert has_quantizers(made)
+    with pytest.raises(QuantizationError, match="cannot run widths 3"):
+        PASSES["quantize"].run(network(), context(), bits=3)
+
+
+def test_each_epoch_of_distillation_is_told_when_its_checkpoint_is_there(tmp_path: Path) -> None:
+    told: list[tuple[int, float, bool]] = []
+
+    def tell(epoch: int, score: float) -> None:
+        told.append((epoch, score, (tmp_path / "distill.pt").exists()))
+
+    PASSES["distill"].run(network(), context(checkpoint=tmp_path, after_epoch=tell), epochs=2, losses="kd+at")
+    assert [(epoch, there) for epoch, _, there in told] == [(1, True), (2, True)]
+    assert all(0 <= score <= 1 for _, score, _ in told)
+
+
+def test_a_whole_policy_is_its_passes_one_after_the_other() -> None:
+    given, surroundings = network(), context()
+    policy = [(name, SMALLER[name]) for name in ("prune", "factorize", "quantize", "distill")]
+    whole = apply(given, policy, surroundings)
+    by_hand: nn.Module = given
+    for name, settings in policy:
+        by_hand = PASSES[name].run(by_hand, surroundings, **settings)
+    images = torch.randn(4, 3, 12, 12)
+    torch.testing.assert_close(whole(images), by_hand.eval()(images))
+    assert has_quantizers(whole)
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "text"),
+    [
+        ([("prun", {})], PolicyError, "a pass is one of prune, .*, got 'prun'; did you mean 'prune'?"),
+        ([("prune", {"rate": 0.5})], PolicyError, "has the settings criterion, ratio, not rate"),
+        (
+            [("quantize", {"bits": 8}), ("prune", {"ratio": 0.5})],
+            PolicyError,
+            "'prune' works on floating point",
+        ),
+        ([("prune", {"ratio": 1.0})], PolicyError, r"must be in \[0, 1\), got 1.0"),
+        ([("prune", {"ratio": 0.5, "criterion": "best"})], ConversionError, "best"),
+        ([("factorize", {"method": "lu"})], FactorizationError, "method must be one of"),
+        ([("compact", {"kind": "ice"})], PolicyError, "compact takes none, depthwise or fire"),
+        ([("distill", {"losses": "kb"})], DistillationError, "no distillation loss 'kb'"),
+    ],
+)
+def test_what_cannot_be_is_refused(policy: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        apply(network(), policy, context())
+
+
+def test_settings_have_their_defaults() -> None:
+    assert settings_of("prune") == {"criterion": "taylor", "ratio": 0.0}
+    assert settings_of("distill")["losses"] == "kd"
