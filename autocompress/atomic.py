@@ -66,8 +66,12 @@ def locked(folder: Path, busy: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def held(path: Path, busy: str) -> Iterator[None]:
+def held(path: Path, busy: str = "") -> Iterator[None]:
     """Hold a lock file, made if absent, for this process; its folder is there.
+
+    Args:
+        path: Of the file.
+        busy: What to say where another process holds it; without, wait until it does not.
 
     Raises:
         StorageError: Another process holds it, or it cannot be written.
@@ -80,7 +84,7 @@ def held(path: Path, busy: str) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
             raise StorageError(busy) from None
         yield

@@ -16,12 +16,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def _default_budget() -> dict[str, float | str]:
+def default_budget() -> dict[str, float | str]:
+    """Return the budget of those who name none."""
     return {"latency_ms": "60%"}
 
 
-class _Settings(BaseModel):
-    """Frozen; an unknown key is an error."""
+class Settings(BaseModel):
+    """A part of a recipe: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -33,7 +34,7 @@ class _Settings(BaseModel):
         return value
 
 
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """Which data set, and how much of its training part is held out."""
 
     source: str = "digits"
@@ -53,7 +54,7 @@ class DataSettings(_Settings):
         return value
 
 
-class TaskSettings(_Settings):
+class TaskSettings(Settings):
     """What is learned: names known to `autocompress.training.task`, or `module:function`."""
 
     loss: str = "cross_entropy"
@@ -61,14 +62,14 @@ class TaskSettings(_Settings):
     distillation: str = "soft_cross_entropy"
 
 
-class SpaceSettings(_Settings):
+class SpaceSettings(Settings):
     """Which search space, and the arguments of its constructor."""
 
     name: str = "mobilenet_v3"
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
-class TargetSettings(_Settings):
+class TargetSettings(Settings):
     """What the network will run on."""
 
     name: str = "onnxruntime-cpu"
@@ -76,7 +77,7 @@ class TargetSettings(_Settings):
     batch: Positive = 1
 
 
-class ProfileSettings(_Settings):
+class ProfileSettings(Settings):
     """How the latency table is measured."""
 
     table: Path | None = None
@@ -112,7 +113,7 @@ class ProfileSettings(_Settings):
         return self
 
 
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """Optimizer, learning rate and its schedule: linear warm-up, then cosine to zero."""
 
     epochs: Positive = 30
@@ -137,7 +138,7 @@ class OptimizerSettings(_Settings):
     seed: Count = 0
 
 
-class Phase(_Settings):
+class Phase(Settings):
     """One phase of progressive shrinking."""
 
     epochs: Positive
@@ -183,10 +184,10 @@ class TrainSettings(OptimizerSettings):
         return self
 
 
-class SearchSettings(_Settings):
+class SearchSettings(Settings):
     """How the supernet is searched."""
 
-    budget: dict[str, float | str] = Field(default_factory=_default_budget)
+    budget: dict[str, float | str] = Field(default_factory=default_budget)
     """Metric to limit: `latency_ms`, `macs` (or `flops`), `params`, `size_bytes`; a number or text such as
     "60%" of the largest network, "300M". Also all in one text, "latency_ms=60%,macs=300M"."""
     confidence: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -219,7 +220,7 @@ class SearchSettings(_Settings):
         return value
 
 
-class DistillTerm(_Settings):
+class DistillTerm(Settings):
     """One loss of distillation; `docs/distillation.md` has them all."""
 
     loss: str
@@ -241,7 +242,7 @@ class DistillTerm(_Settings):
     """Of the loss, such as `{temperature: 2}`."""
 
 
-class TeacherSettings(_Settings):
+class TeacherSettings(Settings):
     """A trained model that teaches."""
 
     model: str
@@ -298,7 +299,7 @@ class FinetuneSettings(OptimizerSettings):
         return terms
 
 
-class QuantizeSettings(_Settings):
+class QuantizeSettings(Settings):
     """What is done to a network of few bits before finetuning, without labels (space `bits`)."""
 
     rounding: Literal["nearest", "adaround", "brecq"] = "nearest"
@@ -311,7 +312,7 @@ class QuantizeSettings(_Settings):
     """Corrected ones are shifted so that means of channels are as in floating point."""
 
 
-class ToleranceSettings(_Settings):
+class ToleranceSettings(Settings):
     """Instead of a budget that is known: the smallest cost whose score loses no more than this."""
 
     drop: Annotated[float, Field(gt=0)]
@@ -329,7 +330,7 @@ class ToleranceSettings(_Settings):
         return limit.metric
 
 
-class ExportSettings(_Settings):
+class ExportSettings(Settings):
     """Which formats are written."""
 
     formats: Annotated[tuple[Literal["onnx", "torch_export", "safetensors"], ...], Field(min_length=1)] = (
@@ -339,7 +340,7 @@ class ExportSettings(_Settings):
     )
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """A whole run, from data and budget to an exported network."""
 
     data: DataSettings = DataSettings()
@@ -418,6 +419,15 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: The file is absent, no YAML, or not a valid recipe.
     """
+    return with_absolute_paths(parse_recipe(read_yaml(path), f"recipe {path}"), path.parent)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a recipe file of any kind.
+
+    Raises:
+        RecipeError: It is absent, no YAML, or empty.
+    """
     import yaml
 
     try:
@@ -426,7 +436,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
     if payload is None:
         raise RecipeError(f"recipe {path} is empty; write one key at least, such as data: {{source: digits}}")
-    return with_absolute_paths(parse_recipe(payload, f"recipe {path}"), path.parent)
+    return payload
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -447,11 +457,14 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=updates)
 
 
+def absolute_model(name: str, folder: Path) -> str:
+    """Return `file.py:factory` with the absolute path of the file; `module:factory` as it is."""
+    place, _, factory = name.rpartition(":")
+    return f"{(folder / Path(place).expanduser()).resolve()}:{factory}" if place.endswith(".py") else name
+
+
 def _absolute(teacher: TeacherSettings, folder: Path) -> TeacherSettings:
-    place, _, factory = teacher.model.rpartition(":")
-    updates: dict[str, Any] = {}
-    if place.endswith(".py"):
-        updates["model"] = f"{(folder / Path(place).expanduser()).resolve()}:{factory}"
+    updates: dict[str, Any] = {"model": absolute_model(teacher.model, folder)}
     if teacher.weights is not None:
         updates["weights"] = (folder / teacher.weights.expanduser()).resolve()
     return teacher.model_copy(update=updates)

@@ -24,12 +24,6 @@ def data_of_option(text: str) -> dict[str, str]:
     return {"source": source, **({"folder": folder} if folder else {})}
 
 
-def with_file_path(model: str) -> str:
-    """Return `file.py:factory` with the absolute path of the file; `module:factory` as it is."""
-    path, _, factory = model.rpartition(":")
-    return f"{Path(path).resolve()}:{factory}" if path.endswith(".py") else model
-
-
 def limits_of_options(text: str) -> dict[str, str]:
     """Read `latency=60%,flops=50%`; `latency` stands for `latency_ms`."""
     found: dict[str, str] = {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from autocompress.commands.console import DataOption, RunOption, SetOption, WeightsOption, with_changes
-from autocompress.commands.model import data_of_option, limits_of_options, with_file_path, work_on
+from autocompress.commands.model import data_of_option, limits_of_options, work_on
 from autocompress.errors import PluginError, RecipeError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def quantize_recipe(
     from autocompress.latency.target import load_target
     from autocompress.plugins import load_strategy
     from autocompress.quantize.schemes import legal_widths
-    from autocompress.recipe import parse_recipe, with_absolute_paths
+    from autocompress.recipe import absolute_model, parse_recipe, with_absolute_paths
 
     if table is not None and not table.is_file():
         raise RecipeError(f"--table must be a latency table, or BitFusion's CSV: there is no file {table}")
@@ -77,7 +77,7 @@ def quantize_recipe(
         "space": {
             "name": "bits",
             "arguments": {
-                "model": with_file_path(model),
+                "model": absolute_model(model, Path.cwd()),
                 "calibration_images": calibration,
                 "gradient": gradient,
                 **({"weights": str(weights.resolve())} if weights else {}),

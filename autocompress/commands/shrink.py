@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autocompress.commands.console import DataOption, RunOption, SetOption, WeightsOption, stage, with_changes
-from autocompress.commands.model import METRICS, data_of_option, limits_of_options, with_file_path, work_on
+from autocompress.commands.model import METRICS, data_of_option, limits_of_options, work_on
 from autocompress.cost import METRIC_UNITS
 from autocompress.errors import RecipeError
 from autocompress.plugins import load_strategy
@@ -46,7 +46,7 @@ def shrink_recipe(
     Raises:
         RecipeError: It is not valid.
     """
-    from autocompress.recipe import parse_recipe, with_absolute_paths
+    from autocompress.recipe import absolute_model, parse_recipe, with_absolute_paths
 
     limits = (
         {}
@@ -69,7 +69,7 @@ def shrink_recipe(
         "space": {
             "name": "channels",
             "arguments": {
-                "model": with_file_path(model),
+                "model": absolute_model(model, Path.cwd()),
                 "importance": importance,
                 "align": align,
                 **({"weights": str(weights.resolve())} if weights else {}),

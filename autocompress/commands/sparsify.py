@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autocompress.commands.console import DataOption, WeightsOption, on_screen, with_changes
-from autocompress.commands.model import data_of_option, with_file_path
+from autocompress.commands.model import data_of_option
 
 if TYPE_CHECKING:
     from autocompress.sparse.recipe import SparsifyRecipe
@@ -30,13 +30,13 @@ def sparsify_recipe(
     Raises:
         RecipeError: It is not valid.
     """
-    from autocompress.recipe import parsed
+    from autocompress.recipe import absolute_model, parsed
     from autocompress.sparse.methods import options_of
     from autocompress.sparse.recipe import SparsifyRecipe
 
     where = data_of_option(data)
     payload: dict[str, Any] = {
-        "model": with_file_path(model),
+        "model": absolute_model(model, Path.cwd()),
         "data": {
             **where,
             **({"folder": str(Path(where["folder"]).expanduser().resolve())} if "folder" in where else {}),

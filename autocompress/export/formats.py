@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from autocompress.export import loader, narrow_loader
-from autocompress.export.qdq import insert_pairs
+from autocompress.export.qdq import in_floats, insert_pairs
 from autocompress.export.quiet import quiet
 from autocompress.network import model_of, module_name, unshared
 from autocompress.ops import Ops, OpSpec, Shape
@@ -132,6 +132,11 @@ def write_onnx(
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def onnx_of(network: nn.Module, in_shape: Shape, path: Path) -> None:
+    """Write any network as one ONNX file, with its quantizers where it has some; nothing is compared."""
+    write_onnx(path, trace(in_floats(network) if has_quantizers(network) else network, in_shape), network)
 
 
 def _pool_globally(graph: Any) -> None:
