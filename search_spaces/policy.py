@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autocompress.errors import PolicyError
-from autocompress.policy.passes import PASSES, check
 from autocompress.space import Choice, Option, SearchSpace
 
 
@@ -22,6 +21,8 @@ def policy(passes: Sequence[Mapping[str, Mapping[str, Any]]]) -> SearchSpace:
     Raises:
         PolicyError: There is no such pass or setting, or nothing may be chosen.
     """
+    from autocompress.policy.passes import PASSES, check
+
     choices: list[Choice] = []
     check([(name, given) for entry in passes for name, given in entry.items()])
     for number, entry in enumerate(passes):

@@ -149,7 +149,8 @@ def try_policy(
         after_epoch: Told each epoch of finetuning and its validation score.
 
     Returns:
-        `policy`, `costs`, `fits`, and where it fits `score` and `standard_error` on the validation part.
+        `policy`, `costs`, by which share a limit is exceeded at most (`excess`), `fits`, and where it fits
+        `score` and `standard_error` on the validation part.
 
     Raises:
         AutocompressError: A pass cannot do what it should.
@@ -161,10 +162,12 @@ def try_policy(
     torch.set_num_threads(job.recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     costs = costs_of(job, policy)
+    excess = max(costs[metric] / limit - 1 for metric, limit in limits_of(job).items())
     report: dict[str, Any] = {
         "policy": [[name, dict(settings)] for name, settings in policy],
         "costs": costs,
-        "fits": all(costs[metric] <= limit for metric, limit in limits_of(job).items()),
+        "excess": excess,
+        "fits": excess <= 0,
     }
     if report["fits"]:
         context = job.context(checkpoint=folder, after_epoch=after_epoch)

@@ -1,0 +1,196 @@
+"""Policies tuned by Ray Tune: several at a time, the poor ones stopped early, whatever is killed goes on.
+
+Ray is imported when a tuning starts. A policy that has its report is not tried again, whoever asks for it: so
+a tuning that was killed goes on, in Ray's own records or without them.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from autocompress.atomic import write_json
+from autocompress.budget import Constraints
+from autocompress.errors import AutocompressError
+from autocompress.machine import cores
+from autocompress.plugins import load_strategy_for
+from autocompress.policy.recipe import PolicyRecipe
+from autocompress.policy.trial import REPORT, TRIALS, Job, key_of, policy_of, try_policy
+from autocompress.progress import Progress, silent
+from autocompress.space import SearchSpace
+
+EXPERIMENT = "tune"
+FITTING, EPOCH = "score", "epoch"
+# Read by Ray when it is imported or started: state is written every second, and nothing is printed.
+ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+
+def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
+    """Try policies until there are as many as the recipe says, from where an earlier call stopped.
+
+    Reports stand in the folders of the trials. What was stopped early has none.
+
+    Args:
+        job: What is compressed, and how long is tried.
+        space: Of `search_spaces.policy`.
+        progress: Told policies.
+
+    Raises:
+        AutocompressError: There are too few cores, or Ray cannot be started.
+        RecipeError: The strategy does not take an option.
+    """
+    settings = job.recipe.tune
+    if settings.workers * job.recipe.threads > cores():
+        raise AutocompressError(
+            f"{settings.workers} workers of {job.recipe.threads} threads need more than the {cores()} cores "
+            "of this process: take fewer (tune.workers, threads)"
+        )
+    load_strategy_for(settings.strategy, settings.options, key="tune.options.")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        from ray import tune as ray_tune
+    except ImportError as error:
+        raise AutocompressError(
+            f"policies are tuned on Ray Tune, which is not installed ({error}): pip install 'ray[tune]'"
+        ) from error
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=settings.workers * job.recipe.threads,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises plain ones too
+            raise AutocompressError(f"Ray cannot be started: {error}") from error
+    try:
+        trainable = partial(_trial, recipe=job.recipe.model_dump_json(), folder=str(job.folder))
+        resources = ray_tune.with_resources(trainable, {"cpu": job.recipe.threads})
+        experiment = job.folder / EXPERIMENT
+        if ray_tune.Tuner.can_restore(str(experiment)):
+            tuner = ray_tune.Tuner.restore(str(experiment), resources, resume_errored=True)
+        else:
+            tuner = _tuner(job, space, resources, progress)
+        tuner.fit()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> Any:
+    from ray import tune as ray_tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    from autocompress.optuna_bridge import StrategySampler, distributions
+
+    logging.getLogger("optuna").setLevel(logging.ERROR)  # its import has set another level
+    settings = job.recipe.tune
+    strategy = load_strategy_for(settings.strategy, settings.options, key="tune.options.")
+    sampler = StrategySampler(
+        Constraints(space, {}, {}), strategy, seed=settings.seed, objective=FITTING, options=settings.options
+    )
+    first = {choice.name: choice.options[0] for choice in space.choices}
+    longest = _longest(job.recipe)
+    scheduler = None
+    if longest > settings.grace_epochs:
+        scheduler = ASHAScheduler(
+            time_attr=EPOCH,
+            max_t=longest + 1,
+            grace_period=settings.grace_epochs,
+            reduction_factor=settings.reduction,
+        )
+    return ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            search_alg=OptunaSearch(
+                distributions(space), sampler=sampler, points_to_evaluate=[first], metric=FITTING, mode="max"
+            ),
+            scheduler=scheduler,
+            metric=FITTING,
+            mode="max",
+            num_samples=settings.trials,
+            max_concurrent_trials=settings.workers,
+            reuse_actors=True,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=EXPERIMENT,
+            storage_path=str(job.folder),
+            failure_config=ray_tune.FailureConfig(max_failures=settings.retries),
+            callbacks=[_told(progress, settings.trials)],
+            verbose=0,
+        ),
+    )
+
+
+def _longest(recipe: PolicyRecipe) -> int:
+    """Return the most epochs that a policy may be finetuned for."""
+    found = [0]
+    for entry in recipe.passes:
+        epochs = entry.get("distill", {}).get("epochs", 3) if "distill" in entry else 0
+        found += [int(epoch) for epoch in (epochs if isinstance(epochs, list | tuple) else [epochs])]
+    return max(found)
+
+
+@lru_cache(maxsize=1)
+def _job(recipe: str, folder: str) -> Job:
+    """Data and model are loaded once in a process, however many policies it tries."""
+    return Job(PolicyRecipe.model_validate_json(recipe), Path(folder))
+
+
+def _trial(config: Mapping[str, Any], *, recipe: str, folder: str) -> None:
+    """Try one policy in a process of Ray."""
+    from ray import tune as ray_tune
+
+    job = _job(recipe, folder)
+    policy = policy_of(job.recipe, config)
+
+    def told(epoch: int, score: float) -> None:
+        ray_tune.report({FITTING: score, EPOCH: epoch})
+
+    try:
+        found = try_policy(job, policy, told)
+    except AutocompressError as error:
+        # A policy that cannot be is no fault of the process: trying again would end the same.
+        found = {"policy": [[name, dict(s)] for name, s in policy], "fits": False, "error": str(error)}
+        trial = job.folder / TRIALS / key_of(policy)
+        trial.mkdir(parents=True, exist_ok=True)
+        write_json(trial / REPORT, found)
+    ray_tune.report({FITTING: worth(found), EPOCH: _longest(job.recipe) + 1})
+
+
+def worth(report: Mapping[str, Any]) -> float:
+    """Return what a strategy is told of a policy: its score; below 0 what does not fit, or cannot be."""
+    if report.get("fits"):
+        return float(report["score"])
+    excess = report.get("excess", math.inf)
+    return -1.0 - min(float(excess), 10.0)
+
+
+def _told(progress: Progress, total: int) -> Any:
+    from ray import tune as ray_tune
+
+    class Told(ray_tune.Callback):  # type: ignore[misc]
+        """Counts trials that ended."""
+
+        done = 0
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            """Tell progress."""
+            self.done += 1
+            progress(min(self.done, total), total, "")
+
+    return Told()
