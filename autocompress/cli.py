@@ -23,6 +23,7 @@ from autocompress.commands.quantize import quantize
 from autocompress.commands.shrink import shrink
 from autocompress.commands.sparsify import sparsify
 from autocompress.commands.table import table_commands
+from autocompress.commands.tune import tune
 from autocompress.compare.command import compare
 from autocompress.errors import AutocompressError, RecipeError
 
@@ -43,6 +44,7 @@ app.command()(compare)
 app.command()(shrink)
 app.command()(quantize)
 app.command()(sparsify)
+app.command()(tune)
 
 # What makes CPU training up to twice as fast: threads that spin for some 10 us before they sleep (to wake one
 # takes longer than most operations of a small network; to spin for long, the default, holds up other
@@ -89,7 +91,7 @@ def main() -> None:
         if end.code == INTERRUPTED:
             again = (
                 "the same command"
-                if sys.argv[1:2] in (["compare"], ["sparsify"])
+                if sys.argv[1:2] in (["compare"], ["sparsify"], ["tune"])
                 else "`autocompress resume RUN`"
             )
             typer.secho(f"stopped; continue with {again}", fg="yellow", err=True)

@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 from autocompress import cli
 from autocompress.budget import Constraints
 from autocompress.distill.methods import METHODS
+from autocompress.policy.passes import PASSES
+from autocompress.policy.recipe import parse_policy_recipe
+from autocompress.policy.run import space_of
 from autocompress.recipe import parse_recipe
 from autocompress.run import make_space
 from autocompress.strategy import Strategy
@@ -36,7 +39,11 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_recipe_of_the_readme_is_valid() -> None:
     for text in blocks("README.md", "yaml"):
-        parse_recipe(yaml.safe_load(text))
+        payload = yaml.safe_load(text)
+        if "passes" in payload:
+            parse_policy_recipe(payload, Path("policy.yaml"))
+        else:
+            parse_recipe(payload)
 
 
 def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:
@@ -98,6 +105,14 @@ def test_the_page_on_distillation_has_every_loss_and_runs(
     assert rows.keys() == METHODS.keys()
     for name, method in METHODS.items():
         assert rows[name].split(",")[0] == ("`alpha`" if method.weight is None else f"{method.weight:.5g}")
+
+
+def test_the_recipe_of_the_page_on_policies_is_valid_and_names_every_pass() -> None:
+    (recipe,) = blocks("docs/policies.md", "yaml")
+    parsed = parse_policy_recipe(yaml.safe_load(recipe), Path("policy.yaml"))
+    assert space_of(parsed).size > 100
+    page = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
+    assert PASSES.keys() <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
 
 
 def test_the_python_of_the_page_on_factorization_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         self._student = Watch(student, [name for own, _ in found for name in own])
         others = [name for _, names in found for name in names]
         # Not a part of this module, which is trained.
-        self._teacher = Watch(teacher or nn.Identity(), others)
+        self._teacher = Watch(nn.Identity() if teacher is None else teacher, others)
         try:
             seen = _seen_on(student, teacher, probe)
             check_outputs(seen, terms)

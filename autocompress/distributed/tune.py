@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Workers of Ray give way to everything else (niceness 15): latencies that they measure would suffer.
+    "RAY_worker_niceness": "0",
 }
 
 

@@ -59,7 +59,8 @@ def export_network(
     Args:
         network: Plain PyTorch, in eval mode, `(batch, *in_shape)` to one tensor.
         architecture: Which network of which space it is.
-        blocks: What it runs, as `SearchSpace.operations` returns it.
+        blocks: What it runs, as `SearchSpace.operations` returns it; none for a network of no space, which
+            has no form as safetensors then.
         in_shape: Channels, height, width.
         folder: Where to; may hold an earlier export and nothing else.
         preprocessing: What was done to the images: mean, standard deviation, resolution, classes.
@@ -120,9 +121,10 @@ def _check_arguments(
         raise ExportError(f"formats must be among {', '.join(FILES)}, got {unknown[0]!r}")
     if not formats:
         raise ExportError(f"formats must name at least one of {', '.join(FILES)}, got none")
-    if not blocks or not all(ops for _, ops in blocks):
+    # A network that is of no space has none; nothing but its own loader needs them.
+    if ("safetensors" in formats and not blocks) or not all(ops for _, ops in blocks):
         raise ExportError("blocks must hold at least one block, each with at least one operation")
-    first = blocks[0][1][0].in_shape
+    first = blocks[0][1][0].in_shape if blocks else in_shape
     if tuple(in_shape) != tuple(first):
         raise ExportError(f"in_shape must be {tuple(first)}, as the first operation states, got {in_shape}")
     if training := [name or "the network" for name, module in network.named_modules() if module.training]:

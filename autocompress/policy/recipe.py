@@ -48,6 +48,8 @@ class TuneSettings(Settings):
     """How often a policy whose process died is tried again."""
     runs: Positive = 60
     """Timed runs of a network."""
+    random_policies: Positive = 3
+    """Random policies under the same budget in the final comparison."""
     seed: Count = 0
 
     @field_validator("budget", mode="before")
@@ -94,16 +96,26 @@ class PolicyRecipe(Settings):
 
 
 def load_policy_recipe(path: Path) -> PolicyRecipe:
-    """Read a recipe file; relative paths in it are relative to the file.
+    """Read a recipe file.
 
     Raises:
         RecipeError: The file is absent, no YAML, or not a valid recipe of a policy.
     """
-    recipe = parsed(PolicyRecipe, read_yaml(path), f"recipe {path}")
-    updates: dict[str, Any] = {"model": absolute_model(recipe.model, path.parent)}
+    return parse_policy_recipe(read_yaml(path), path)
+
+
+def parse_policy_recipe(payload: Any, path: Path) -> PolicyRecipe:
+    """Check a recipe that was read from a file; relative paths in it are relative to the file.
+
+    Raises:
+        RecipeError: It is no valid recipe of a policy.
+    """
+    recipe = parsed(PolicyRecipe, payload, f"recipe {path}")
+    folder = path.parent
+    updates: dict[str, Any] = {"model": absolute_model(recipe.model, folder)}
     if recipe.weights is not None:
-        updates["weights"] = (path.parent / recipe.weights.expanduser()).resolve()
+        updates["weights"] = (folder / recipe.weights.expanduser()).resolve()
     if recipe.data.folder is not None:
-        folder = (path.parent / recipe.data.folder.expanduser()).resolve()
-        updates["data"] = recipe.data.model_copy(update={"folder": folder})
+        data = (folder / recipe.data.folder.expanduser()).resolve()
+        updates["data"] = recipe.data.model_copy(update={"folder": data})
     return recipe.model_copy(update=updates)

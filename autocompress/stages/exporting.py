@@ -13,7 +13,7 @@ from autocompress.stages.finetuning import finetune
 from autocompress.stages.networks import resolution
 from autocompress.stages.pricing import costs
 from autocompress.stages.selecting import selected
-from autocompress.training.data import Images, batches
+from autocompress.training.data import DataSet, Images, batches
 
 QUANTIZED_SAMPLE = 500
 """Validation images on which decisions of a network of few bits and its exported form are compared."""
@@ -52,15 +52,7 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
             blocks=run.space.operations(codes),
             in_shape=(run.data.in_shape[0], *size),
             folder=folder,
-            preprocessing={
-                "resize": list(size),
-                "resize_mode": "bilinear, antialiased",
-                # Data sets of the user with float inputs come normalised and are taken as they are.
-                "divide_by": 255 if isinstance(run.data.train, Images) else 1,
-                "mean": list(run.data.mean),
-                "std": list(run.data.std),
-                "classes": list(run.data.class_names) or run.data.classes,
-            },
+            preprocessing=preprocessing(run.data, size),
             formats=run.recipe.export.formats,
             sample=resize(next(batches(run.data.validation, sampled, seed=None))[0], size),
             extra={
@@ -79,6 +71,19 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
         )
     shown.say(f"exported to {folder}{left_out}")
     return folder
+
+
+def preprocessing(data: DataSet, size: tuple[int, int]) -> dict[str, Any]:
+    """Return what has to be done to an image before a network sees it, for the manifest of an export."""
+    return {
+        "resize": list(size),
+        "resize_mode": "bilinear, antialiased",
+        # Data sets of the user with float inputs come normalised and are taken as they are.
+        "divide_by": 255 if isinstance(data.train, Images) else 1,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.class_names) or data.classes,
+    }
 
 
 def _policy(run: Run, arch: Architecture) -> list[dict[str, Any]]:

@@ -1,0 +1,285 @@
+"""A whole tuning in a run directory: policies are tried, the best is compared on the test part and exported.
+
+`recipe.yaml` (resolved), `original.json` (what the network costs as it was brought), `structures/KEY/` (what
+each structure costs), `trials/KEY/` (each policy), `tune/` (Ray's own records), `result.json`, `best/` (the
+exported network), `report.json` and `report.md` last of all.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import nn
+
+from autocompress.atomic import read_json, write_json, write_text
+from autocompress.distributed.tune import tune
+from autocompress.errors import AutocompressError, RecipeError, StorageError
+from autocompress.latency.measure import measure_networks
+from autocompress.latency.runtime import pinned, prepare_onnx
+from autocompress.plugins import load_space_factory
+from autocompress.policy.passes import PASSES, Policy, Setting, apply
+from autocompress.policy.recipe import PolicyRecipe
+from autocompress.policy.trial import (
+    REPORT,
+    TRIALS,
+    WEIGHTS,
+    WHOLE,
+    Job,
+    costs_of,
+    key_of,
+    limits_of,
+    original_costs,
+    policy_of,
+    structure_of,
+    try_policy,
+)
+from autocompress.result import SearchResult
+from autocompress.run import Shown
+from autocompress.space import Architecture, SearchSpace
+from autocompress.training.evaluate import Scored, evaluate
+from autocompress.trial import Outcome, Trial
+
+RESULT, REPORT_PAGE, BEST = "result.json", "report.md", "best"
+RANDOM_DRAWS = 50
+"""Policies that are drawn at most for the random baseline; what does not fit is not trained."""
+COMPARED_RUNS = 200
+
+
+def space_of(recipe: PolicyRecipe) -> SearchSpace:
+    """Return the space of the policies of a recipe.
+
+    Raises:
+        PolicyError: There is no such pass or setting, or nothing may be chosen.
+    """
+    return load_space_factory("policy")(passes=recipe.passes)
+
+
+def begin(folder: Path, recipe: PolicyRecipe) -> Job:
+    """Open or start a run directory; to be called with the folder held.
+
+    Raises:
+        RecipeError: The folder holds another run.
+    """
+    import yaml
+
+    path = folder / "recipe.yaml"
+    content = recipe.model_dump(mode="json")
+    if path.exists():
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if there != content:
+            keys = [key for key in content if not isinstance(there, dict) or there.get(key) != content[key]]
+            raise RecipeError(
+                f"{folder} holds a tuning by another recipe: {', '.join(keys)} differ; take another directory"
+            )
+    else:
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
+    return Job(recipe, folder)
+
+
+def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
+    """Tune, compare and export, from where an earlier call stopped; return the report.
+
+    Raises:
+        BudgetError: No policy that was tried fits.
+        AutocompressError: Something cannot be done; what was finished stays.
+    """
+    page = job.folder / REPORT
+    if page.exists():
+        found: dict[str, Any] = read_json(page, StorageError, "report of a tuning")
+        return found
+    space, whole = space_of(job.recipe), original_costs(job)
+    limits = limits_of(job)
+    shown.say(f"as you brought it: {_costs_text(whole)}; limits: {_costs_text(limits)}")
+    with shown.stage("tune policies") as progress:
+        tune(job, space, progress)
+    result = gather(job, space)
+    result.save(job.folder / RESULT)
+    counted = {o: sum(t.outcome == o for t in result.trials) for o in Outcome}
+    shown.say(
+        f"{len(result.trials)} policies: {counted[Outcome.MEASURED]} finetuned to the end, "
+        f"{counted[Outcome.INFEASIBLE]} over the budget, {counted[Outcome.FAILED]} that cannot be"
+    )
+    best = result.best()
+    policies = {"tuned": policy_of(job.recipe, dict(best.architecture.settings))}
+    with shown.stage("random policies under the same budget") as progress:
+        for number, policy in enumerate(_random(job, space, progress), start=1):
+            policies[f"random {number}"] = policy
+    report = compare(job, policies)
+    _export(job, best.architecture, policies["tuned"], report)
+    write_json(page, report)
+    write_text(job.folder / REPORT_PAGE, markdown(report))
+    return report
+
+
+def gather(job: Job, space: SearchSpace) -> SearchResult:
+    """Return the policies that were tried, in the order in which they ended, without those stopped early."""
+    metric = job.task.metric
+    trials = []
+    paths = sorted(
+        (job.folder / TRIALS).glob(f"*/{REPORT}"), key=lambda path: (path.stat().st_mtime_ns, path)
+    )
+    for number, path in enumerate(paths):
+        report = read_json(path, StorageError, "report of a policy")
+        scores: dict[str, float] = {}
+        outcome = Outcome.FAILED if "error" in report else Outcome.INFEASIBLE
+        if report["fits"]:
+            outcome = Outcome.MEASURED
+            scores = {metric: report["score"], f"{metric}_error": report["standard_error"]}
+        arch = space.architecture(_settings(space, report["policy"]))
+        trials.append(Trial(number, arch, report.get("costs", {}), scores, outcome, report.get("error", "")))
+    described = {"name": space.name, "settings": dict(space.settings), "fingerprint": space.fingerprint}
+    return SearchResult(described, metric, limits_of(job), trials, asked=len(trials))
+
+
+def _settings(space: SearchSpace, policy: Sequence[Any]) -> dict[str, Setting]:
+    """Return the choices of a policy, those of passes that are turned off left out."""
+    found: dict[str, Setting] = {}
+    for choice in space.choices:
+        number, _, setting = choice.name.split(".")
+        if all(found.get(parent) in allowed for parent, allowed in choice.active_when):
+            found[choice.name] = policy[int(number)][1][setting]
+    return found
+
+
+def _random(job: Job, space: SearchSpace, progress: Any) -> list[Policy]:
+    """Return random policies that fit, each tried: what tuning has to beat."""
+    rng = np.random.default_rng([job.recipe.tune.seed, 1])
+    wanted, limits = job.recipe.tune.random_policies, limits_of(job)
+    found: dict[str, Policy] = {}
+    for row in space.sample(RANDOM_DRAWS, rng):
+        if len(found) == wanted:
+            break
+        (arch,) = space.decode(row[None])
+        policy = policy_of(job.recipe, dict(arch.settings))
+        try:
+            costs = costs_of(job, policy)
+        except AutocompressError:  # a policy that cannot be is no baseline
+            continue
+        if all(costs[metric] <= limit for metric, limit in limits.items()):
+            try_policy(job, policy)
+            found[key_of(policy)] = policy
+            progress(len(found), wanted, "")
+    return list(found.values())
+
+
+def network_of(job: Job, policy: Policy) -> nn.Module:
+    """Return the network of a policy that was tried, with the weights it ended with.
+
+    Raises:
+        StorageError: Its weights are gone or damaged.
+    """
+    network = apply(job.model, structure_of(policy), job.context())
+    path = job.folder / TRIALS / key_of(policy) / WEIGHTS
+    try:
+        network.load_state_dict(load_file(path), strict=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(f"{path} is damaged ({error}); remove its folder, and tune again") from None
+    return network.eval()
+
+
+def compare(job: Job, policies: Mapping[str, Policy]) -> dict[str, Any]:
+    """Score networks on the test part, read once here, and measure them interleaved beside the original."""
+    rows = []
+    files = {"as you brought it": job.folder / WHOLE}
+    for name, policy in policies.items():
+        files[name] = job.folder / "structures" / key_of(structure_of(policy)) / "network.onnx"
+    with pinned(job.target):
+        runs = {name: prepare_onnx(path, job.target) for name, path in files.items()}
+        measured = measure_networks(runs, target=job.target, count=COMPARED_RUNS)
+    for name in files:
+        policy = policies.get(name, [])
+        network = network_of(job, policy) if name in policies else job.model
+        costs = costs_of(job, policy) if name in policies else original_costs(job)
+        rows.append(
+            {
+                "name": name,
+                "policy": [[key, dict(settings)] for key, settings in policy],
+                "costs": costs,
+                "latency_ms": {
+                    "median": measured[name].median_ms,
+                    "low": measured[name].low_ms,
+                    "high": measured[name].high_ms,
+                },
+                "validation": _scored(job, network, job.data.validation),
+                "test": _scored(job, network, job.data.test),
+            }
+        )
+    return {
+        "schema": "autocompress.policy",
+        "version": 1,
+        "metric": job.task.metric,
+        "limits": limits_of(job),
+        "rows": rows,
+    }
+
+
+def _scored(job: Job, network: nn.Module, part: Any) -> dict[str, Any]:
+    found: Scored = evaluate(network, part, job.task.score)
+    low, high = found.interval
+    return {"mean": found.mean, "low": low, "high": high, "count": found.count}
+
+
+def _export(job: Job, arch: Architecture, policy: Policy, report: Mapping[str, Any]) -> None:
+    from autocompress.export.export import export_network
+    from autocompress.stages.exporting import QUANTIZED_SAMPLE, preprocessing
+    from autocompress.training.data import batches
+
+    network = network_of(job, policy)
+    export_network(
+        network,
+        architecture=arch,
+        blocks=[],
+        in_shape=job.data.in_shape,
+        folder=job.folder / BEST,
+        preprocessing=preprocessing(job.data, job.data.in_shape[1:]),
+        formats=("onnx", "torch_export"),
+        sample=next(batches(job.data.validation, QUANTIZED_SAMPLE, seed=None))[0],
+        extra={"policy": [[n, dict(s)] for n, s in policy], "costs": dict(report["rows"][1]["costs"])},
+    )
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return a report as a page."""
+    metric = report["metric"]
+    lines = [
+        "# A compression policy",
+        "",
+        f"Budget: {_costs_text(report['limits'])}. Latencies are medians of runs interleaved in one session; "
+        f"{metric} on the test part, read once, with its 95 % interval.",
+        "",
+        f"| | {metric}, test | validation | latency, ms | MACs, M | parameters, k | ONNX, kB | policy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        test, costs, latency = row["test"], row["costs"], row["latency_ms"]
+        cells = [
+            row["name"],
+            f"{test['mean']:.4f} ({test['low']:.4f}-{test['high']:.4f})",
+            f"{row['validation']['mean']:.4f}",
+            f"{latency['median']:.3f} ({latency['low']:.3f}-{latency['high']:.3f})",
+            f"{costs['macs'] / 1e6:.2f}",
+            f"{costs['params'] / 1e3:.1f}",
+            f"{costs['size_bytes'] / 1e3:.1f}",
+            policy_text(row["policy"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    first, tuned = report["rows"][:2]
+    if tuned["latency_ms"]["median"] >= first["latency_ms"]["median"]:
+        lines += ["", "**The tuned network is no faster than the one you brought.**"]
+    return "\n".join([*lines, ""])
+
+
+def policy_text(policy: Sequence[Any]) -> str:
+    """Return a policy in a line, without what is turned off."""
+    parts = []
+    for name, settings in policy:
+        if any(settings.get(switch) == off for switch, off in PASSES[name].off.items()):
+            continue
+        parts.append(f"{name}({', '.join(f'{key} {value}' for key, value in settings.items())})")
+    return " > ".join(parts) or "nothing"
+
+
+def _costs_text(costs: Mapping[str, float]) -> str:
+    return ", ".join(f"{metric} {value:.6g}" for metric, value in costs.items())
