@@ -183,7 +183,8 @@ def test_the_exported_network_says_what_it_is_and_what_it_costs(run: Run) -> Non
     folder = stages.export(run, SILENT)
     arch = stages.selected(run, SILENT)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert folder.parent.name == arch.key == manifest["architecture_key"]
+    assert folder.parent == run.network_folder(arch)
+    assert arch.key == manifest["architecture_key"]
     assert manifest["preprocessing"]["resize"] == [24, 24]
     assert manifest["preprocessing"]["mean"] == list(run.data.mean)
     trial = stages.search(run, SILENT).best()
