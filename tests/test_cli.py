@@ -230,6 +230,7 @@ def test_flops_are_macs_when_the_cheapest_is_selected(searched: Path) -> None:
 # Searching again ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_done_again(
     finished: tuple[Path, Result], tmp_path: Path
 ) -> None:
@@ -321,6 +322,7 @@ def test_a_selected_network_is_reported_as_such_and_later_reports_say_so(searche
     assert "searched, finetuned" in call("resume", searched).stdout
 
 
+@pytest.mark.slow
 def test_finetuning_with_other_losses_repeats_no_other_stage_and_loses_nothing(searched: Path) -> None:
     (first,) = searched.glob("networks/*")
     kept = ages(searched)

@@ -210,6 +210,7 @@ def test_no_stage_reads_the_test_part(tmp_path: Path) -> None:
         run.data.test[0]
 
 
+@pytest.mark.slow
 def test_what_the_predictor_was_worth_is_kept_and_said(tmp_path: Path, exported: Path) -> None:
     folder = copy_of(exported, tmp_path, without=("result.json", "trials.log"))
     search = {"strategy": "predictor", "options": {"initial": 5, "round_size": 3}, "evaluations": 14}
@@ -625,6 +626,7 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(tmp_path: Path) -> None:
     with_table(tmp_path / "whole")
     with_table(tmp_path / "killed")
@@ -751,6 +753,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path: Path) -> 
         assert rounds(samples) == RECIPE["profile"]["max_rounds"]
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_are_equal(exported: Path, tmp_path: Path) -> None:
     """What the comparison of killed runs stands on."""
     run = Run(with_table(tmp_path / "again"), small_recipe())

@@ -132,7 +132,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(steps, st.integers(0, 1000))
 def test_whatever_is_offered_can_be_removed_at_its_price(steps: list[Step], seed: int) -> None:
     network = seeded(lambda: Random(steps))
