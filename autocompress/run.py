@@ -283,17 +283,9 @@ def load_recipe_data(recipe: Recipe) -> "DataSet":
     Raises:
         DataError: It is absent, damaged, or too small for what the recipe asks.
     """
-    from autocompress.training.data import load_data
+    from autocompress.training.data import load_data_of
 
-    settings = recipe.data
-    held_out = settings.validation
-    return load_data(
-        settings.source,
-        folder=settings.folder,
-        validation=held_out if held_out < 1 else int(held_out),
-        limit=settings.limit,
-        seed=settings.seed,
-    )
+    return load_data_of(recipe.data)
 
 
 def make_space(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from autocompress.distill.losses import ensemble
 from autocompress.errors import DistillationError
-from autocompress.prune.load import arguments_of, load_model
+from autocompress.prune.load import load_model_for
 from autocompress.recipe import TeacherSettings
 from autocompress.training.data import DataSet
 
@@ -46,11 +46,9 @@ def load_teacher(settings: Sequence[TeacherSettings], data: DataSet, *, temperat
         ConversionError: A model or its weights cannot be loaded.
         DistillationError: A model does not take the images of the data, or gives what is no tensor.
     """
-    classes, channels = data.classes or None, data.in_shape[0]
     found = []
     for teacher in settings:
-        given = arguments_of(teacher.model, teacher.arguments, classes=classes, in_channels=channels)
-        network = load_model(teacher.model, given, teacher.weights).eval()
+        network = load_model_for(data, teacher.model, teacher.arguments, teacher.weights).eval()
         try:
             with torch.no_grad():
                 outputs = network(torch.zeros(1, *data.in_shape))

@@ -17,6 +17,7 @@ from autocompress.budget import Constraints
 from autocompress.errors import AutocompressError
 from autocompress.machine import cores
 from autocompress.plugins import load_strategy_for
+from autocompress.policy.passes import settings_of
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.policy.trial import REPORT, TRIALS, Job, key_of, policy_of, try_policy
 from autocompress.progress import Progress, silent
@@ -142,7 +143,7 @@ def _longest(recipe: PolicyRecipe) -> int:
     """Return the most epochs that a policy may be finetuned for."""
     found = [0]
     for entry in recipe.passes:
-        epochs = entry.get("distill", {}).get("epochs", 3) if "distill" in entry else 0
+        epochs = {**settings_of("distill"), **entry["distill"]}["epochs"] if "distill" in entry else 0
         found += [int(epoch) for epoch in (epochs if isinstance(epochs, list | tuple) else [epochs])]
     return max(found)
 

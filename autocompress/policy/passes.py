@@ -339,6 +339,11 @@ def settings_of(name: str) -> dict[str, Setting]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def is_off(name: str, settings: Mapping[str, Setting]) -> bool:
+    """Whether settings of a pass turn it off."""
+    return any(settings.get(switch) == off for switch, off in PASSES[name].off.items())
+
+
 def check(policy: Policy) -> None:
     """Refuse passes and settings that there are not, and orders that cannot be.
 

@@ -19,7 +19,7 @@ from autocompress.errors import AutocompressError, RecipeError, StorageError
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
-from autocompress.policy.passes import PASSES, Policy, Setting, apply
+from autocompress.policy.passes import Policy, Setting, apply, is_off
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.policy.trial import (
     REPORT,
@@ -35,7 +35,7 @@ from autocompress.policy.trial import (
     structure_of,
     try_policy,
 )
-from autocompress.result import SearchResult
+from autocompress.result import SearchResult, load_result
 from autocompress.run import Shown
 from autocompress.space import Architecture, SearchSpace
 from autocompress.training.evaluate import Scored, evaluate
@@ -94,8 +94,13 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
     shown.say(f"as you brought it: {_costs_text(whole)}; limits: {_costs_text(limits)}")
     with shown.stage("tune policies") as progress:
         tune(job, space, progress)
-    result = gather(job, space)
-    result.save(job.folder / RESULT)
+    path = job.folder / RESULT
+    if path.exists():
+        # Random policies may have been tried since: they are no trials of the tuning.
+        result = load_result(path, space)
+    else:
+        result = gather(job, space)
+        result.save(path)
     counted = {o: sum(t.outcome == o for t in result.trials) for o in Outcome}
     shown.say(
         f"{len(result.trials)} policies: {counted[Outcome.MEASURED]} finetuned to the end, "
@@ -275,7 +280,7 @@ def policy_text(policy: Sequence[Any]) -> str:
     """Return a policy in a line, without what is turned off."""
     parts = []
     for name, settings in policy:
-        if any(settings.get(switch) == off for switch, off in PASSES[name].off.items()):
+        if is_off(name, settings):
             continue
         parts.append(f"{name}({', '.join(f'{key} {value}' for key, value in settings.items())})")
     return " > ".join(parts) or "nothing"

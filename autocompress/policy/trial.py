@@ -24,11 +24,11 @@ from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.latency.target import Target, load_target
 from autocompress.network import unshared
-from autocompress.policy.passes import PASSES, Context, Policy, Setting, apply
+from autocompress.policy.passes import Context, Policy, Setting, apply, is_off
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.prune.load import arguments_of, load_model
+from autocompress.prune.load import load_model_for
 from autocompress.quantize.layer import has_quantizers
-from autocompress.training.data import DataSet, load_data
+from autocompress.training.data import DataSet, load_data_of
 from autocompress.training.evaluate import evaluate
 from autocompress.training.task import Task, load_task
 
@@ -51,15 +51,7 @@ class Job:
     @cached_property
     def data(self) -> DataSet:
         """The data set."""
-        settings = self.recipe.data
-        held_out = settings.validation
-        return load_data(
-            settings.source,
-            folder=settings.folder,
-            validation=held_out if held_out < 1 else int(held_out),
-            limit=settings.limit,
-            seed=settings.seed,
-        )
+        return load_data_of(self.recipe.data)
 
     @cached_property
     def task(self) -> Task:
@@ -79,11 +71,8 @@ class Job:
         Raises:
             ConversionError: It cannot be made, or its weights are of another model.
         """
-        recipe, data = self.recipe, self.data
-        given = arguments_of(
-            recipe.model, recipe.arguments, classes=data.classes or None, in_channels=data.in_shape[0]
-        )
-        return load_model(recipe.model, given, recipe.weights).eval()
+        recipe = self.recipe
+        return load_model_for(self.data, recipe.model, recipe.arguments, recipe.weights).eval()
 
     def context(self, **changes: Any) -> Context:
         """Return what passes work on."""
@@ -124,9 +113,7 @@ def policy_of(recipe: PolicyRecipe, settings: Mapping[str, Setting]) -> Policy:
 def key_of(policy: Policy) -> str:
     """Return 16 hexadecimal digits of a policy; settings of passes that are turned off do not count."""
     counted = [
-        (name, dict(sorted(settings.items())))
-        for name, settings in policy
-        if not any(settings.get(switch) == off for switch, off in PASSES[name].off.items())
+        (name, dict(sorted(settings.items()))) for name, settings in policy if not is_off(name, settings)
     ]
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -6,12 +6,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.errors import ConversionError
+
+if TYPE_CHECKING:
+    from autocompress.training.data import DataSet
 
 SHOWN_ERROR = 120
 SHOWN = 3
@@ -44,6 +47,18 @@ def load_model(name: str, arguments: Mapping[str, Any], weights: str | Path | No
     if weights is not None:
         _fill(model, read_state(Path(weights)), f"{weights} does not hold the weights of {name}")
     return model
+
+
+def load_model_for(
+    data: "DataSet", name: str, arguments: Mapping[str, Any], weights: str | Path | None = None
+) -> nn.Module:
+    """Make a model for the channels and classes of a data set, where its factory takes them.
+
+    Raises:
+        ConversionError: As `load_model`.
+    """
+    given = arguments_of(name, arguments, classes=data.classes or None, in_channels=data.in_shape[0])
+    return load_model(name, given, weights)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -18,13 +18,13 @@ from autocompress.atomic import locked, read_json, remove_leftovers, replacing, 
 from autocompress.errors import RecipeError, StorageError
 from autocompress.network import unshared
 from autocompress.prune.check import check
-from autocompress.prune.load import arguments_of, load_model
+from autocompress.prune.load import load_model_for
 from autocompress.run import Shown
 from autocompress.sparse.methods import method_of, options_of
 from autocompress.sparse.recipe import SparsifyRecipe
 from autocompress.sparse.train import sparsify
 from autocompress.training.checkpoint import weights_fingerprint
-from autocompress.training.data import DataSet, load_data
+from autocompress.training.data import DataSet, load_data_of
 from autocompress.training.loop import seeded
 from autocompress.training.task import load_task
 
@@ -56,7 +56,7 @@ def sparsify_folder(folder: Path, recipe: SparsifyRecipe, shown: Shown) -> dict[
     options = options_of(recipe.method, recipe.options)
     if method.trained and recipe.weights is None:
         raise RecipeError(f"method {recipe.method!r} compares with trained weights: give them by --weights")
-    data = load_data_of(recipe)
+    data = load_data_of(recipe.data)
     model = make_model(recipe, data)
     check(model, torch.zeros(1, *data.in_shape))
     if folder.exists() and not folder.is_dir():
@@ -106,32 +106,14 @@ def sparsify_folder(folder: Path, recipe: SparsifyRecipe, shown: Shown) -> dict[
     return report
 
 
-def load_data_of(recipe: SparsifyRecipe) -> DataSet:
-    """Load the data set.
-
-    Raises:
-        DataError: It is absent or damaged.
-    """
-    held_out = recipe.data.validation
-    return load_data(
-        recipe.data.source,
-        folder=recipe.data.folder,
-        validation=held_out if held_out < 1 else int(held_out),
-        limit=recipe.data.limit,
-        seed=recipe.data.seed,
-    )
-
-
 def make_model(recipe: SparsifyRecipe, data: DataSet) -> nn.Module:
     """Make the model with its weights; without, with random ones that are a function of `train.seed`.
 
     Raises:
         ConversionError: It cannot be made, or the weights are of another model.
     """
-    classes, channels = data.classes or None, data.in_shape[0]
-    arguments = arguments_of(recipe.model, recipe.arguments, classes=classes, in_channels=channels)
     with seeded(recipe.train.seed, 0):
-        return load_model(recipe.model, arguments, recipe.weights)
+        return load_model_for(data, recipe.model, recipe.arguments, recipe.weights)
 
 
 def write_weights(path: Path, network: nn.Module) -> None:

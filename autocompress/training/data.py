@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from autocompress.errors import DataError
+from autocompress.recipe import DataSettings
 from autocompress.training.readers import (
     Corpus,
     ImageArrays,
@@ -392,6 +393,22 @@ class Augmentation:
             raise DataError(f"shift and cutout must be 0 or more, got {self.shift} and {self.cutout}")
         if self.padding not in ("zero", "reflect"):
             raise DataError(f"padding must be 'zero' or 'reflect', got {self.padding!r}")
+
+
+def load_data_of(settings: DataSettings) -> DataSet:
+    """Load the data set that a recipe of any kind names.
+
+    Raises:
+        DataError: It is absent, damaged, or too small for what the recipe asks.
+    """
+    held_out = settings.validation
+    return load_data(
+        settings.source,
+        folder=settings.folder,
+        validation=held_out if held_out < 1 else int(held_out),
+        limit=settings.limit,
+        seed=settings.seed,
+    )
 
 
 @lru_cache(maxsize=2)
