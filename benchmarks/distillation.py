@@ -201,10 +201,10 @@ class Benchmark:
             self.data,
             train=Subset(self.data.train, range(count)),
             # As many as there are epochs, each of which is validated.
-            validation=Subset(self.data.validation, range(500)),
+            validation=Subset(self.data.validation, range(min(500, len(self.data.validation)))),
             fingerprint=f"{self.data.fingerprint} first {count}",
         )
-        epochs = round(self.size.epochs * self.size.images / count)
+        epochs = round(self.size.epochs / FEW)
         settings = self.settings(
             distill, seed, epochs=epochs, warmup_epochs=0.5 / FEW, alpha=1.0, temperature=2.0
         )
