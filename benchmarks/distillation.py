@@ -1,8 +1,8 @@
 """What distillation is worth: students alone and taught, few labels, a larger teacher, after a search.
 
-    python benchmarks/distillation.py              # CPU size: some two hours of one core; resumes
+    python benchmarks/distillation.py              # CPU size: some three hours of one core; resumes
     python benchmarks/distillation.py --quick      # a smoke test of a minute
-    python benchmarks/distillation.py --part losses --part few
+    python benchmarks/distillation.py --part losses --part few    # beside another process with other parts
 
 CIFAR-10, 10,000 training images at 16 pixels, as in shrink_resnet.py, whose ResNet-20 is the teacher. The
 student is a ResNet-8, trained from random weights that are the seed's, for the same epochs and with the same
@@ -32,7 +32,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import Subset
 
-from autocompress.atomic import read_json, replacing, write_json, write_text
+from autocompress.atomic import held, read_json, replacing, write_json, write_text
 from autocompress.distill.finetune import finetune
 from autocompress.elastic.extract import extract
 from autocompress.elastic.recalibrate import recalibrate
@@ -56,10 +56,8 @@ LOSSES: dict[str, tuple[Any, int]] = {
     "at": ("at", 3),
     "sp": ("sp", 3),
     "rkd": ("rkd", 3),
-    "crd": ("crd", 3),
     "kd+at": ("kd+at", 3),
     "kd+sp": ("kd+sp", 3),
-    "kd+rkd": ("kd+rkd", 3),
 }
 FEW = 0.03
 PARTS = ("losses", "few", "larger", "searched")
@@ -98,7 +96,7 @@ class Size:
     epochs: int = 15
     batch: int = 64
     rate: float = 0.1
-    larger_epochs: int = 30
+    larger_epochs: int = 20
     finetune_epochs: int = 8
     finetune_rate: float = 0.02
     seeds: int = 5
@@ -121,8 +119,7 @@ class Benchmark:
         )
         self.task = load_task(TaskSettings())
         self.found: dict[str, Any] = {}
-        if path.exists():
-            self.found = read_json(path, StorageError, "results")["found"]
+        self._read()
         self.teacher = resnet20(classes=10)
         self.teacher.load_state_dict(load_file(RESULTS / "shrink_resnet" / "resnet20.safetensors"))
         self.teacher.eval()
@@ -257,10 +254,17 @@ class Benchmark:
             self._note(key, run())
 
     def _note(self, name: str, found: Mapping[str, Any]) -> None:
-        self.found[name] = {**found, "commit": environment()["commit"]}
-        write_json(self.path, {"environment": environment(), "size": asdict(self.size), "found": self.found})
+        with held(self.path.with_suffix(".lock")):
+            self._read()  # another process may do other parts
+            self.found[name] = {**found, "commit": environment()["commit"]}
+            content = {"environment": environment(), "size": asdict(self.size), "found": self.found}
+            write_json(self.path, content)
+            write_text(self.path.with_suffix(".md"), self.table())
         print(f"{name}: {dict(found)}", flush=True)
-        write_text(self.path.with_suffix(".md"), self.table())
+
+    def _read(self) -> None:
+        if self.path.exists():
+            self.found = read_json(self.path, StorageError, "results")["found"]
 
     def table(self) -> str:
         """Return the results as Markdown."""
