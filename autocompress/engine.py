@@ -5,7 +5,8 @@ is free (a predictor, a table) is asked again, streamed to a file, and only the 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ DEFAULT_BATCH = 100
 MAX_IDLE_ASKS = 50
 MAX_FAILURES = 20
 """If so many evaluations fail, and all from the first on, the evaluator is broken, not a network."""
+AHEAD = 2
+"""Networks under way for each worker in an asynchronous search."""
 KEPT_CANDIDATES = 1000
 """How many of the candidates of a free evaluator are kept, the best ones."""
 ASK_TIMEOUT_S = 3600.0
@@ -49,6 +52,7 @@ def search(
     history: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     batch: int = DEFAULT_BATCH,
+    asynchronous: bool = False,
     ask_timeout_s: float = ASK_TIMEOUT_S,
     progress: Progress = silent,
 ) -> SearchResult:
@@ -75,6 +79,11 @@ def search(
             weights, the data, the seed. Plain values, as JSON has them.
         batch: Rows asked at once for a free evaluator. For a paid one, as many as it evaluates at once
             (`workers`, 1 unless it says otherwise): every strategy learns from all there is.
+        asynchronous: With an evaluator that has workers: ask for another network as soon as the oldest one
+            is told, with twice as many under way as there are workers, so that no worker waits for a slower
+            one; the strategy learns later from each. Otherwise it is asked for as many as there are workers,
+            and again when all are told. Either way the same search asks the same networks, however fast
+            workers are.
         ask_timeout_s: How long the strategy may take for one answer; only kept in the main thread of a
             system with interval timers.
         progress: Told evaluations and the best score.
@@ -109,11 +118,17 @@ def search(
         stored = TrialStorage(storage, study=study, identity=belongs)
     with nullcontext() if stored is None else stored.claimed():
         if evaluator.paid:
-            memory: _Memory = _Paid(constraints, evaluator, objective, stored, beyond_budget(strategy))
+            beyond = beyond_budget(strategy)
+            memory: _Memory = _Paid(
+                constraints, evaluator, objective, stored, beyond=beyond, asynchronous=asynchronous
+            )
         else:
             kept = None if history is None else History(history, space, tuple(constraints.costs), belongs)
             memory = _Free(constraints, evaluator, objective, kept, batch)
-        asked = _run(guarded, memory, evaluations, objective, progress)
+        try:
+            asked = _run(guarded, memory, evaluations, objective, progress)
+        finally:
+            memory.close()
     if asked and not memory.evaluated:
         limits = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in constraints.limits.items())
         raise StrategyError(
@@ -136,18 +151,18 @@ def _run(guarded: "_Guarded", memory: "_Memory", evaluations: int, objective: st
     """Ask, evaluate and tell until all is evaluated or nothing new comes; return how many were asked."""
     idle = asked = 0
     expected = guarded.at_most(evaluations)
-    while memory.evaluated < evaluations and idle < MAX_IDLE_ASKS:
-        codes = guarded.ask(min(memory.at_once, evaluations - memory.evaluated))
-        if not len(codes):
-            break
-        asked += len(codes)
-        before = memory.evaluated
-        for told in memory.evaluate(codes):
-            guarded.tell(told)
-            best = "" if memory.best is None else f"best {objective} {memory.best:.4f}"
-            progress(memory.evaluated, max(memory.evaluated, expected), best)
-        idle = idle + 1 if memory.evaluated == before else 0
-    return asked
+    while True:
+        wanted = min(memory.room, evaluations - memory.evaluated - memory.begun)
+        # Nothing at all may also mean that it waits to be told.
+        codes = guarded.ask(wanted) if wanted > 0 and idle < MAX_IDLE_ASKS else None
+        if codes is not None and len(codes):
+            asked += len(codes)
+            idle = 0 if memory.begin(codes) else idle + 1
+        if not memory.pending:
+            return asked
+        guarded.tell(memory.finish())
+        best = "" if memory.best is None else f"best {objective} {memory.best:.4f}"
+        progress(memory.evaluated, max(memory.evaluated, expected), best)
 
 
 class _Guarded:
@@ -205,15 +220,38 @@ class _Guarded:
 
 
 class _Memory(Protocol):
-    """What was evaluated, and how to evaluate more."""
+    """What was evaluated, and how to evaluate more: rows begin, and end in the same order.
+
+    Attributes:
+        trials: Paid evaluations.
+        evaluated: How many architectures were evaluated.
+        best: The best score of what fits.
+    """
 
     trials: list[Trial]
     evaluated: int
     best: float | None
-    at_once: int
 
-    def evaluate(self, codes: Codes) -> Iterator[Batch]:
-        """Yield the batches to tell."""
+    @property
+    def begun(self) -> int:
+        """How many networks are being evaluated."""
+
+    @property
+    def pending(self) -> int:
+        """How many batches are to be told."""
+
+    @property
+    def room(self) -> int:
+        """How many rows may begin now."""
+
+    def begin(self, codes: Codes) -> bool:
+        """Begin to evaluate; return whether anything of it is new."""
+
+    def finish(self) -> Batch:
+        """Return the next batch to tell, when it is known."""
+
+    def close(self) -> None:
+        """Forget what is pending."""
 
     def candidates(self) -> Batch | None:
         """Return the best of what was scored for free.
@@ -221,6 +259,26 @@ class _Memory(Protocol):
         Raises:
             EvaluationError: Nothing has a score.
         """
+
+
+class _OneByOne:
+    """An evaluator without workers: a row is evaluated when its result is taken."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._rows: deque[Codes] = deque()
+
+    def submit(self, row: Codes) -> None:
+        self._rows.append(row)
+
+    def result(self) -> Mapping[str, float] | Exception:
+        found = evaluated(self._evaluator, self._rows.popleft())
+        if isinstance(found, AutocompressError) and not isinstance(found, EvaluationError):
+            raise found
+        return found
+
+    def cancel(self) -> None:
+        self._rows.clear()
 
 
 class _Paid:
@@ -232,14 +290,22 @@ class _Paid:
         evaluator: Evaluator,
         objective: str,
         storage: TrialStorage | None,
+        *,
         beyond: bool,
+        asynchronous: bool,
     ) -> None:
-        self.constraints, self.evaluator, self.objective = constraints, evaluator, objective
-        self._beyond = beyond
-        self.at_once = evaluator.workers if isinstance(evaluator, ParallelEvaluator) else 1
+        self.constraints, self.objective = constraints, objective
+        self._beyond, self._asynchronous = beyond, asynchronous
+        parallel = isinstance(evaluator, ParallelEvaluator)
+        self._work = evaluator if isinstance(evaluator, ParallelEvaluator) else _OneByOne(evaluator)
+        workers = getattr(evaluator, "workers", 1) if parallel else 1
+        self._at_most = AHEAD * workers if parallel and asynchronous else workers
         self.trials: list[Trial] = []
         self.evaluated = 0
         self.best: float | None = None
+        # Rows to be told, in order, with their costs and whether they are evaluated.
+        self._pending: deque[tuple[Codes, Mapping[str, Values], bool]] = deque()
+        self._begun: set[bytes] = set()
         self._known: dict[bytes, Mapping[str, float] | None] = {}  # None: the evaluation failed
         self._storage = storage
         self._stored: dict[bytes, Trial] = {}
@@ -248,48 +314,63 @@ class _Paid:
             for trial in storage.load(space):
                 self._stored[space.encode([trial.architecture])[0].tobytes()] = trial
 
-    def evaluate(self, codes: Codes) -> Iterator[Batch]:
-        """Yield the outcome of every row, in order, each as soon as it is known."""
+    @property
+    def begun(self) -> int:
+        """How many networks are being evaluated."""
+        return len(self._begun)
+
+    @property
+    def pending(self) -> int:
+        """How many rows are to be told."""
+        return len(self._pending)
+
+    @property
+    def room(self) -> int:
+        """How many rows may begin: all at once when all are told, or each as soon as another one is told."""
+        if self._pending and not self._asynchronous:
+            return 0
+        return self._at_most - len(self._pending)
+
+    def begin(self, codes: Codes) -> bool:
+        """Have the rows evaluated that are not known yet; return whether there is one."""
         costs = self.constraints.price(codes)
         feasible = self._evaluated(costs, len(codes))
-        keys = [row.tobytes() for row in codes]
-        unknown = {
-            key: index
-            for index, key in reversed(list(enumerate(keys)))
-            if feasible[index] and key not in self._known and key not in self._stored
-        }
-        paid = self._results(codes[sorted(unknown.values())])
-        for index, key in enumerate(keys):
+        before = len(self._begun)
+        for index in range(len(codes)):
             row = codes[index : index + 1]
             its_costs = {metric: values[index : index + 1] for metric, values in costs.items()}
-            if not feasible[index]:
-                yield self._unscored(row, its_costs, Outcome.INFEASIBLE)
-                continue
-            if key not in self._known:
-                stored = self._stored.get(key)
-                found = next(paid) if stored is None else _outcome_of(stored)
-                self._add(key, row, its_costs, found, store=stored is None)
-            metrics = self._known[key]
-            if metrics is None:
-                yield self._unscored(row, its_costs, Outcome.FAILED)
-            else:
-                values = {name: np.array([value]) for name, value in metrics.items()}
-                yield Batch(row, its_costs, values, np.array([Outcome.MEASURED], dtype=np.int8))
+            self._pending.append((row, its_costs, bool(feasible[index])))
+            key = row.tobytes()
+            if feasible[index] and key not in self._known and key not in self._begun:
+                self._begun.add(key)
+                if key not in self._stored:
+                    self._work.submit(row)
+        return len(self._begun) > before
+
+    def finish(self) -> Batch:
+        """Return the outcome of the first row that was not told, when it is known."""
+        row, costs, feasible = self._pending.popleft()
+        if not feasible:
+            return self._unscored(row, costs, Outcome.INFEASIBLE)
+        key = row.tobytes()
+        if key in self._begun:
+            stored = self._stored.get(key)
+            found = self._work.result() if stored is None else _outcome_of(stored)
+            self._begun.remove(key)
+            self._add(key, row, costs, found, store=stored is None)
+        metrics = self._known[key]
+        if metrics is None:
+            return self._unscored(row, costs, Outcome.FAILED)
+        values = {name: np.array([value]) for name, value in metrics.items()}
+        return Batch(row, costs, values, np.array([Outcome.MEASURED], dtype=np.int8))
+
+    def close(self) -> None:
+        """Forget what is pending."""
+        self._work.cancel()
 
     def _evaluated(self, costs: Mapping[str, Values], count: int) -> NDArray[np.bool_]:
         """Return which of some networks are evaluated: those that fit, for most strategies."""
         return np.ones(count, dtype=np.bool_) if self._beyond else _within(self.constraints, costs, count)
-
-    def _results(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
-        """Yield what the evaluator says of each row, in order; a row it fails on costs only itself."""
-        if isinstance(self.evaluator, ParallelEvaluator):
-            yield from self.evaluator.each(codes)
-            return
-        for index in range(len(codes)):
-            found = evaluated(self.evaluator, codes[index : index + 1])
-            if isinstance(found, AutocompressError) and not isinstance(found, EvaluationError):
-                raise found
-            yield found
 
     def _add(
         self,
@@ -345,19 +426,36 @@ class _Free:
         at_once: int,
     ) -> None:
         self.constraints, self.evaluator, self.objective = constraints, evaluator, objective
-        self.at_once = at_once
+        self._at_once = at_once
+        self._pending: list[tuple[Codes, Mapping[str, Values], NDArray[np.bool_]]] = []  # one at most
         self.trials: list[Trial] = []
-        self.evaluated = 0
+        self.evaluated = self.begun = 0
         self.best: float | None = None
         self._history = history
         self._failure = ""
         self._kept: Codes = np.zeros((0, len(constraints.space.choices)), dtype=np.int64)
         self._scores: Values = np.zeros(0)
 
-    def evaluate(self, codes: Codes) -> Iterator[Batch]:
-        """Yield one batch, of all rows."""
+    @property
+    def pending(self) -> int:
+        """Whether a batch is to be told."""
+        return len(self._pending)
+
+    @property
+    def room(self) -> int:
+        """How many rows may begin: as many as are asked for at once, when all are told."""
+        return 0 if self._pending else self._at_once
+
+    def begin(self, codes: Codes) -> bool:
+        """Take rows to be scored; return whether any fits."""
         costs = self.constraints.price(codes)
         feasible = _within(self.constraints, costs, len(codes))
+        self._pending.append((codes, costs, feasible))
+        return bool(feasible.any())
+
+    def finish(self) -> Batch:
+        """Score all rows that fit, and return all."""
+        codes, costs, feasible = self._pending.pop()
         scores = np.full(len(codes), np.nan)
         if feasible.any():
             scores[feasible] = self._scored(codes[feasible])
@@ -370,7 +468,10 @@ class _Free:
         self.evaluated += int(feasible.sum())
         self._keep(codes[finite], scores[finite])
         outcomes = np.select([~feasible, finite], [Outcome.INFEASIBLE, Outcome.MEASURED], Outcome.FAILED)
-        yield Batch(codes, costs, {self.objective: scores}, outcomes.astype(np.int8))
+        return Batch(codes, costs, {self.objective: scores}, outcomes.astype(np.int8))
+
+    def close(self) -> None:
+        """Do nothing: nobody works at what is pending."""
 
     def _scored(self, codes: Codes) -> Values:
         """Ask the evaluator; `nan` for all rows if it fails."""

@@ -1,6 +1,6 @@
 """What an evaluator is: it turns architectures into metrics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -42,8 +42,18 @@ class ParallelEvaluator(Evaluator, Protocol):
     def workers(self) -> int:
         """How many architectures are evaluated at a time."""
 
-    def each(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
-        """Yield the metrics of every row, in the order of the rows, or why there are none."""
+    def submit(self, row: Codes) -> None:
+        """Have `row (1, choices)` evaluated."""
+
+    def result(self) -> Mapping[str, float] | Exception:
+        """Wait for the row that was submitted first of those whose result was not taken, and take it.
+
+        Returns:
+            Its metrics, or why there are none.
+        """
+
+    def cancel(self) -> None:
+        """Forget all rows whose results were not taken."""
 
 
 def check_evaluator(evaluator: object) -> None:

@@ -205,9 +205,24 @@ class SearchSettings(Settings):
     workers: Positive = 1
     """Processes that evaluate sub-networks at the same time, by Ray; 1 starts none. A strategy is then asked
     for as many networks at a time, which is another search than with one."""
+    worker_threads: Positive | None = None
+    """Of each of them; by default they share the cores of this machine, and on a cluster each has one."""
+    asking: Literal["batch", "asynchronous"] = "batch"
+    """When workers are given networks: `batch` asks for as many as there are workers, and again when all are
+    evaluated; `asynchronous` for one as soon as the oldest is, with two a worker under way."""
+    address: str | None = None
+    """Of a Ray cluster that evaluates, `host:port` or `auto`; docs/ray.md."""
     calibration_images: Positive = 512
     """Training images for the batch-norm statistics of a sub-network."""
     seed: Count = 0
+
+    @model_validator(mode="after")
+    def _of_workers(self) -> Self:
+        if self.workers == 1 and self.address is None:
+            for name, value in (("worker_threads", None), ("asking", "batch")):
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name} belongs to several workers, got {getattr(self, name)!r} with 1")
+        return self
 
     @field_validator("budget", mode="before")
     @classmethod

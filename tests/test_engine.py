@@ -20,6 +20,7 @@ from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.engine import MAX_FAILURES, MAX_IDLE_ASKS, search
 from autocompress.errors import AutocompressError, EvaluationError, StorageError, StrategyError
+from autocompress.evaluator import evaluated
 from autocompress.history import read_history
 from autocompress.result import SearchResult
 from autocompress.space import Codes, SearchSpace
@@ -172,33 +173,44 @@ def test_a_network_asked_again_is_told_again_from_memory_and_not_paid_for_again(
 
 
 class Workers(Evaluated):
-    """Evaluates three networks at a time, the later ones of them first."""
+    """Evaluates three networks at a time, the latest of them first."""
 
     workers = 3
 
-    def each(self, codes: Codes) -> Iterator[Mapping[str, float] | Exception]:
-        self.calls = [*getattr(self, "calls", []), len(codes)]
-        found: dict[int, Mapping[str, float] | Exception] = {}
-        for index in reversed(range(len(codes))):
-            try:
-                metrics = self(codes[index : index + 1])
-                found[index] = {name: float(values[0]) for name, values in metrics.items()}
-            except EvaluationError as error:
-                found[index] = error
-        yield from (found[index] for index in range(len(codes)))
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.submitted: list[Codes] = []
+        self.found: dict[bytes, Mapping[str, float] | Exception] = {}
+        self.most = 0
+
+    def submit(self, row: Codes) -> None:
+        self.submitted.append(row)
+        self.most = max(self.most, len(self.submitted))
+
+    def result(self) -> Mapping[str, float] | Exception:
+        for row in reversed(self.submitted):
+            if row.tobytes() not in self.found:
+                self.found[row.tobytes()] = evaluated(self, row)
+        return self.found[self.submitted.pop(0).tobytes()]
+
+    def cancel(self) -> None:
+        self.submitted.clear()
 
 
-def test_an_evaluator_with_workers_gets_as_many_networks_as_it_has_and_changes_no_trial() -> None:
+@pytest.mark.parametrize(("asynchronous", "most"), [(False, 3), (True, 6)])
+def test_an_evaluator_with_workers_gets_as_many_networks_as_it_has_and_changes_no_trial(
+    asynchronous: bool, most: int
+) -> None:
     constraints = toy_constraints("macs=50%", blocks=2)
     rows = every_network(constraints.space)
     order = np.concatenate([np.arange(len(rows)), [0, 1]])
     alone, together = Scripted(rows[order]), Scripted(rows[order])
     expected = search(alone, constraints, Evaluated(constraints.space, failing=is_odd), evaluations=1000)
     workers = Workers(constraints.space, failing=is_odd)
-    result = search(together, constraints, workers, evaluations=1000)
+    result = search(together, constraints, workers, evaluations=1000, asynchronous=asynchronous)
     assert plain(result.trials) == plain(expected.trials)
     assert together.outcomes == alone.outcomes
-    assert max(workers.calls) == 3
+    assert workers.most == most
     assert len(set(workers.rows)) == len(workers.rows)
 
 

@@ -111,7 +111,7 @@ def test_an_amount_of_validation_is_a_share_or_a_number_of_images() -> None:
             "granularity, knots, max_rounds, measured, min_rounds, networks, seed, table, tolerance, widths",
         ),
         ("train.epoch", "batch_size, cutout, epochs, gradient_clip"),
-        ("search.generations", "budget, calibration_images, confidence, evaluations, options, seed"),
+        ("search.generations", "address, asking, budget, calibration_images, confidence, evaluations"),
         ("finetune.schedule", "alpha, auxiliary, batch_size"),
         ("export.format", "formats"),
     ],

@@ -6,16 +6,16 @@ a tuning that was killed goes on, in Ray's own records or without them.
 
 import logging
 import math
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from autocompress.atomic import write_json
 from autocompress.budget import Constraints
+from autocompress.distributed.connect import connected
 from autocompress.errors import AutocompressError
-from autocompress.machine import cores
 from autocompress.plugins import load_strategy_for
 from autocompress.policy.passes import settings_of
 from autocompress.policy.recipe import PolicyRecipe
@@ -25,16 +25,6 @@ from autocompress.space import SearchSpace
 
 EXPERIMENT = "tune"
 FITTING, EPOCH = "score", "epoch"
-# Read by Ray when it is imported or started: state is written every second, and nothing is printed.
-ENVIRONMENT = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Workers of Ray give way to everything else (niceness 15): latencies that they measure would suffer.
-    "RAY_worker_niceness": "0",
-}
 
 
 def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
@@ -48,38 +38,15 @@ def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
         progress: Told policies.
 
     Raises:
-        AutocompressError: There are too few cores, or Ray cannot be started.
+        AutocompressError: There are too few cores, Ray cannot be started, or no cluster answers.
         RecipeError: The strategy does not take an option.
     """
     settings = job.recipe.tune
-    if settings.workers * job.recipe.threads > cores():
-        raise AutocompressError(
-            f"{settings.workers} workers of {job.recipe.threads} threads need more than the {cores()} cores "
-            "of this process: take fewer (tune.workers, threads)"
-        )
     load_strategy_for(settings.strategy, settings.options, key="tune.options.")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
+    with ExitStack() as opened:
+        connected(opened, workers=settings.workers, threads=job.recipe.threads, address=settings.address)
         from ray import tune as ray_tune
-    except ImportError as error:
-        raise AutocompressError(
-            f"policies are tuned on Ray Tune, which is not installed ({error}): pip install 'ray[tune]'"
-        ) from error
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(
-                address="local",
-                num_cpus=settings.workers * job.recipe.threads,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-        except Exception as error:  # Ray raises plain ones too
-            raise AutocompressError(f"Ray cannot be started: {error}") from error
-    try:
+
         trainable = partial(_trial, recipe=job.recipe.model_dump_json(), folder=str(job.folder))
         resources = ray_tune.with_resources(trainable, {"cpu": job.recipe.threads})
         experiment = job.folder / EXPERIMENT
@@ -88,9 +55,6 @@ def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
         else:
             tuner = _tuner(job, space, resources, progress)
         tuner.fit()
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> Any:

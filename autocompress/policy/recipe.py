@@ -40,6 +40,9 @@ class TuneSettings(Settings):
     """Of the strategy."""
     workers: Positive = 1
     """Policies at a time, each in a process of Ray."""
+    address: str | None = None
+    """Of a Ray cluster, `host:port` or `auto`, whose machines see the run directory and the data under the
+    same paths; docs/ray.md."""
     grace_epochs: Positive = 1
     """ASHA: epochs of finetuning before a policy may be stopped."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3

@@ -102,9 +102,11 @@ def proposer(run: Run, shown: Shown) -> tuple[Constraints, Strategy]:
         RecipeError: An option of the strategy is wrong, or there are more workers than cores.
     """
     settings = run.recipe.search
-    if settings.workers > cores():
+    taken = settings.workers * (settings.worker_threads or 1)
+    if settings.address is None and taken > cores():
         raise RecipeError(
-            f"search.workers must be at most the cores of this process, {cores()}, got {settings.workers}"
+            f"search.workers (times search.worker_threads) must be at most the cores of this process, "
+            f"{cores()}, got {taken}; search.address names a cluster that has more"
         )
     limits = constraints(run, shown)
     strategy = strategy_factory(run.recipe)

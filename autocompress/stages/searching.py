@@ -18,6 +18,7 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.machine import cores
 from autocompress.plugins import load_strategy
+from autocompress.recipe import SearchSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, trains_anew
 from autocompress.space import Codes
@@ -41,13 +42,14 @@ def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
     return SupernetEvaluator(supernet, run.data, run.task, calibration(run), compared=compared)
 
 
-def spread(evaluator: Evaluator, workers: int) -> AbstractContextManager[Evaluator]:
-    """Return the evaluator, to be entered; more than one worker are processes, which share the cores."""
-    if workers == 1:
+def spread(evaluator: Evaluator, settings: SearchSettings) -> AbstractContextManager[Evaluator]:
+    """Return the evaluator, to be entered: as it is, or in several processes, which share the cores."""
+    if settings.workers == 1 and settings.address is None:
         return nullcontext(evaluator)
     from autocompress.distributed.ray_evaluator import RayEvaluator
 
-    return RayEvaluator(evaluator, workers=workers, threads=cores() // workers)
+    threads = settings.worker_threads or (1 if settings.address else cores() // settings.workers)
+    return RayEvaluator(evaluator, workers=settings.workers, threads=threads, address=settings.address)
 
 
 def search(run: Run, shown: Shown) -> SearchResult:
@@ -72,7 +74,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
         return load_result(path, run.space)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
     with (
-        spread(evaluator(run, supernet), settings.workers) as judge,
+        spread(evaluator(run, supernet), settings) as judge,
         shown.stage(f"search by {settings.strategy}") as progress,
     ):
         result = run_search(
@@ -81,6 +83,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
             limits,
             judge,
             evaluations=settings.evaluations,
+            asynchronous=settings.asking == "asynchronous",
             objective=run.task.metric,
             storage=run.path("trials.log"),
             identity=identity,
