@@ -14,6 +14,7 @@ from autocompress.commands.console import (
     echo_unless,
     new_recipe,
     on_screen,
+    open_run,
     read_recipe,
     stage,
     whole,
@@ -30,7 +31,6 @@ from autocompress.errors import AutocompressError, RecipeError
 if TYPE_CHECKING:
     from autocompress.latency.target import Target
     from autocompress.recipe import Recipe
-    from autocompress.run import Run
 
 app = typer.Typer(
     help="Find the best network that fits a budget on your device.",
@@ -98,12 +98,6 @@ def main() -> None:
         raise
 
 
-def _open(folder: Path, recipe: "Recipe | None") -> "Run":
-    from autocompress.run import Run
-
-    return Run(folder, recipe)
-
-
 @app.command()
 def demo(
     run: RunOption = Path("runs/demo"),
@@ -119,7 +113,7 @@ def demo(
     if dry_run:
         _forecast(recipe)
         return
-    whole(_open(run, recipe))
+    whole(open_run(run, recipe))
 
 
 @app.command("run")
@@ -134,13 +128,13 @@ def run_(
     if dry_run:
         _forecast(parsed)
         return
-    whole(_open(run or Path("runs") / recipe.stem, parsed))
+    whole(open_run(run or Path("runs") / recipe.stem, parsed))
 
 
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Continue a run that was stopped or killed, at any stage."""
-    whole(_open(run, None))
+    whole(open_run(run, None))
 
 
 @app.command()
@@ -183,7 +177,7 @@ def profile(
             raise RecipeError("--bundle measures everything on the other device; --table has no part in it")
         _bundle(bundle, parsed or read_recipe(run / "recipe.yaml", None))
         return
-    opened = _open(run, parsed)
+    opened = open_run(run, parsed)
     said: list[str] = []
     with opened.locked():
         echo_unless(said, describe_table(stages.profile(opened, on_screen(said))))
@@ -233,7 +227,7 @@ def train(
     if dry_run:
         _forecast(parsed or load_recipe(run / "recipe.yaml"))
         return
-    opened = _open(run, parsed)
+    opened = open_run(run, parsed)
     with opened.locked():
         stages.train(opened, on_screen())
     typer.echo(f"written to {opened.path(stages.CHECKPOINT)}")
@@ -254,19 +248,14 @@ def search(
         float | None,
         typer.Option(help="Probability with which measured latencies shall hold the budget, as 0.95."),
     ] = None,
-    again: Annotated[
-        bool,
-        typer.Option("--again", help="Search anew, with other search.* settings; the last one is put aside."),
-    ] = False,
-    restore: Annotated[
-        int | None,
-        typer.Option(help="Take back a search that was put aside, by number; the present one is put aside."),
-    ] = None,
 ) -> None:
-    """Search the supernet under the budget; runs the stages before it if they are missing."""
+    """Search the supernet under the budget; runs the stages before it if they are missing.
+
+    A supernet is searched as often as you like: with other settings (--budget, --strategy, ...) the last
+    search is put aside, and with its settings it is there again.
+    """
     from autocompress import stages
     from autocompress.describe import describe_costs
-    from autocompress.run import refuse_other
 
     options = {
         "strategy": strategy,
@@ -276,44 +265,13 @@ def search(
         "confidence": confidence,
     }
     changes = [*(set_ or []), *(f"search.{k}={v}" for k, v in options.items() if v is not None)]
-    if restore is not None:
-        if again or recipe is not None or changes:
-            raise RecipeError("--restore takes a search back as it was; no other option goes with it")
-        opened = _open(run, None)
-        with opened.locked():
-            aside = opened.take_search_back(restore)
-        typer.echo(f"search {restore} is back" + ("" if aside is None else f"; the other one is in {aside}"))
-        return
     parsed = read_recipe(recipe, changes, run)
     if strategy is not None and not any(change.startswith("search.options") for change in changes):
         written = read_recipe(recipe or run / "recipe.yaml", None)
         if written is not None and written.search.options and written.search.strategy != strategy:
             typer.echo(f"options of {written.search.strategy} are left out: {written.search.options}")
             parsed = read_recipe(recipe, [*changes, "search.options={}"], run)
-    if again:
-        from autocompress.recipe import load_recipe
-        from autocompress.run import is_differentiable
-
-        before = _open(run, None)
-        with before.locked():
-            if parsed is not None:
-                refuse_other(run, before.recipe, parsed, again=("search", "random_networks"))
-                before.recipe = parsed
-            if is_differentiable(before.recipe) or is_differentiable(load_recipe(before.path("recipe.yaml"))):
-                raise RecipeError(
-                    f"the supernet of {run} is trained for one search by gradients, or would have to be "
-                    "trained anew for one; start another run with this latency table: `autocompress run "
-                    f"{run}/recipe.yaml --run OTHER --set profile.table={before.path(stages.TABLE)}` and the "
-                    "settings that change"
-                )
-            if parsed is not None:
-                # A wrong budget or option must not cost the search that is there.
-                stages.proposer(before, on_screen())
-            aside = before.put_search_aside()
-        if aside is not None:
-            back = f"`autocompress search --run {run} --restore {aside.name}` takes it back"
-            typer.echo(f"the last search was put aside in {aside}; {back}")
-    opened = _open(run, parsed)
+    opened = open_run(run, parsed)
     with opened.locked():
         result = stages.search(opened, on_screen())
         metrics = list(result.limits)
@@ -345,7 +303,7 @@ def select(
     if within is not None and not cheapest:
         raise RecipeError("--within belongs to --cheapest METRIC")
     asked = Budget.parse(",".join(budget)) if budget else None
-    opened = _open(run, None)
+    opened = open_run(run, None)
     with opened.locked():
         trial = stages.select(
             opened, on_screen(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
@@ -366,7 +324,7 @@ def finetune(
     from autocompress import stages
 
     changes = [*([f"finetune.distill={distill}"] if distill is not None else []), *(set_ or [])]
-    opened = _open(run, read_recipe(None, changes, run))
+    opened = open_run(run, read_recipe(None, changes, run))
     with opened.locked():
         arch = stages.selected(opened, on_screen())
         _, scored = stages.finetune(opened, on_screen(), arch)
@@ -378,7 +336,7 @@ def export(run: RunOption = Path("runs/run")) -> None:
     """Export the selected network: ONNX, torch.export, and safetensors with its own loader."""
     from autocompress import stages
 
-    opened = _open(run, None)
+    opened = open_run(run, None)
     said: list[str] = []
     with opened.locked():
         echo_unless(said, f"exported to {stages.export(opened, on_screen(said))}")

@@ -2,10 +2,10 @@
 
 `recipe.yaml` (resolved), `environment.json` (when it was begun), `latency_table.json`, `supernet.pt`,
 `trials.log` (an Optuna journal), `result.json`, `networks/KEY-SETTINGS/` for each network that was
-finetuned and exported, `report.json` and `report.md`; `searches/N/` for searches that a later one put aside.
+finetuned and exported, with its `report-SEARCH.json`, and `report.md`; `kept/STAGE-SETTINGS/` for what stages
+made with former settings.
 """
 
-import hashlib
 import inspect
 import itertools
 import json
@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress import __version__
+from autocompress import __version__, kept
 from autocompress.atomic import locked, read_json, remove_leftovers, write_json, write_text
 from autocompress.errors import RecipeError, SpaceError, StorageError
 from autocompress.plugins import load_space_factory, load_strategy, load_strategy_for
@@ -36,18 +36,8 @@ if TYPE_CHECKING:
 
 SAMPLE_BATCH, SAMPLE_BATCHES = 64, 8
 """Training images that a space may look at, to see which channels of a model matter."""
-SEARCHED = ("trials.log", "result.json")
-# What says that a stage has begun: its part of the recipe can be changed until then.
-BEGUN = {
-    "profile": ("latency_samples.jsonl", "latency_table.json"),
-    "train": ("supernet.pt",),
-    "search": SEARCHED,
-    # Networks have a folder for each setting of these, and an export of other formats replaces the last one.
-    "quantize": (),
-    "finetune": (),
-    "export": (),
-    "random_networks": ("networks",),
-}
+PROBLEM = ("data", "task", "space")
+"""What a run directory is about: another one is another directory."""
 
 VERSIONED = ("torch", "numpy", "scipy", "optuna", "onnx", "onnxruntime", "scikit-learn")
 
@@ -75,37 +65,44 @@ class Run:
 
     Args:
         folder: The directory, made if absent.
-        recipe: What to do; `None` continues the run that is there. It may differ from the one that is there
-            in the settings of stages that have not begun.
+        recipe: What to do; `None` continues the run that is there. Where its settings of a stage differ from
+            those that the run was made with, what they made is put aside (`aside`: stage and folder), and
+            found again when they come back.
 
     Raises:
-        RecipeError: There is no recipe, or the directory holds another one.
+        RecipeError: There is no recipe, or the directory holds one of another problem.
         StorageError: The directory cannot be written.
     """
 
     def __init__(self, folder: Path, recipe: Recipe | None = None) -> None:
         """Open or start the run."""
         self.folder = folder
+        self.aside: dict[str, Path] = {}
         path = folder / "recipe.yaml"
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"a run needs a directory, but {folder} is a file")
-        if recipe is None:
-            if not path.exists():
-                raise RecipeError(
-                    f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
-                )
-            recipe = load_recipe(path)
-        else:
+        written = load_recipe(path) if path.exists() else None
+        if recipe is not None:
             recipe = with_absolute_paths(recipe, Path.cwd())
-            if not path.exists() or load_recipe(path) != recipe:
-                strategy_factory(recipe)  # a directory is not started with a recipe that cannot run
-                with self.locked():
-                    if path.exists():
-                        refuse_other(folder, load_recipe(path), recipe)
-                    else:
-                        write_json(folder / "environment.json", environment())
-                    _write_recipe(path, recipe)
+        elif written is None:
+            raise RecipeError(
+                f"{folder} holds no run (no recipe.yaml); start one with `autocompress run RECIPE`"
+            )
+        else:
+            recipe = written
         self.recipe = recipe
+        if self.recipe != written:
+            strategy_factory(self.recipe)  # a directory is not started with a recipe that cannot run
+        wanted = digests(self.recipe)
+        if self.recipe != written or not kept.settled(folder, wanted):
+            with self.locked():
+                if written is None:
+                    write_json(folder / "environment.json", environment())
+                else:
+                    refuse_other(folder, written, self.recipe)
+                self.aside = kept.settle(folder, wanted)
+                if self.recipe != written:
+                    _write_recipe(path, self.recipe)
 
     @cached_property
     def data(self) -> "DataSet":
@@ -170,9 +167,14 @@ class Run:
             "quantize": recipe.quantize.model_dump(mode="json"),
             # Statistics of batch norm are computed on these images.
             "calibration": [recipe.search.calibration_images, recipe.search.seed],
+            "train": digests(recipe)["train"],
         }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        return self.folder / "networks" / f"{arch.key}-{digest}"
+        return self.folder / "networks" / f"{arch.key}-{kept.digest(settings)}"
+
+    def report_path(self, arch: Architecture) -> Path:
+        """Return the path of the comparison of one network with those that its search is compared with."""
+        compared = [digests(self.recipe)["search"], self.recipe.random_networks]
+        return self.network_folder(arch) / f"report-{kept.digest(compared)}.json"
 
     def read(self, name: str) -> Any:
         """Read a JSON file of the run.
@@ -181,59 +183,6 @@ class Run:
             StorageError: It is absent or damaged.
         """
         return read_json(self.folder / name, _made_again, "file of the run")
-
-    def put_search_aside(self) -> Path | None:
-        """Move what the search left, and the comparisons that stand on it, into `searches/N`.
-
-        Supernet, table, finetuned and exported networks stay; a new search can have other settings.
-
-        Returns:
-            Where it went; `None` if there was no search.
-        """
-        left = [self.path(name) for name in (*SEARCHED, "selected.json", "report.md")]
-        left = [path for path in left if path.exists()]
-        if not left:
-            return None
-        number = 1
-        while (folder := self.path("searches") / str(number)).exists():
-            number += 1
-        write_text(folder / "recipe.yaml", self.path("recipe.yaml").read_text(encoding="utf-8"))
-        for report in self.folder.glob("networks/*/report.json"):
-            report.replace(folder / f"report-{report.parent.name}.json")
-        # The result last: without it, and only then, another search begins.
-        for path in sorted(left, key=lambda path: path.name == "result.json"):
-            path.replace(folder / path.name)
-        return folder
-
-    def take_search_back(self, number: int) -> Path | None:
-        """Undo `put_search_aside`: put the present search aside, and a former one in its place.
-
-        Args:
-            number: Of the folder in `searches`.
-
-        Returns:
-            Where the present search went; `None` if there was none.
-
-        Raises:
-            RecipeError: There is no such search.
-        """
-        folder = self.path("searches") / str(number)
-        if not (folder / "recipe.yaml").exists():
-            there = sorted(int(p.name) for p in self.path("searches").glob("*") if p.name.isdigit())
-            raise RecipeError(f"{folder} holds no search; there are {there or 'none'} in {folder.parent}")
-        former = load_recipe(folder / "recipe.yaml")
-        aside = self.put_search_aside()
-        settings = {key: getattr(former, key) for key in ("search", "random_networks")}
-        self.recipe = self.recipe.model_copy(update=settings)
-        _write_recipe(self.path("recipe.yaml"), self.recipe)
-        for report in folder.glob("report-*.json"):
-            report.replace(self.path("networks") / report.stem.removeprefix("report-") / "report.json")
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
-            if path.name != "recipe.yaml":
-                path.replace(self.path(path.name))
-        (folder / "recipe.yaml").unlink()
-        folder.rmdir()
-        return aside
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -265,6 +214,36 @@ def trains_anew(recipe: Recipe) -> bool:
 def is_differentiable(recipe: Recipe) -> bool:
     """Whether the strategy of a recipe is trained together with the supernet."""
     return hasattr(load_strategy(recipe.search.strategy), "architecture_step")
+
+
+def digests(recipe: Recipe) -> dict[str, str]:
+    """Return a digest of the inputs of every stage; data, task and space are those of the directory.
+
+    Raises:
+        PluginError: There is no such space, or no such strategy.
+    """
+    profile = kept.digest([_plain(recipe.target), _plain(recipe.profile)])
+    search = _plain(recipe.search)
+    del search["address"]  # where, not what
+    train: list[Any] = [_plain(recipe.train), recipe.threads]
+    if is_differentiable(recipe):
+        # The supernet is trained for one search.
+        train += [profile, search]
+    elif _looks_at_images(recipe):
+        train += [recipe.search.seed]
+    found = {"profile": profile, "train": kept.digest(train)}
+    return {**found, "search": kept.digest([found, search])}
+
+
+def _looks_at_images(recipe: Recipe) -> bool:
+    """Whether the space is made with training images, which the seed of the search draws."""
+    parameters = inspect.signature(load_space_factory(recipe.space.name)).parameters
+    return bool({"calibration", "sample"} & set(parameters))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = settings.model_dump(mode="json")
+    return plain
 
 
 def strategy_factory(recipe: Recipe) -> Callable[..., "Strategy"]:
@@ -385,37 +364,25 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
     write_text(path, yaml.safe_dump(payload, sort_keys=False))
 
 
-def refuse_other(folder: Path, there: Recipe, here: Recipe, *, again: tuple[str, ...] = ()) -> None:
-    """Refuse a recipe that differs from the one of a run in the settings of a stage that has begun.
-
-    Args:
-        folder: The run directory.
-        there: Its recipe.
-        here: The other recipe.
-        again: Stages that are about to begin anew.
+def refuse_other(folder: Path, there: Recipe, here: Recipe) -> None:
+    """Refuse a recipe of another problem than that of a run which has begun.
 
     Raises:
-        RecipeError: It does; names up to five keys.
+        RecipeError: It is; names up to five keys.
     """
     # As they stand in files: a tuple and a list of arguments are the same there.
-    first, second = (_flat(recipe.model_dump(mode="json")) for recipe in (there, here))
-    keys = []
-    for key in sorted(key for key in {*first, *second} if first.get(key) != second.get(key)):
-        stage = key.partition(".")[0]
-        # What all stages share, data and space above all, is settled by the first of them.
-        files = BEGUN.get(stage, [name for names in BEGUN.values() for name in names])
-        begun = any((folder / name).exists() for name in files)
-        if begun and stage not in again:
-            keys.append(key)
-    if not keys:
+    first, second = (_flat(recipe.model_dump(mode="json", include={*PROBLEM})) for recipe in (there, here))
+    keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+    files = ["networks", kept.KEPT, *(name for names in kept.FILES.values() for name in names)]
+    if not keys or not any((folder / name).exists() for name in files):
         return
     shown = "; ".join(
         f"{key} is {first.get(key, 'not set')} there, {second.get(key, 'not set')} here" for key in keys[:5]
     )
-    way_out = f"take another directory, or continue that run with `autocompress resume {folder}`"
-    if all(key.startswith("search.") for key in keys):
-        way_out += f", or search its supernet anew with `autocompress search --run {folder} --again`"
-    raise RecipeError(f"{folder} holds a run of another recipe: {shown}; {way_out}")
+    raise RecipeError(
+        f"{folder} holds a run of another problem: {shown}; take another directory, or continue that run "
+        f"with `autocompress resume {folder}`"
+    )
 
 
 def _flat(payload: Any, prefix: str = "") -> dict[str, Any]:

@@ -238,9 +238,10 @@ def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_d
     shutil.copytree(finished[0], folder)
     first = json.loads((folder / "result.json").read_text())
     kept = {name: (folder / name).stat().st_mtime_ns for name in ("supernet.pt", "latency_table.json")}
-    said = call("search", "--run", folder, "--again", "--set", "search.budget={params: 70%}").stdout
-    assert said.startswith(f"the last search was put aside in {folder / 'searches' / '1'}")
-    assert json.loads((folder / "searches" / "1" / "result.json").read_text()) == first
+    said = call("search", "--run", folder, "--set", "search.budget={params: 70%}").stdout
+    (place,) = (folder / "kept").iterdir()
+    assert said.startswith(f"settings of search changed: what it made before is kept in {place}\n")
+    assert json.loads((place / "result.json").read_text()) == first
     second = json.loads((folder / "result.json").read_text())
     assert list(second["limits"]) == ["params"]
     assert all(t["costs"]["params"] <= second["limits"]["params"] for t in second["trials"])
@@ -249,29 +250,27 @@ def test_a_supernet_is_searched_again_under_another_budget_and_nothing_else_is_d
     assert "Budget: params 70%" in call("resume", folder).stdout
 
 
-def test_settings_of_a_search_have_options_of_their_own(
+def test_settings_of_a_search_have_options_of_their_own_and_come_back(
     finished: tuple[Path, Result], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
+    first = (folder / "result.json").read_bytes()
     options = ("--strategy", "random", "--budget", "params=80%,macs=95%", "--evaluations", "5")
-    call("search", "--run", folder, "--again", *options, "--set", "search.options={}")
+    call("search", "--run", folder, *options, "--set", "search.options={}")
     search = Run(folder).recipe.search
     assert (search.strategy, search.evaluations, search.workers) == ("random", 5, 1)
     assert search.budget == {"params": "80%", "macs": "95%"}
     assert len(json.loads((folder / "result.json").read_text())["trials"]) == 5
     with pytest.raises(RecipeError, match=r"search.workers: .*greater than or equal to 1, got 0"):
-        call("search", "--run", folder, "--again", "--workers", "0")
+        call("search", "--run", folder, "--workers", "0")
     # What cannot work leaves the recipe and the search as they are.
     before = ages(folder)
     with pytest.raises(RecipeError, match=r"search.workers .* must be at most the cores of this process"):
-        call("search", "--run", folder, "--again", "--workers", "9999")
+        call("search", "--run", folder, "--workers", "9999")
     assert ages(folder) == before
-    said = call("search", "--run", folder, "--restore", "1").stdout
-    assert said == f"search 1 is back; the other one is in {folder / 'searches' / '2'}\n"
-    assert Run(folder).recipe.search.evaluations == Run(finished[0]).recipe.search.evaluations
-    with pytest.raises(RecipeError, match="--restore takes a search back as it was"):
-        call("search", "--run", folder, "--restore", "2", "--strategy", "random")
+    call("search", finished[0] / "recipe.yaml", "--run", folder)
+    assert (folder / "result.json").read_bytes() == first
 
 
 def test_options_of_another_strategy_are_left_out_and_that_is_said(
@@ -280,7 +279,7 @@ def test_options_of_another_strategy_are_left_out_and_that_is_said(
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     assert Run(folder).recipe.search.options == {"population": 4}
-    said = call("search", "--run", folder, "--again", "--strategy", "random", "--evaluations", "4").stdout
+    said = call("search", "--run", folder, "--strategy", "random", "--evaluations", "4").stdout
     assert said.startswith("options of evolution are left out: {'population': 4}\n")
     assert Run(folder).recipe.search.options == {}
 
@@ -298,14 +297,7 @@ def test_a_wrong_setting_does_not_cost_the_search_that_is_there(
 ) -> None:
     before = ages(searched)
     with pytest.raises(error):
-        call("search", "--run", searched, "--again", "--set", change)
-    assert ages(searched) == before
-
-
-def test_a_search_by_gradients_needs_a_run_of_its_own(searched: Path) -> None:
-    before = ages(searched)
-    with pytest.raises(RecipeError, match="start another run with this latency table"):
-        call("search", "--run", searched, "--again", "--strategy", "darts")
+        call("search", "--run", searched, "--set", change)
     assert ages(searched) == before
 
 
@@ -357,13 +349,6 @@ def test_a_command_says_what_it_made_once(searched: Path, command: str) -> None:
     assert len(set(lines)) == len(lines)
 
 
-def test_searching_again_with_another_training_is_refused_and_the_search_stays(searched: Path) -> None:
-    before = ages(searched)
-    with pytest.raises(RecipeError, match=r"another recipe: train.epochs is 2 there, 7 here"):
-        call("search", "--run", searched, "--again", "--set", "train.epochs=7")
-    assert ages(searched) == before
-
-
 # Counting --------------------------------------------------------------------------------------------------
 
 
@@ -388,16 +373,16 @@ def test_a_network_of_the_user_is_counted_with_thop_beside_it(tmp_path: Path) ->
 # Recipes and --set -----------------------------------------------------------------------------------------
 
 
-def test_another_recipe_in_the_same_directory_is_refused(
+def test_another_problem_in_the_same_directory_is_refused(
     tmp_path: Path, finished: tuple[Path, Result]
 ) -> None:
     folder, _ = finished
     before = ages(folder)
     recipe = folder.parent / "small.yaml"
     with pytest.raises(
-        RecipeError, match=r"another recipe: search.seed is 0 there, 3 here; train.epochs is 2 "
+        RecipeError, match=r"another problem: data.limit is 200 there, 300 here; data.seed is 0 "
     ):
-        call("run", recipe, "--run", folder, "--set", "search.seed=3", "--set", "train.epochs=5")
+        call("run", recipe, "--run", folder, "--set", "data.limit=300", "--set", "data.seed=5")
     assert ages(folder) == before
 
 
@@ -422,8 +407,8 @@ def test_a_wrong_change_is_refused_with_its_path(tmp_path: Path, changes: list[s
 
 
 def test_changes_without_a_recipe_are_of_the_run_s_recipe(searched: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"another recipe: train.epochs is 2 there, 3 here"):
-        call("train", "--run", searched, "--set", "train.epochs=3")
+    with pytest.raises(RecipeError, match=r"another problem: data.limit is 200 there, 300 here"):
+        call("train", "--run", searched, "--set", "data.limit=300")
     with pytest.raises(RecipeError, match="--set changes a recipe: name one, or a run that exists"):
         call("train", "--run", tmp_path / "absent", "--set", "train.epochs=3")
     assert not (tmp_path / "absent").exists()

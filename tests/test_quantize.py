@@ -83,7 +83,7 @@ def test_a_model_is_measured_searched_finetuned_and_exported_as_integers(model: 
     (cost,) = [c for c in _untimed(opened) if c.metric == "size_bytes"]
     assert costs["size_bytes"] <= 0.6 * float(cost.of(opened.space.largest())[0])
     assert list(folder.glob("networks/*/policy.svg"))
-    (path,) = folder.glob("networks/*/report.json")
+    (path,) = folder.glob("networks/*/report-*.json")
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows["as you brought it"]["costs"] == pytest.approx(rows["largest"]["costs"])
     report = (folder / "report.md").read_text()
@@ -119,7 +119,7 @@ def test_every_strategy_keeps_a_budget_of_a_device_that_is_not_here(
     assert bits <= {(2, 2), (4, 4), (8, 8)}
     opened = Run(folder)
     (cost,) = [c for c in _untimed(opened) if c.metric == "size_bytes"]
-    (path,) = folder.glob("networks/*/report.json")
+    (path,) = folder.glob("networks/*/report-*.json")
     report = json.loads(path.read_text())
     limit = 0.7 * float(cost.of(opened.space.largest())[0])
     assert report["limits"]["size_bytes"] == pytest.approx(limit)
@@ -143,7 +143,7 @@ def test_the_table_of_an_accelerator_prices_a_users_network(model: Path, tmp_pat
     )
     assert "rows are estimates by a model fitted to the published ones" in said
     assert "bits of each layer, over latency_ms" in said
-    (path,) = folder.glob("networks/*/report.json")
+    (path,) = folder.glob("networks/*/report-*.json")
     report = json.loads(path.read_text())
     (found,) = [row for row in report["rows"] if row["name"] == "searched, finetuned"]
     assert found["costs"]["latency_ms"] <= report["limits"]["latency_ms"]

@@ -49,29 +49,32 @@ def test_a_folder_without_a_run_cannot_be_continued(tmp_path: Path) -> None:
 
 
 def test_before_any_stage_has_begun_everything_can_be_changed(tmp_path: Path) -> None:
-    """A typo in the name of a space, refused later, must not make the folder useless."""
-    Run(tmp_path, small_recipe(space={"name": "nope"}))
+    Run(tmp_path, small_recipe(data={"source": "nope"}))
     assert Run(tmp_path, small_recipe()).recipe == small_recipe()
     assert load_recipe(tmp_path / "recipe.yaml") == small_recipe()
+
+
+def test_a_typo_in_a_name_is_refused_and_starts_no_run(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="nope"):
+        Run(tmp_path / "run", small_recipe(space={"name": "nope"}))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"task": {"metric": "pixel_accuracy"}}, 'task.metric is "accuracy" there, "pixel_accuracy" here'),
-        ({"target": {"batch": 8}}, "target.batch is 1 there, 8 here"),
         ({"data": {"folder": "/elsewhere"}}, 'data.folder is null there, "/elsewhere" here'),
-        ({"threads": 2}, "threads is 1 there, 2 here"),
     ],
 )
-def test_another_recipe_is_refused_and_what_differs_is_named(
+def test_another_problem_is_refused_and_what_differs_is_named(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     Run(tmp_path, small_recipe())
     (tmp_path / "latency_samples.jsonl").touch()
     before = (tmp_path / "recipe.yaml").read_bytes()
     message = (
-        f"{tmp_path} holds a run of another recipe: {named}; take another directory, or continue that run "
+        f"{tmp_path} holds a run of another problem: {named}; take another directory, or continue that run "
         f"with `autocompress resume {tmp_path}`"
     )
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
@@ -79,27 +82,20 @@ def test_another_recipe_is_refused_and_what_differs_is_named(
     assert (tmp_path / "recipe.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("begun", "changes"),
-    [
-        ("latency_samples.jsonl", {"profile": {"max_rounds": 3}}),
-        ("supernet.pt", {"train": {"epochs": 9}}),
-        ("trials.log", {"search": {"budget": {"macs": "80%"}}}),
-        ("result.json", {"search": {"seed": 5}}),
-        ("networks", {"random_networks": 4}),
-    ],
-)
-def test_settings_of_a_stage_can_be_changed_until_it_has_begun(
-    tmp_path: Path, begun: str, changes: dict[str, Any]
-) -> None:
+def test_other_settings_of_a_stage_put_aside_what_it_made_and_find_it_again(tmp_path: Path) -> None:
     """A latency budget that proves impossible after an hour of profiling must not cost that hour."""
     Run(tmp_path, small_recipe())
-    changed = small_recipe(**changes)
-    assert Run(tmp_path, changed).recipe == Run(tmp_path).recipe == changed
-    (tmp_path / begun).mkdir()
-    with pytest.raises(RecipeError, match="holds a run of another recipe"):
-        Run(tmp_path, small_recipe())
-    assert Run(tmp_path).recipe == changed
+    for name in ("latency_table.json", "supernet.pt", "result.json"):
+        (tmp_path / name).write_text("first")
+    changed = small_recipe(train={"epochs": 9})
+    run = Run(tmp_path, changed)
+    assert run.recipe == Run(tmp_path).recipe == changed
+    assert [*run.aside] == ["train", "search"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and "first" in path.read_text()] == [
+        "latency_table.json"
+    ]
+    assert Run(tmp_path, small_recipe()).aside == {}
+    assert {(tmp_path / name).read_text() for name in ("supernet.pt", "result.json")} == {"first"}
 
 
 def test_finetuned_networks_have_a_folder_for_each_setting_of_finetuning(tmp_path: Path) -> None:
@@ -111,6 +107,7 @@ def test_finetuned_networks_have_a_folder_for_each_setting_of_finetuning(tmp_pat
         {"finetune": {"distill": "kd+at"}},
         {"quantize": {"steps": 3}},
         {"finetune": {"epochs": 9}},
+        {"train": {"epochs": 9}},
     ):
         assert Run(tmp_path, small_recipe(**changes)).network_folder(arch) != first
         assert Run(tmp_path, small_recipe()).network_folder(arch) == first
@@ -133,69 +130,6 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     for recipe in (None, small_recipe()):
         with pytest.raises(RecipeError, match=r"a run needs a directory, but .*file is a file"):
             Run(tmp_path / "file", recipe)
-
-
-def test_only_for_search_settings_another_search_is_proposed(tmp_path: Path) -> None:
-    Run(tmp_path, small_recipe())
-    (tmp_path / "trials.log").touch()
-    with pytest.raises(
-        RecipeError, match=r"or search its supernet anew with `autocompress search --run .* --again`"
-    ):
-        Run(tmp_path, small_recipe(search={"seed": 5}))
-    with pytest.raises(RecipeError, match="resume") as caught:
-        Run(tmp_path, small_recipe(search={"seed": 5}, threads=2))
-    assert "--again" not in str(caught.value)
-
-
-def test_a_search_that_is_put_aside_is_kept_whole_and_leaves_the_networks(tmp_path: Path) -> None:
-    run = Run(tmp_path, small_recipe())
-    assert run.put_search_aside() is None
-    for number in (1, 2):
-        files = {
-            name: f"{name} {number}" for name in ("trials.log", "result.json", "selected.json", "report.md")
-        }
-        for name, text in files.items():
-            (tmp_path / name).write_text(text)
-        network = tmp_path / "networks" / "k"
-        network.mkdir(parents=True, exist_ok=True)
-        (network / "report.json").write_text("compared")
-        (network / "finetuned.safetensors").write_text("weights")
-        folder = run.put_search_aside()
-        assert folder == tmp_path / "searches" / str(number)
-        kept = {path.name: path.read_text() for path in folder.iterdir()}
-        recipe = (tmp_path / "recipe.yaml").read_text()
-        assert kept == files | {"report-k.json": "compared", "recipe.yaml": recipe}
-        assert [path.name for path in network.iterdir()] == ["finetuned.safetensors"]
-        assert not {*files} & {path.name for path in tmp_path.iterdir()}
-
-
-def test_a_search_that_was_put_aside_is_taken_back_whole(tmp_path: Path) -> None:
-    run = Run(tmp_path, small_recipe())
-    network = tmp_path / "networks" / "k"
-    network.mkdir(parents=True)
-
-    def finished(text: str) -> dict[str, str]:
-        for name in ("trials.log", "result.json", "selected.json", "report.md", "networks/k/report.json"):
-            (tmp_path / name).write_text(text)
-        return there()
-
-    def there() -> dict[str, str]:
-        files = (path for path in tmp_path.rglob("*") if path.is_file() and "searches" not in path.parts)
-        return {str(path.relative_to(tmp_path)): path.read_text() for path in files}
-
-    first = finished("first")
-    run.put_search_aside()
-    second_run = Run(tmp_path, small_recipe(search={"seed": 5}))
-    second = finished("second")
-    assert second_run.take_search_back(1) == tmp_path / "searches" / "2"
-    assert there() == first
-    assert second_run.recipe == Run(tmp_path).recipe == small_recipe()
-    assert not (tmp_path / "searches" / "1").exists()
-    assert second_run.take_search_back(2) == tmp_path / "searches" / "1"
-    assert there() == second
-    with pytest.raises(RecipeError, match=r"searches/7 holds no search; there are \[1\] in"):
-        second_run.take_search_back(7)
-    assert there() == second
 
 
 def test_arguments_in_tuples_and_in_lists_are_one_recipe(tmp_path: Path) -> None:

@@ -521,6 +521,7 @@ def test_a_checkpoint_of_other_settings_is_refused(run: Run) -> None:
     payload = run.recipe.model_dump(mode="json")
     payload["train"]["learning_rate"] = 0.3
     rewrite_recipe(run.folder, payload)
+    run.path("stages.json").unlink()  # that would have put the checkpoint aside
     with pytest.raises(CheckpointError, match=r"belongs to another run: its settings.learning_rate is 0.1"):
         stages.train(Run(run.folder), SILENT)
 

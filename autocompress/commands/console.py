@@ -35,6 +35,24 @@ SetOption = Annotated[
 ]
 
 
+def open_run(folder: Path, recipe: "Recipe | None") -> "Run":
+    """Open or start a run, and say what its new settings put aside; those that cannot work put nothing aside.
+
+    Raises:
+        AutocompressError: Something is wrong.
+    """
+    from autocompress.run import Run
+
+    if recipe is not None and (folder / "result.json").exists():
+        from autocompress.stages import check_change
+
+        check_change(folder, recipe)
+    run = Run(folder, recipe)
+    for changed, place in run.aside.items():
+        typer.echo(f"settings of {changed} changed: what it made before is kept in {place}")
+    return run
+
+
 def whole(run: "Run") -> None:
     """Run every stage, show the comparison, and write it as `report.md`."""
     if run.recipe.tolerance is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from autocompress.commands.console import whole
+from autocompress.commands.console import open_run, whole
 from autocompress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def work_on(recipe: "Recipe", run: Path | None, account: "Callable[[SearchSpace]
     Raises:
         AutocompressError: Something is wrong.
     """
-    from autocompress.run import Run, load_recipe_data, make_space
+    from autocompress.run import load_recipe_data, make_space
 
     if run is None:
         data = load_recipe_data(recipe)
         space = make_space(recipe, lambda: data)
     else:
-        opened = Run(run, recipe)
+        opened = open_run(run, recipe)
         recipe, space, data = opened.recipe, opened.space, opened.data
     for line in account(space):
         typer.echo(line)

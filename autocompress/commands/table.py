@@ -11,6 +11,7 @@ from autocompress.commands.console import (
     SetOption,
     new_recipe,
     on_screen,
+    open_run,
     read_recipe,
     stage,
 )
@@ -104,9 +105,8 @@ def check(
     """Measure whole networks that the run's table was not fitted to, and say where it errs; JSON and plot."""
     from autocompress import stages
     from autocompress.latency.check import check_table, save_check
-    from autocompress.run import Run
 
-    opened = Run(run, read_recipe(recipe, set_, run))
+    opened = open_run(run, read_recipe(recipe, set_, run))
     settings = opened.recipe.profile
     with opened.locked():
         table = stages.profile(opened, on_screen())

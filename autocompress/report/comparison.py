@@ -54,7 +54,7 @@ from autocompress.stages import (
 from autocompress.training.evaluate import evaluate
 
 BROUGHT, POLICY_PLOT, SIZE = "as you brought it", "policy.svg", "size_bytes"
-REPORT, SCHEMA = "report.json", "autocompress.report"
+SCHEMA = "autocompress.report"
 # Random networks use at least this share of the budget: they are compared at the same budget, not below it.
 RANDOM_AT_LEAST = 0.9
 UNIFORM_RULE = (
@@ -113,12 +113,12 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         arch: Which network; the selected one by default.
 
     Returns:
-        The content of `report.json`: rows, limits, what uniform and random mean, paths.
+        The content of the report's file: rows, limits, what uniform and random mean, paths.
     """
     chosen = selection(run)
     rule = chosen[1] if chosen is not None and arch in (None, chosen[0]) else ""
     arch = selected(run, shown, arch)
-    path = run.network_folder(arch) / REPORT
+    path = run.report_path(arch)
     if path.exists():
         known = _read(path)
         if known["selected_by"] == rule:
@@ -244,7 +244,7 @@ def _uses_enough(limits: Constraints, codes: Codes) -> bool:
 
 def _earlier_reports(run: Run) -> int:
     """Return how many comparisons of this run read the test part before."""
-    paths = [*run.folder.glob(f"networks/*/{REPORT}"), *run.folder.glob("searches/*/report-*.json")]
+    paths = run.folder.glob("networks/*/report-*.json")
     # One that was made again replaced another, so files are not counted.
     return max((_read(path)["earlier_reports"] + 1 for path in paths), default=0)
 

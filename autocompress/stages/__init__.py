@@ -5,7 +5,15 @@ profile -> train -> search -> finetune -> export -> report; each calls those bef
 
 from autocompress.stages.exporting import export
 from autocompress.stages.finetuning import finetune
-from autocompress.stages.limits import check_untimed, constraints, latency_margin, proposer, resolve, try_out
+from autocompress.stages.limits import (
+    check_change,
+    check_untimed,
+    constraints,
+    latency_margin,
+    proposer,
+    resolve,
+    try_out,
+)
 from autocompress.stages.networks import (
     calibration,
     extract_recalibrated,
@@ -44,6 +52,7 @@ __all__ = [
     "TRAINING",
     "calibration",
     "check",
+    "check_change",
     "check_trained",
     "check_untimed",
     "constraints",

@@ -2,15 +2,16 @@
 
 from collections.abc import Container
 from dataclasses import replace
+from pathlib import Path
 
 from autocompress.budget import Budget, Constraints
 from autocompress.errors import BudgetError, InfeasibleBudgetError, RecipeError, TableError
 from autocompress.latency.target import Target
 from autocompress.machine import cores
 from autocompress.recipe import Recipe
-from autocompress.run import Run, Shown, strategy_factory
+from autocompress.run import Run, Shown, digests, refuse_other, strategy_factory
 from autocompress.space import SearchSpace
-from autocompress.stages.pricing import LATENCY, costs, given_table, profile, untimed_costs
+from autocompress.stages.pricing import LATENCY, costs, given_table, profile, target, untimed_costs
 from autocompress.strategy import Strategy
 
 
@@ -111,3 +112,22 @@ def proposer(run: Run, shown: Shown) -> tuple[Constraints, Strategy]:
     limits = constraints(run, shown)
     strategy = strategy_factory(run.recipe)
     return limits, strategy(limits, seed=settings.seed, objective=run.task.metric, **settings.options)
+
+
+def check_change(folder: Path, recipe: Recipe) -> None:
+    """Refuse other settings of a search that cannot work, before the search that is there is put aside.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits.
+        RecipeError: An option of the strategy is wrong, or the directory holds a run of another problem.
+    """
+    run = Run(folder)
+    refuse_other(folder, run.recipe, recipe)
+    former, wanted = digests(run.recipe), digests(recipe)
+    if former["search"] == wanted["search"]:
+        return
+    run.recipe = recipe
+    if former["profile"] == wanted["profile"]:
+        proposer(run, Shown())
+    else:
+        try_out(recipe, run.space, target(run), run.task.metric)

@@ -208,7 +208,7 @@ def test_the_test_part_is_read_once_a_row_and_after_every_decision(compared: Com
     assert len(noted.reads) == len(content["rows"]) == 8
     for seen in noted.reads:
         assert {"result.json", "manifest.json", "finetune.json"} <= seen
-        assert "report.json" not in seen
+        assert "report-" not in seen
 
 
 def test_equal_networks_are_measured_once_and_share_what_was_measured(compared: Compared) -> None:
@@ -270,11 +270,11 @@ def test_the_comparison_is_kept_and_not_made_again(
 @pytest.mark.parametrize("text", ["", "{", "\x00"])
 def test_a_damaged_comparison_is_refused(compared: Compared, text: str) -> None:
     run, content, _ = compared
-    path = folder_of(run, rows(content)["searched"]["key"]) / "report.json"
+    (path,) = folder_of(run, rows(content)["searched"]["key"]).glob("report-*.json")
     kept = path.read_bytes()
     path.write_text(text)
     try:
-        with pytest.raises(StorageError, match=r"report.json cannot be read"):
+        with pytest.raises(StorageError, match=r"report-.*.json cannot be read"):
             comparison.report(run, SILENT)
     finally:
         path.write_bytes(kept)
@@ -284,7 +284,7 @@ def test_where_no_uniform_network_fits_the_others_are_compared(
     compared: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, content, _ = compared
-    path = folder_of(run, rows(content)["searched"]["key"]) / "report.json"
+    (path,) = folder_of(run, rows(content)["searched"]["key"]).glob("report-*.json")
     kept = path.read_bytes()
     path.unlink()
     none = np.zeros((0, len(run.space.choices)), dtype=np.int64)
