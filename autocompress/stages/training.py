@@ -12,7 +12,7 @@ from autocompress.differentiable import Differentiable
 from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import Supernet
 from autocompress.errors import RecipeError, StorageError
-from autocompress.recipe import Recipe
+from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.run import Run, Shown, is_differentiable
 from autocompress.space import SearchSpace
 from autocompress.stages.limits import proposer, try_out
@@ -146,3 +146,9 @@ def chosen_formats(run: Run) -> Mapping[str, Any]:
         path = run.path(TRAINING)
         raise StorageError(f"{path} is damaged; remove it, and training makes it again from its checkpoint")
     return choices
+
+
+def with_formats(settings: FinetuneSettings, chosen: Mapping[str, Any]) -> FinetuneSettings:
+    """Return the settings with the formats that were chosen in place of `auto`."""
+    updates = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
+    return settings.model_copy(update=updates)
