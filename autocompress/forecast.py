@@ -25,7 +25,7 @@ from autocompress.plugins import load_strategy
 from autocompress.recipe import Recipe
 from autocompress.run import is_differentiable, load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import try_out, untimed_costs
+from autocompress.stages import check_reward, try_out, untimed_costs
 from autocompress.strategy import at_most
 from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.check import check_regularisers, check_task
@@ -65,6 +65,7 @@ def forecast(recipe: Recipe) -> list[str]:
         AutocompressError: What the run itself would refuse at its start: data, space, budget.
     """
     strategy_factory(recipe)
+    check_reward(recipe)
     data = load_recipe_data(recipe)
     space = make_space(recipe, lambda: data)
     limits = {metric: value for metric, value in recipe.search.budget.items() if metric != "latency_ms"}
@@ -214,7 +215,12 @@ def _training(recipe: Recipe, data: DataSet, supernet: Supernet, space: SearchSp
     if getattr(load_strategy(recipe.search.strategy), "beyond_budget", False):
         # Such a strategy ends by itself, and knows when.
         paid = at_most(try_out(recipe, space, _target(recipe), task.metric), paid)
-    found.append(Estimate("search", paid * evaluation_s, f"{paid} evaluations of {evaluation_s:.3f} s"))
+    paid_s = evaluation_s
+    if recipe.search.reward == "distilled":
+        # No slice is larger than the one that was timed.
+        paid_s += recipe.search.reward_epochs * steps_per_epoch(data, recipe.finetune) * alone_s
+    most = "" if paid_s == evaluation_s else "at most "
+    found.append(Estimate("search", paid * paid_s, f"{paid} evaluations of {most}{paid_s:.3f} s"))
     # The searched network and the uniform-scaled one; each step also runs the teacher.
     steps = 2 * recipe.finetune.epochs * steps_per_epoch(data, recipe.finetune)
     found.append(Estimate("finetune", steps * alone_s, f"{steps} steps of at most {alone_s:.3f} s"))

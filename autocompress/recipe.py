@@ -199,6 +199,11 @@ class SearchSettings(Settings):
     """Of the strategy."""
     evaluations: Positive = 100
     """Evaluations of supernet slices."""
+    reward: Literal["slice", "distilled"] = "slice"
+    """What a network is scored by: as the slice it is, or after a short finetuning with distillation, by the
+    settings of `finetune`. An evaluation is then a training (docs/distillation.md)."""
+    reward_epochs: Positive = 1
+    """Of that finetuning."""
     warm_start: Literal["none", "uniform", "synflow", "naswot", "params", "macs"] = "uniform"
     """What is evaluated first: the uniform-scaled networks that fit; with the name of a zero-cost proxy also
     those that it likes best of some random ones."""
@@ -222,6 +227,15 @@ class SearchSettings(Settings):
             for name, value in (("worker_threads", None), ("asking", "batch")):
                 if getattr(self, name) != value:
                     raise ValueError(f"{name} belongs to several workers, got {getattr(self, name)!r} with 1")
+        return self
+
+    @model_validator(mode="after")
+    def _of_the_reward(self) -> Self:
+        # Compared with the default, since a run's own recipe names every setting.
+        if self.reward == "slice" and self.reward_epochs != type(self).model_fields["reward_epochs"].default:
+            raise ValueError(
+                f"reward_epochs ({self.reward_epochs}) belongs to reward 'distilled'; a slice is not trained"
+            )
         return self
 
     @field_validator("budget", mode="before")

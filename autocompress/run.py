@@ -232,6 +232,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
     elif _looks_at_images(recipe):
         train += [recipe.search.seed]
     found = {"profile": profile, "train": kept.digest(train)}
+    if recipe.search.reward == "distilled":
+        search["finetune"] = recipe.finetune.model_dump(mode="json", exclude={"epochs"})
     return {**found, "search": kept.digest([found, search])}
 
 

@@ -495,6 +495,14 @@ def test_a_forecast_knows_how_often_a_strategy_evaluates_that_ends_by_itself(tmp
     assert f" {options + 2} evaluations of " in call("run", recipe, "--dry-run").stdout
 
 
+def test_a_forecast_of_a_search_to_distill_counts_its_trainings(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_payload(search={"reward": "distilled"})))
+    assert "6 evaluations of at most " in call("run", recipe, "--dry-run").stdout
+    with pytest.raises(RecipeError, match=r"search.reward distilled is for strategies that evaluate"):
+        call("run", recipe, "--dry-run", "--set", "search.strategy=darts", "--set", "search.options={}")
+
+
 def test_a_forecast_refuses_what_the_run_would(tmp_path: Path) -> None:
     recipe = written(tmp_path / "small.yaml", small_payload(search={"budget": {"macs": 10}}))
     with pytest.raises(InfeasibleBudgetError, match="nearest feasible budget is macs <="):

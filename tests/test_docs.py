@@ -98,7 +98,8 @@ def test_the_page_on_distillation_has_every_loss_and_runs(
     (python,) = blocks("docs/distillation.md", "python")
     exec(compile(python, "docs/distillation.md", "exec"), {})
     assert "validation accuracy" in capsys.readouterr().out
-    (recipe,) = blocks("docs/distillation.md", "yaml")
+    recipe, to_distill = blocks("docs/distillation.md", "yaml")
+    assert parse_recipe(yaml.safe_load(to_distill)).search.reward == "distilled"
     assert [term.loss for term in parse_recipe(yaml.safe_load(recipe)).finetune.distill] == ["kd", "at"]
     page = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]* \|$", page, re.MULTILINE))

@@ -98,6 +98,7 @@ def test_a_damaged_list_is_an_error(tmp_path: Path) -> None:
         settle(tmp_path, ONE)
 
 
+DISTILLED: dict[str, Any] = {"reward": "distilled"}
 GRADIENTS: dict[str, Any] = {"strategy": "darts", "options": {}}
 
 
@@ -111,6 +112,8 @@ GRADIENTS: dict[str, Any] = {"strategy": "darts", "options": {}}
         ({}, {"threads": 2}, {"train", "search"}),
         ({}, {"profile": {"networks": 9}}, {"profile", "search"}),
         ({}, {"target": {"batch": 8}}, {"profile", "search"}),
+        ({"search": DISTILLED}, {"search": DISTILLED, "finetune": {"epochs": 9}}, set()),
+        ({"search": DISTILLED}, {"search": DISTILLED, "finetune": {"distill": "kd+at"}}, {"search"}),
         ({"search": GRADIENTS}, {"search": {**GRADIENTS, "seed": 3}}, {"train", "search"}),
         ({"search": GRADIENTS}, {"search": GRADIENTS, "profile": {"networks": 9}}, {*FILES}),
     ],

@@ -174,6 +174,8 @@ def test_an_unknown_key_inside_a_list_is_found() -> None:
         ("search.budget", ["60%"]),
         ("search.evaluations", 0),
         ("search.warm_start", "forest"),
+        ("search.reward", "distil"),
+        ("search.reward_epochs", 0),
         ("search.calibration_images", 0),
         ("search.seed", -1),
         ("search.options", 3),
@@ -253,6 +255,10 @@ def test_a_wrong_budget_is_refused_with_what_is_allowed(budget: dict[str, Any], 
         ({"profile": {"max_rounds": 3}}, r"profile: .*min_rounds \(24\) must not exceed max_rounds \(3\)"),
         ({"train": {"schedule": "progressive"}}, "train: .*phases belong to schedule 'progressive'"),
         ({"train": {"phases": [{"epochs": 1}]}}, "train: .*phases belong to schedule 'progressive'"),
+        (
+            {"search": {"reward_epochs": 2}},
+            r"search: .*reward_epochs \(2\) belongs to reward 'distilled'; a slice is not trained",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(payload: dict[str, Any], reason: str) -> None:

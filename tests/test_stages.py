@@ -286,6 +286,122 @@ def rewrite_recipe(folder: Path, payload: dict[str, Any]) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(payload))
 
 
+# Search to distill -----------------------------------------------------------------------------------------
+
+
+def distilled(exported: Path, tmp_path: Path, **sections: dict[str, Any]) -> Path:
+    """A trained run that is not searched yet, whose reward is distilled accuracy."""
+    folder = copy_of(exported, tmp_path, without=("trials.log", "result.json"))
+    search = {"reward": "distilled", "reward_epochs": 2} | sections.pop("search", {})
+    rewrite_recipe(folder, small_recipe(search=search, **sections).model_dump(mode="json"))
+    return folder
+
+
+def metrics_of(run: Run) -> dict[str, Mapping[str, float]]:
+    return {trial.architecture.key: trial.metrics for trial in stages.search(run, SILENT).trials}
+
+
+def test_scores_of_a_search_to_distill_are_those_of_finetuning(exported: Path, tmp_path: Path) -> None:
+    """The whole finetuning of the recipe, as long as that of the reward: only the choice of epoch differs."""
+    run = Run(distilled(exported, tmp_path))
+    said: list[str] = []
+    result = stages.search(run, Shown(say=said.append))
+    best = result.best()
+    found = f"{best.metrics['accuracy']:.4f} (after 2 epochs of distillation) of 6 evaluated networks"
+    assert any(f"best validation accuracy {found}" in line for line in said)
+    network, last = stages.finetune(run, SILENT, best.architecture)[0], run.recipe.finetune.epochs
+    report = json.loads((run.network_folder(best.architecture) / "finetune.json").read_text())
+    if report["epoch"] == last:
+        assert report["mean"] == best.metrics["accuracy"] == pytest.approx(accuracy(run, network))
+    scores = torch.load(run.network_folder(best.architecture) / "finetune.pt", weights_only=True)
+    assert scores["position"]["scores"][-1] == [last, "network", best.metrics["accuracy"]]
+
+
+def test_distilled_scores_are_other_trials_than_slices_and_stay_when_resumed(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = distilled(exported, tmp_path, search={"evaluations": 3, "reward_epochs": 1})
+    found = metrics_of(Run(folder))
+    of_slices = metrics_of(Run(exported))
+    both = found.keys() & of_slices.keys()
+    assert both
+    assert any(found[key] != of_slices[key] for key in both)
+    Run(folder).path("result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "autocompress.evaluation.distilled.finetune",
+            lambda *_, **__: pytest.fail("a stored trial was paid for again"),
+        )
+        assert metrics_of(Run(folder)) == found
+    Run(folder).path("result.json").unlink()
+    payload = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for section, changes in (
+        ("search", {"reward": "slice"}),
+        ("search", {"reward_epochs": 2}),
+        ("finetune", {"alpha": 0.5}),
+    ):
+        rewrite_recipe(folder, payload | {section: payload[section] | changes})
+        with pytest.raises(StorageError, match="belong to another search: reward differ"):
+            stages.search(Run(folder), SILENT)
+    # How long the winner is finetuned is another matter.
+    rewrite_recipe(folder, payload | {"finetune": payload["finetune"] | {"epochs": 3}})
+    assert metrics_of(Run(folder)) == found
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"strategy": "darts", "options": {}}, "'darts' learns together with the supernet from its loss"),
+        ({"strategy": "dmcp", "options": {}}, "'dmcp' learns together with the supernet from its loss"),
+        (
+            {"strategy": "sensitivity", "options": {"measure": "distance"}},
+            "'sensitivity' cannot read 'distance'; leave it out of search.options",
+        ),
+    ],
+)
+def test_a_strategy_that_reads_no_distilled_scores_is_refused_before_any_work(
+    tmp_path: Path, search: dict[str, Any], message: str
+) -> None:
+    run = Run(with_table(tmp_path / "run"), small_recipe(search={**search, "reward": "distilled"}))
+    with pytest.raises(RecipeError, match=f"search.reward distilled .*{message}"):
+        stages.search(run, SILENT)
+    assert not run.path(stages.CHECKPOINT).exists()
+
+
+@pytest.mark.slow
+def test_a_strategy_that_would_compare_outputs_reads_distilled_scores(exported: Path, tmp_path: Path) -> None:
+    search = {"strategy": "sensitivity", "options": {"points": 2}, "evaluations": 30, "reward_epochs": 1}
+    result = stages.search(Run(distilled(exported, tmp_path, search=search)), SILENT)
+    assert result.notes is not None
+    assert [round_["measure"] for round_ in result.notes["sensitivity"]] == ["accuracy"]
+
+
+def test_a_search_to_distill_without_losses_of_distillation_says_so(exported: Path, tmp_path: Path) -> None:
+    search = {"evaluations": 2, "reward_epochs": 1}
+    run = Run(distilled(exported, tmp_path, search=search, finetune={"distill": "none"}))
+    said: list[str] = []
+    notes = stages.search(run, Shown(say=said.append)).notes
+    assert any("(after 1 epoch of finetuning) of 2 evaluated networks" in line for line in said)
+    assert notes is not None
+    assert notes["reward"]["teacher"] == ""
+
+
+@pytest.mark.slow
+def test_distilled_scores_of_two_workers_are_those_of_one_process(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory of Ray is read-only: a worker that wrote to its weights or images would die."""
+    for module in ("limits", "searching"):
+        monkeypatch.setattr(f"autocompress.stages.{module}.cores", lambda: 2)
+    search = {"strategy": "random", "options": {}, "evaluations": 4}
+    found = [
+        metrics_of(Run(distilled(exported, tmp_path / str(n), search={**search, "workers": n})))
+        for n in (1, 2)
+    ]
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
 # Selecting -------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from autocompress.distill.distiller import PROBES, Distiller, Probe
 from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import resize
+from autocompress.network import DropPath
 from autocompress.progress import Progress, silent
+from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.quantizer import learned_scales, limit_gradients
 from autocompress.recipe import FinetuneSettings
 from autocompress.training.auxiliary import with_auxiliary
@@ -220,6 +222,18 @@ def finetune(
     network.load_state_dict(best["weights"])
     network.eval()
     return Finetuned(best["mean"], best["standard_error"], best["count"], best.get("epoch"))
+
+
+def suited(settings: FinetuneSettings, network: nn.Module) -> FinetuneSettings:
+    """Return settings of many networks as they are for one of them."""
+    updates: dict[str, Any] = {}
+    if not any(isinstance(module, DropPath) for module in network.modules()):
+        # A cell of identities alone has no path to drop, though others of its space have.
+        updates["drop_path"] = 0.0
+    if has_quantizers(network):
+        # Levels are numbers of 32 bits: rounded to bfloat16 on the way they would be others.
+        updates["precision"] = "fp32"
+    return settings.model_copy(update=updates)
 
 
 def _distiller(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.elastic.layers import ElasticLayer, memory_format
+from autocompress.elastic.recalibrate import recalibrate
 from autocompress.elastic.supernet import Statistics, Supernet, statistics_of
 from autocompress.errors import SpaceError
-from autocompress.network import build_network, module_name
+from autocompress.network import build_network, module_name, user_model, whole_network
 from autocompress.ops import Add
 from autocompress.space import Architecture
 
@@ -58,6 +59,27 @@ def extract(supernet: Supernet, arch: Architecture, statistics: Statistics | Non
                 state[f"{prefix}.{norm}num_batches_tracked"] = torch.zeros((), dtype=torch.long)
     _fill(network, state)
     return network.train(statistics is None)
+
+
+def inherited(
+    supernet: Supernet, arch: Architecture, images: Iterable[Tensor], *, brought: bool = False
+) -> nn.Module:
+    """Copy one sub-network out of the supernet, with batch-norm statistics of its own.
+
+    Args:
+        supernet: Not changed.
+        arch: The sub-network.
+        images: Batches of training images for the statistics.
+        brought: Whether the weights are of a model that somebody brought, and not trained since: where all of
+            it is asked for it is then itself, with its own statistics.
+
+    Returns:
+        A network in evaluation mode, nothing of which is shared with the supernet.
+    """
+    model = user_model(supernet.space, supernet.space.encode([arch]))
+    if brought and model and model.is_whole:
+        return whole_network(supernet.space)
+    return extract(supernet, arch, recalibrate(supernet, arch, images))
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor]) -> None:

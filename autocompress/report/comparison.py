@@ -21,7 +21,7 @@ from autocompress.budget import Constraints
 from autocompress.cost import OPERATION_METRICS
 from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
-from autocompress.evaluation.supernet import SupernetEvaluator
+from autocompress.evaluator import Evaluator
 from autocompress.export.onnx_graph import onnx_model
 from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.energy import METRIC as ENERGY
@@ -229,7 +229,7 @@ def _draw(run: Run, shown: Shown, arch: Architecture, metric: str) -> None:
     shown.say(f"bits of each layer, over {metric}: {path}")
 
 
-def _best_uniform(run: Run, limits: Constraints, score: SupernetEvaluator) -> Codes:
+def _best_uniform(run: Run, limits: Constraints, score: Evaluator) -> Codes:
     """Return the best of the uniform-scaled networks, or no row if none fits, though others do."""
     candidates = uniform_candidates(limits)
     if not len(candidates):

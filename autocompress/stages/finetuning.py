@@ -9,14 +9,13 @@ from autocompress.atomic import read_json, replacing, write_json
 from autocompress.elastic.mixture import Mixture
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.errors import CheckpointError
-from autocompress.network import DropPath, build_network, unshared, whole_network
-from autocompress.quantize.layer import has_quantizers
+from autocompress.network import build_network, unshared
 from autocompress.recipe import FinetuneSettings
 from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture
-from autocompress.stages.networks import extract_recalibrated, resolution, untrained
+from autocompress.stages.networks import resolution, teacher_of, untrained
 from autocompress.stages.selecting import selected
-from autocompress.stages.training import chosen_formats, train, train_together
+from autocompress.stages.training import chosen_formats, train, train_together, with_formats
 from autocompress.training.check import check_regularisers
 from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.training.evaluate import Scored, evaluate
@@ -37,7 +36,6 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     """
     from autocompress.distill.finetune import Finetuned
     from autocompress.distill.finetune import finetune as finetune_network
-    from autocompress.distill.teachers import load_teacher
 
     arch = selected(run, shown, arch)
     folder = run.network_folder(arch)
@@ -53,9 +51,7 @@ def finetune(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     # Settings of finetuning may have been changed since the supernet was trained.
     check_regularisers(run.data, run.recipe.finetune, run.space)
     supernet, network, teacher, teacher_size = _start(run, shown, arch)
-    if teachers := run.recipe.finetune.teachers:
-        teacher = load_teacher(teachers, run.data, temperature=run.recipe.finetune.temperature)
-        teacher_size = run.data.in_shape[1:]
+    teachers = run.recipe.finetune.teachers
     size = resolution(run, arch)
     before = evaluate(lambda images: network(resize(images, size)), run.data.validation, run.task.score)
     with shown.stage("finetune with distillation") as progress:
@@ -102,28 +98,21 @@ def _start(
     """
     if not trains_anew(run.recipe):
         supernet = train(run, shown)
-        largest = run.space.decode(run.space.largest())[0]
-        # A model that brought its weights teaches, even where slices of it were trained since.
-        brought = run.space.settings.get("weights")
-        teacher = whole_network(run.space) if brought else extract_recalibrated(run, supernet, largest)
-        return supernet, untrained(run, shown, supernet, arch), teacher, resolution(run, largest)
+        teacher, size = teacher_of(run, supernet)
+        return supernet, untrained(run, shown, supernet, arch), teacher, size
     supernet, _, strategy = train_together(run, shown)
     (start,) = supernet.space.decode(strategy.start)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.recipe.finetune.seed)
         network = build_network(run.space.operations(run.space.encode([arch])))
+    if run.recipe.finetune.teachers:
+        return supernet, network, *teacher_of(run, supernet)
     mixture = Mixture(supernet, start, strategy.mixture(), channels=strategy.channels)
     return supernet, network, mixture, supernet.space.operations(strategy.start)[0][1][0].in_shape[1:]
 
 
 def settings_of(run: Run, network: nn.Module) -> FinetuneSettings:
     """Return the settings of finetuning, with the formats that were fastest for the supernet for `auto`."""
-    settings, chosen = run.recipe.finetune, chosen_formats(run)
-    updates = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
-    if not any(isinstance(module, DropPath) for module in network.modules()):
-        # A cell of identities alone has no path to drop, though others of its space have.
-        updates["drop_path"] = 0.0
-    if has_quantizers(network):
-        # Levels are numbers of 32 bits: rounded to bfloat16 on the way they would be others.
-        updates["precision"] = "fp32"
-    return settings.model_copy(update=updates)
+    from autocompress.distill.finetune import suited
+
+    return suited(with_formats(run.recipe.finetune, chosen_formats(run)), network)

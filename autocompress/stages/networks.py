@@ -6,11 +6,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autocompress.atomic import replacing
-from autocompress.elastic.extract import extract
-from autocompress.elastic.recalibrate import recalibrate
+from autocompress.elastic.extract import inherited
 from autocompress.elastic.supernet import Supernet, resize
 from autocompress.errors import CheckpointError, ToleranceError
-from autocompress.network import model_of, unshared, user_model, whole_network
+from autocompress.network import model_of, unshared, whole_network
 from autocompress.prune.beforehand import score_of
 from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.ptq import improve
@@ -35,14 +34,28 @@ def calibration(run: Run) -> list[Tensor]:
 
 
 def extract_recalibrated(run: Run, supernet: Supernet, arch: Architecture) -> nn.Module:
-    """Copy a network out of the supernet, with batch-norm statistics of its own.
+    """Copy a network out of the supernet, with batch-norm statistics of its own (`inherited`)."""
+    return inherited(supernet, arch, calibration(run), brought=brought_untrained(run))
 
-    A model that brought its weights and was not trained further is itself where all of it is asked for.
-    """
-    brought = user_model(run.space, run.space.encode([arch]))
-    if run.space.settings.get("weights") and not run.recipe.train.epochs and brought and brought.is_whole:
-        return whole_network(run.space)
-    return extract(supernet, arch, recalibrate(supernet, arch, calibration(run)))
+
+def brought_untrained(run: Run) -> bool:
+    """Whether the weights of the supernet are those that a model brought, not trained further."""
+    return bool(run.space.settings.get("weights")) and not run.recipe.train.epochs
+
+
+def teacher_of(run: Run, supernet: Supernet) -> tuple[nn.Module, tuple[int, int]]:
+    """Return who teaches slices of a supernet in finetuning, and height and width of the teacher's input."""
+    from autocompress.distill.teachers import load_teacher
+
+    settings = run.recipe.finetune
+    if settings.teachers:
+        teacher = load_teacher(settings.teachers, run.data, temperature=settings.temperature)
+        return teacher, run.data.in_shape[1:]
+    largest = run.space.decode(run.space.largest())[0]
+    # A model that brought its weights teaches, even where slices of it were trained since.
+    brought = run.space.settings.get("weights")
+    teacher = whole_network(run.space) if brought else extract_recalibrated(run, supernet, largest)
+    return teacher, resolution(run, largest)
 
 
 def untrained(run: Run, shown: Shown, supernet: Supernet, arch: Architecture) -> nn.Module:

@@ -10,6 +10,7 @@ from autocompress.describe import describe_costs, describe_error, describe_predi
 from autocompress.elastic.supernet import Supernet
 from autocompress.engine import search as run_search
 from autocompress.errors import RecipeError
+from autocompress.evaluation.distilled import DistilledEvaluator
 from autocompress.evaluation.supernet import SupernetEvaluator
 from autocompress.evaluation.zero_cost import best_of, zero_cost_proxy
 from autocompress.evaluator import Evaluator
@@ -18,14 +19,14 @@ from autocompress.latency.runtime import pinned, prepare
 from autocompress.latency.table import LatencyTable
 from autocompress.machine import cores
 from autocompress.plugins import load_strategy
-from autocompress.recipe import SearchSettings
+from autocompress.recipe import Recipe, SearchSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, trains_anew
 from autocompress.space import Codes
 from autocompress.stages.limits import proposer
-from autocompress.stages.networks import calibration
+from autocompress.stages.networks import brought_untrained, calibration, teacher_of
 from autocompress.stages.pricing import LATENCY, profile
-from autocompress.stages.training import check, train, train_together
+from autocompress.stages.training import check, chosen_formats, train, train_together, with_formats
 from autocompress.strategy import Strategy, WarmStart, compares
 from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.trial import Trial
@@ -36,10 +37,25 @@ PROXY_NETWORKS, PROXY_DRAWS, PROXY_IMAGES = 10, 200, 32
 WINNER_RUNS = 60
 
 
-def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator:
-    """Return the evaluator of slices on the held-out validation images."""
-    compared = compares(load_strategy(run.recipe.search.strategy))
-    return SupernetEvaluator(supernet, run.data, run.task, calibration(run), compared=compared)
+def evaluator(run: Run, supernet: Supernet) -> SupernetEvaluator | DistilledEvaluator:
+    """Return what scores networks on the held-out validation images: as slices, or distilled."""
+    recipe = run.recipe
+    if recipe.search.reward == "slice":
+        compared = compares(load_strategy(recipe.search.strategy))
+        return SupernetEvaluator(supernet, run.data, run.task, calibration(run), compared=compared)
+    # Without losses of distillation training is on the labels alone.
+    teacher, size = teacher_of(run, supernet) if recipe.finetune.distill else (None, None)
+    settings = recipe.finetune.model_copy(update={"epochs": recipe.search.reward_epochs})
+    return DistilledEvaluator(
+        supernet,
+        run.data,
+        run.task,
+        calibration(run),
+        with_formats(settings, chosen_formats(run)),
+        teacher=teacher,
+        teacher_resolution=size,
+        brought=brought_untrained(run),
+    )
 
 
 def spread(evaluator: Evaluator, settings: SearchSettings) -> AbstractContextManager[Evaluator]:
@@ -73,8 +89,11 @@ def search(run: Run, shown: Shown) -> SearchResult:
     if path.exists():
         return load_result(path, run.space)
     identity = {"weights": weights_fingerprint(supernet), "seed": settings.seed, "data": run.data.fingerprint}
+    alone = evaluator(run, supernet)
+    if isinstance(alone, DistilledEvaluator):
+        identity["reward"] = alone.identity
     with (
-        spread(evaluator(run, supernet), settings) as judge,
+        spread(alone, settings) as judge,
         shown.stage(f"search by {settings.strategy}") as progress,
     ):
         result = run_search(
@@ -90,7 +109,7 @@ def search(run: Run, shown: Shown) -> SearchResult:
             progress=progress,
         )
     best = result.best()
-    score = f"validation {run.task.metric} {best.metrics[run.task.metric]:.4f}"
+    score = f"validation {run.task.metric} {best.metrics[run.task.metric]:.4f}{_said_of_reward(run.recipe)}"
     found = f"best {score} of {len(result.trials)} evaluated networks"
     if together:
         next_ = "of the mixture; it is trained anew" if trains_anew(run.recipe) else "that was trained along"
@@ -123,6 +142,15 @@ def warm_start(run: Run, limits: Constraints) -> Codes:
     )
     known = {row.tobytes() for row in uniform}
     return np.vstack([uniform, *(row[None] for row in liked if row.tobytes() not in known)])
+
+
+def _said_of_reward(recipe: Recipe) -> str:
+    """Say after what a score was taken, if not of the slice as it is."""
+    if recipe.search.reward == "slice":
+        return ""
+    epochs = recipe.search.reward_epochs
+    training = "distillation" if recipe.finetune.distill else "finetuning"
+    return f" (after {epochs} epoch{'s' if epochs > 1 else ''} of {training})"
 
 
 def _measure_winner(run: Run, table: LatencyTable, best: Trial) -> str:

@@ -12,11 +12,12 @@ from autocompress.differentiable import Differentiable
 from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import Supernet
 from autocompress.errors import RecipeError, StorageError
-from autocompress.recipe import Recipe
+from autocompress.recipe import FinetuneSettings, Recipe
 from autocompress.run import Run, Shown, is_differentiable
 from autocompress.space import SearchSpace
 from autocompress.stages.limits import proposer, try_out
 from autocompress.stages.pricing import target
+from autocompress.strategy import DISTANCE
 from autocompress.training.bilevel import train_relaxed
 from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.checkpoint import load_checkpoint
@@ -46,15 +47,38 @@ def check(run: Run) -> None:
 
     Raises:
         DataError: The task does not.
-        RecipeError: A regulariser of finetuning does not.
+        RecipeError: A regulariser of finetuning does not, or the strategy cannot have the reward.
         DistillationError: There is no such loss of distillation.
     """
+    check_reward(run.recipe)
     for term in run.recipe.finetune.distill:
         method_of(term.loss)
     check_task(run.data, run.task, run.space)
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)
     check_regularisers(run.data, run.recipe.finetune, run.space)
+
+
+def check_reward(recipe: Recipe) -> None:
+    """Refuse distilled scores for a strategy that reads none.
+
+    Raises:
+        RecipeError: It evaluates no networks, or is told to read something else.
+    """
+    settings = recipe.search
+    if settings.reward == "slice":
+        return
+    if is_differentiable(recipe):
+        raise RecipeError(
+            f"search.reward {settings.reward} is for strategies that evaluate one network after another; "
+            f"{settings.strategy!r} learns together with the supernet from its loss: take another strategy, "
+            "such as predictor, or leave search.reward out"
+        )
+    if DISTANCE in settings.options.values():
+        raise RecipeError(
+            f"search.reward {settings.reward} is a score, outputs are not compared: {settings.strategy!r} "
+            f"cannot read {DISTANCE!r}; leave it out of search.options"
+        )
 
 
 def check_trained(recipe: Recipe, space: SearchSpace) -> None:
@@ -146,3 +170,9 @@ def chosen_formats(run: Run) -> Mapping[str, Any]:
         path = run.path(TRAINING)
         raise StorageError(f"{path} is damaged; remove it, and training makes it again from its checkpoint")
     return choices
+
+
+def with_formats(settings: FinetuneSettings, chosen: Mapping[str, Any]) -> FinetuneSettings:
+    """Return the settings with the formats that were chosen in place of `auto`."""
+    updates = {name: value for name, value in chosen.items() if getattr(settings, name) == "auto"}
+    return settings.model_copy(update=updates)
