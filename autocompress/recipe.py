@@ -381,6 +381,9 @@ class Recipe(Settings):
     search: SearchSettings = SearchSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    passes: tuple[dict[str, dict[str, str | int | float]], ...] = ()
+    """What is done to the finetuned network before it is exported, in this order: `[{quantize: {bits: 8}},
+    {distill: {epochs: 2}}]`; docs/policies.md has the passes."""
     export: ExportSettings = ExportSettings()
     tolerance: ToleranceSettings | None = None
     """If given, budgets are tried until the smallest cost within this loss of the score is found;
@@ -389,6 +392,14 @@ class Recipe(Settings):
     """Random networks at the same budget in the final comparison."""
     threads: Positive | None = None
     """Threads of training and search; by default as many as make steps faster. A target has its own."""
+
+    @field_validator("passes")
+    @classmethod
+    def _one_each(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for entry in value:
+            if len(entry) != 1:
+                raise ValueError(f"each pass is one name with its settings, got {sorted(entry)}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -173,7 +173,7 @@ class Run:
 
     def report_path(self, arch: Architecture) -> Path:
         """Return the path of the comparison of one network with those that its search is compared with."""
-        compared = [digests(self.recipe)["search"], self.recipe.random_networks]
+        compared = [digests(self.recipe)["search"], self.recipe.random_networks, self.recipe.passes]
         return self.network_folder(arch) / f"report-{kept.digest(compared)}.json"
 
     def read(self, name: str) -> Any:

@@ -344,6 +344,21 @@ def is_off(name: str, settings: Mapping[str, Setting]) -> bool:
     return any(settings.get(switch) == off for switch, off in PASSES[name].off.items())
 
 
+def structure_of(policy: Policy) -> Policy:
+    """Return a policy without training: it gives a network of the same costs."""
+    return [(name, settings) for name, settings in policy if name != "distill"]
+
+
+def policy_text(policy: Sequence[Any]) -> str:
+    """Return a policy in a line, without what is turned off."""
+    parts = []
+    for name, settings in policy:
+        if is_off(name, settings):
+            continue
+        parts.append(f"{name}({', '.join(f'{key} {value}' for key, value in settings.items())})")
+    return " > ".join(parts) or "nothing"
+
+
 def check(policy: Policy) -> None:
     """Refuse passes and settings that there are not, and orders that cannot be.
 

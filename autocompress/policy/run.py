@@ -19,7 +19,7 @@ from autocompress.errors import AutocompressError, RecipeError, StorageError
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
-from autocompress.policy.passes import Policy, Setting, apply, is_off
+from autocompress.policy.passes import Policy, Setting, apply, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.policy.trial import (
     REPORT,
@@ -32,7 +32,6 @@ from autocompress.policy.trial import (
     limits_of,
     original_costs,
     policy_of,
-    structure_of,
     try_policy,
 )
 from autocompress.result import SearchResult, load_result
@@ -274,16 +273,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     if tuned["latency_ms"]["median"] >= first["latency_ms"]["median"]:
         lines += ["", "**The tuned network is no faster than the one you brought.**"]
     return "\n".join([*lines, ""])
-
-
-def policy_text(policy: Sequence[Any]) -> str:
-    """Return a policy in a line, without what is turned off."""
-    parts = []
-    for name, settings in policy:
-        if is_off(name, settings):
-            continue
-        parts.append(f"{name}({', '.join(f'{key} {value}' for key, value in settings.items())})")
-    return " > ".join(parts) or "nothing"
 
 
 def _costs_text(costs: Mapping[str, float]) -> str:

@@ -24,7 +24,7 @@ from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.latency.target import Target, load_target
 from autocompress.network import unshared
-from autocompress.policy.passes import Context, Policy, Setting, apply, is_off
+from autocompress.policy.passes import Context, Policy, Setting, apply, is_off, structure_of
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.prune.load import load_model_for
 from autocompress.quantize.layer import has_quantizers
@@ -116,11 +116,6 @@ def key_of(policy: Policy) -> str:
         (name, dict(sorted(settings.items()))) for name, settings in policy if not is_off(name, settings)
     ]
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def structure_of(policy: Policy) -> Policy:
-    """Return a policy without training: it gives a network of the same costs."""
-    return [(name, settings) for name, settings in policy if name != "distill"]
 
 
 def try_policy(

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from autocompress.atomic import read_json, write_json
 from autocompress.baselines import random_networks, uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.cost import OPERATION_METRICS
+from autocompress.count import count
 from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
 from autocompress.evaluator import Evaluator
 from autocompress.export.onnx_graph import onnx_model
+from autocompress.export.qdq import in_floats
 from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.energy import METRIC as ENERGY
 from autocompress.latency.energy import EnergyModel
@@ -30,6 +33,7 @@ from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.network import user_model, whole_network
+from autocompress.policy.passes import policy_text
 from autocompress.quantize.layer import effective_bits, has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.report.policy_plot import PlottedLayer, policy_plot
@@ -37,11 +41,13 @@ from autocompress.run import Run, Shown, trains_anew
 from autocompress.space import Architecture, Codes
 from autocompress.stages import (
     LATENCY,
+    compress,
     constraints,
     evaluator,
     export,
     finetune,
     latency_margin,
+    passes_of,
     price_of,
     profile,
     resolution,
@@ -153,19 +159,31 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         ):
             # Slices of it were trained since, or are of integers: the largest is not what the user has.
             networks.insert(0, (BROUGHT, largest, whole_network(run.space)))
+    files = {}
+    compressed: list[Compared] = []
     for which, a in [*baselines, (name, arch)]:
         networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))
+        if passes := passes_of(run):
+            title = f"{which}, finetuned, {policy_text(passes)}"
+            files[title] = export(run, shown, a) / "network.onnx"
+            compressed.append((title, a, compress(run, shown, a)[0]))
     with shown.stage("measure and compare") as progress:
         progress(0, len(networks), "latency")
         exported = folder / "network.onnx"
         distinct = list({a.key: a for _, a, _ in networks}.values())
-        measured, exported_latency, drift = _measure(run, distinct, exported, _checked(run, shown))
+        files["exported"] = exported
+        measured, drift = _measure(run, distinct, files, _checked(run, shown))
         peaks = {a.key: _peak_memory(run, a) for a in distinct}
         rows = []
         for done, compared in enumerate(networks):
             progress(done, len(networks), compared[0])
             a = compared[1]
-            rows.append(_row(run, limits, compared, measured.get(a.key), peaks[a.key]))
+            rows.append(
+                _row(run, _costs(run, limits, *compared[:2]), compared, measured.get(a.key), peaks[a.key])
+            )
+        for one in compressed:
+            costs = _counted(run, one, files[one[0]])
+            rows.append(_row(run, costs, one, measured.get(one[0]), None))
         progress(len(networks), len(networks), "")
     content = {
         "schema": SCHEMA,
@@ -182,7 +200,8 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "target": target(run).describe(),
         "rows": [asdict(row) for row in rows],
         "drift": drift,
-        "exported": None if exported_latency is None else asdict(exported_latency),
+        "exported": asdict(measured["exported"]) if "exported" in measured else None,
+        "passes": [[name, dict(settings)] for name, settings in passes_of(run)],
         "exported_folder": str(folder),
         "onnx_bytes": exported.stat().st_size if exported.exists() else None,
         "uniform": (UNIFORM_BITS if _is_quantized(run) else UNIFORM_RULE)
@@ -264,25 +283,28 @@ def _checked(run: Run, shown: Shown) -> dict[str, tuple[Blocks, float]]:
 
 
 def _measure(
-    run: Run, archs: Sequence[Architecture], exported: Path, checked: Mapping[str, tuple[Blocks, float]]
-) -> tuple[dict[str, Measurement], Measurement | None, float | None]:
-    """Measure different architectures, the exported file and the checks, interleaved on the target.
+    run: Run,
+    archs: Sequence[Architecture],
+    files: Mapping[str, Path],
+    checked: Mapping[str, tuple[Blocks, float]],
+) -> tuple[dict[str, Measurement], float | None]:
+    """Measure different architectures, ONNX files and the checks, interleaved on the target.
 
     Nothing is measured where the table is of another device.
 
     Returns:
-        Measurements by key; that of the exported file; and how much longer the checks take now than when the
-        table was measured, as a factor (the median over them): the speed of a shared machine changes.
+        Measurements by key of an architecture and by name of a file; and how much longer the checks take now
+        than when the table was measured, as a factor (the median over them): the speed of a shared machine
+        changes.
     """
     where = target(run)
     if run.recipe.profile.measured != "here":
-        return {}, None, None
+        return {}, None
     with pinned(where):
         runs = {arch.key: prepare(run.space.operations(run.space.encode([arch])), where) for arch in archs}
-        if reads_onnx(where) and exported.exists():
-            runs["exported"] = prepare_onnx(exported, where)
-        measured, drift = measure_beside(checked, runs, where)
-    return measured, measured.pop("exported", None), drift
+        there = {name: file for name, file in files.items() if reads_onnx(where) and file.exists()}
+        runs |= {name: prepare_onnx(file, where) for name, file in there.items()}
+        return measure_beside(checked, runs, where)
 
 
 def _peak_memory(run: Run, arch: Architecture) -> int | None:
@@ -300,7 +322,11 @@ def _peak_memory(run: Run, arch: Architecture) -> int | None:
 
 
 def _row(
-    run: Run, limits: Constraints, compared: Compared, measured: Measurement | None, peak: int | None
+    run: Run,
+    costs: Mapping[str, float],
+    compared: Compared,
+    measured: Measurement | None,
+    peak: int | None,
 ) -> Row:
     name, arch, network = compared
     size = resolution(run, arch)
@@ -315,7 +341,7 @@ def _row(
         test_interval=test.interval,
         test_images=test.count,
         validation=validation.mean,
-        costs=_costs(run, limits, name, arch),
+        costs=costs,
         bits=_bits(network),
         latency_ms=None if measured is None else measured.median_ms,
         latency_p95_ms=None if measured is None else measured.p95_ms,
@@ -335,6 +361,15 @@ def _costs(run: Run, limits: Constraints, name: str, arch: Architecture) -> dict
     own[ENERGY] = EnergyModel().price(floats.ops, batch=target(run).batch)
     # A device without floats has no latency of them.
     return own | ({LATENCY: costs[LATENCY]} if LATENCY in costs and floats == model else {})
+
+
+def _counted(run: Run, compared: Compared, file: Path) -> dict[str, float]:
+    """Return the costs of what passes made, which no table prices: counted, and bytes of the ONNX file."""
+    _, arch, network = compared
+    plain = in_floats(network) if has_quantizers(network) else network
+    counted = count(plain, torch.zeros(1, run.data.in_shape[0], *resolution(run, arch)))
+    stored = {SIZE: float(file.stat().st_size)} if file.exists() else {}
+    return {"macs": float(counted.macs), "params": float(counted.params), **stored}
 
 
 def _bits(network: nn.Module) -> tuple[float, float] | None:

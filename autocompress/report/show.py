@@ -57,7 +57,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['test']:.4f} ({low:.4f}-{high:.4f})",
         f"{costs['macs'] / 1e6:.2f}",
         f"{costs['params'] / 1e3:.0f}",
-        f"{costs['size_bytes'] / 1e3:.0f}",
+        f"{costs['size_bytes'] / 1e3:.0f}" if "size_bytes" in costs else "-",
         _ms(costs.get("latency_ms")),
         _ms(row["latency_ms"]),
         _ms(row["latency_p95_ms"]),
@@ -131,9 +131,10 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         )
     if content["exported"] is not None:
         exported = content["exported"]
+        predicted = f" (predicted {searched['costs']['latency_ms']:.3f} ms)"
         lines.append(
             f"The exported network.onnx, measured in the same run: median {exported['median_ms']:.3f} ms, "
-            f"p95 {exported['p95_ms']:.3f} ms (predicted {searched['costs']['latency_ms']:.3f} ms)."
+            f"p95 {exported['p95_ms']:.3f} ms{'' if content.get('passes') else predicted}."
         )
     lines.append(f"Exported files: {content['exported_folder']}")
     stored = content.get("onnx_bytes")
@@ -160,6 +161,10 @@ def _warnings(
             f"WARNING: measured, it takes {then:.3f} ms at the speed of the table, more than the limit of "
             f"{limit:.3f} ms, which predictions hold: search.confidence tightens it by the table's errors."
         )
+    for row in content["rows"]:
+        # What passes made of a network stands after it, under a longer name.
+        if row["name"].startswith(f"{searched['name']}, ") and (row["latency_ms"] or 0.0) >= measured:
+            found.append(f"WARNING: measured, {row['name']} is no faster than without these passes.")
     if (
         largest is not None
         and largest["latency_ms"] is not None

@@ -1,8 +1,10 @@
 """The stages of a run, each a function that does nothing where its result is there already.
 
-profile -> train -> search -> finetune -> export -> report; each calls those before it.
+profile -> train -> search -> finetune -> passes -> export -> report; each calls those before it.
 """
 
+from autocompress.stages.checking import check, check_passes, check_reward, check_trained, passes_of
+from autocompress.stages.compressing import compress, final_folder
 from autocompress.stages.exporting import export
 from autocompress.stages.finetuning import finetune
 from autocompress.stages.limits import (
@@ -37,9 +39,6 @@ from autocompress.stages.training import (
     CHECKPOINT,
     THREADS,
     TRAINING,
-    check,
-    check_reward,
-    check_trained,
     set_threads,
     train,
     train_together,
@@ -54,17 +53,21 @@ __all__ = [
     "calibration",
     "check",
     "check_change",
+    "check_passes",
     "check_reward",
     "check_trained",
     "check_untimed",
+    "compress",
     "constraints",
     "costs",
     "energy_price",
     "evaluator",
     "export",
     "extract_recalibrated",
+    "final_folder",
     "finetune",
     "latency_margin",
+    "passes_of",
     "price_of",
     "profile",
     "proposer",

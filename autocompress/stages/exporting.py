@@ -6,10 +6,12 @@ from typing import Any
 from autocompress.elastic.supernet import resize
 from autocompress.errors import ExportError
 from autocompress.network import user_model
+from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture
-from autocompress.stages.finetuning import finetune
+from autocompress.stages.checking import passes_of
+from autocompress.stages.compressing import compress, final_folder
 from autocompress.stages.networks import resolution
 from autocompress.stages.pricing import costs
 from autocompress.stages.selecting import selected
@@ -20,7 +22,9 @@ QUANTIZED_SAMPLE = 500
 
 
 def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
-    """Export the finetuned network and check every format against it, or check what was exported.
+    """Export the finetuned network, or what passes made of it, and check every format against it.
+
+    What was exported before is checked, and left as it is.
 
     Returns:
         The folder with the files.
@@ -29,37 +33,41 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
     from autocompress.export.manifest import verify_export
 
     arch = selected(run, shown, arch)
-    network, scored = finetune(run, shown, arch)
-    folder = run.network_folder(arch) / "exported"
+    network, scored = compress(run, shown, arch)
+    passes = passes_of(run)
+    folder = final_folder(run, arch) / "exported"
+    formats = [name for name in run.recipe.export.formats if name != "safetensors" or not passes]
     if (folder / "manifest.json").exists():
         try:
             written = verify_export(folder)
         except ExportError as error:
             raise ExportError(f"{error}; remove {folder} first") from None
-        if {*written.parity, *written.left_out} == {*run.recipe.export.formats}:
+        if {*written.parity, *written.left_out} == {*formats}:
             return folder
     codes = run.space.encode([arch])
     size = resolution(run, arch)
     priced = {cost.metric: float(cost.of(codes)[0]) for cost in costs(run, shown)}
     policy = _policy(run, arch)
     # Decisions of networks of few bits are compared one by one.
-    sampled = QUANTIZED_SAMPLE if policy else 16
+    sampled = QUANTIZED_SAMPLE if has_quantizers(network) else 16
     with shown.stage("export") as progress:
         progress(0, 1, "writing and checking")
         manifest = export_network(
             network,
             architecture=arch,
-            blocks=run.space.operations(codes),
+            # Passes make other operations than those of the space.
+            blocks=[] if passes else run.space.operations(codes),
             in_shape=(run.data.in_shape[0], *size),
             folder=folder,
             preprocessing=preprocessing(run.data, size),
-            formats=run.recipe.export.formats,
+            formats=formats,
             sample=resize(next(batches(run.data.validation, sampled, seed=None))[0], size),
             extra={
-                "predicted_costs": priced,
+                "predicted_costs": {} if passes else priced,
                 "validation": vars(scored),
                 "metric": run.task.metric,
                 **({"bits": policy} if policy else {}),
+                **({"passes": passes} if passes else {}),
             },
         )
         progress(1, 1, "")

@@ -23,10 +23,11 @@ from autocompress.recipe import Recipe, SearchSettings
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Run, Shown, is_differentiable, trains_anew
 from autocompress.space import Codes
+from autocompress.stages.checking import check
 from autocompress.stages.limits import proposer
 from autocompress.stages.networks import brought_untrained, calibration, teacher_of
 from autocompress.stages.pricing import LATENCY, profile
-from autocompress.stages.training import check, chosen_formats, train, train_together, with_formats
+from autocompress.stages.training import chosen_formats, train, train_together, with_formats
 from autocompress.strategy import Strategy, WarmStart, compares
 from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.trial import Trial

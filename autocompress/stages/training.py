@@ -9,17 +9,14 @@ from autocompress.atomic import write_json
 from autocompress.budget import Constraints
 from autocompress.describe import describe_relaxation
 from autocompress.differentiable import Differentiable
-from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import Supernet
-from autocompress.errors import RecipeError, StorageError
-from autocompress.recipe import FinetuneSettings, Recipe
+from autocompress.errors import StorageError
+from autocompress.recipe import FinetuneSettings
 from autocompress.run import Run, Shown, is_differentiable
-from autocompress.space import SearchSpace
+from autocompress.stages.checking import check, check_trained
 from autocompress.stages.limits import proposer, try_out
 from autocompress.stages.pricing import target
-from autocompress.strategy import DISTANCE
 from autocompress.training.bilevel import train_relaxed
-from autocompress.training.check import check_regularisers, check_task
 from autocompress.training.checkpoint import load_checkpoint
 from autocompress.training.speed import choose_threads, largest_step
 from autocompress.training.supernet import supernet_identity, train_supernet
@@ -40,59 +37,6 @@ def set_threads(run: Run) -> None:
             write_json(run.path(THREADS), {"threads": choose_threads(step)})
         threads = int(run.read(THREADS)["threads"])
     torch.set_num_threads(threads)
-
-
-def check(run: Run) -> None:
-    """Refuse a task and regularisers that do not fit data and space, before anything takes long.
-
-    Raises:
-        DataError: The task does not.
-        RecipeError: A regulariser of finetuning does not, or the strategy cannot have the reward.
-        DistillationError: There is no such loss of distillation.
-    """
-    check_reward(run.recipe)
-    for term in run.recipe.finetune.distill:
-        method_of(term.loss)
-    check_task(run.data, run.task, run.space)
-    if run.supernet_space is not run.space:
-        check_task(run.data, run.task, run.supernet_space)
-    check_regularisers(run.data, run.recipe.finetune, run.space)
-
-
-def check_reward(recipe: Recipe) -> None:
-    """Refuse distilled scores for a strategy that reads none.
-
-    Raises:
-        RecipeError: It evaluates no networks, or is told to read something else.
-    """
-    settings = recipe.search
-    if settings.reward == "slice":
-        return
-    if is_differentiable(recipe):
-        raise RecipeError(
-            f"search.reward {settings.reward} is for strategies that evaluate one network after another; "
-            f"{settings.strategy!r} learns together with the supernet from its loss: take another strategy, "
-            "such as predictor, or leave search.reward out"
-        )
-    if DISTANCE in settings.options.values():
-        raise RecipeError(
-            f"search.reward {settings.reward} is a score, outputs are not compared: {settings.strategy!r} "
-            f"cannot read {DISTANCE!r}; leave it out of search.options"
-        )
-
-
-def check_trained(recipe: Recipe, space: SearchSpace) -> None:
-    """Refuse to compress random weights.
-
-    Raises:
-        RecipeError: The recipe trains nothing, and the space brings no weights.
-    """
-    if not recipe.train.epochs and not space.settings.get("weights"):
-        raise RecipeError(
-            f"train.epochs 0 leaves the supernet of {space.name!r} as it was made, with random weights: "
-            "train at least 1 epoch; only a model that brings weights needs none (--weights, or "
-            "space.arguments.weights)"
-        )
 
 
 def train(run: Run, shown: Shown) -> Supernet:
