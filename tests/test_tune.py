@@ -1,5 +1,6 @@
 """`autocompress tune`: from a recipe to a compared and exported network; kills, other recipes, bad input."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from autocompress.cli import app
 from autocompress.errors import RecipeError
+from autocompress.machine import cores
 
 __all__ = ["recipe"]
 
@@ -51,7 +53,8 @@ def test_policies_are_tuned_compared_and_the_best_is_exported(recipe: Path, tmp_
     assert tuned["validation"]["mean"] == pytest.approx(max(scores))
     manifest = json.loads((folder / "best" / "manifest.json").read_text())
     assert manifest["extra"]["policy"] == tuned["policy"]
-    assert manifest["parity"].keys() == {"onnx", "torch_export"}
+    assert manifest["parity"].keys() >= {"onnx", "torch_export"}
+    assert {*manifest["parity"], *manifest["left_out"]} == {"onnx", "torch_export", "safetensors"}
     # The same command reads what is there.
     ages = {path: path.stat().st_mtime_ns for path in folder.rglob("report.json")}
     call("tune", recipe, "--run", folder, *options)
@@ -78,6 +81,66 @@ def test_a_tuning_that_was_killed_goes_on_and_tries_nothing_twice(recipe: Path, 
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     assert (folder / "best" / "manifest.json").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def working(driver: int) -> dict[int, bytes]:
+    """The processes in which the Ray of a driver runs trials, with the names that Ray gives them."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            names[pid] = (folder / "cmdline").read_bytes()
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found, added = set(), {driver}
+    while added:
+        added = {pid for pid, parent in parents.items() if parent in added}
+        found |= added
+    others = (b"ray::IDLE", b"Agent")  # spare workers; Ray's own of the machine
+    return {
+        pid: names[pid]
+        for pid in sorted(found)
+        if names.get(pid, b"").startswith(b"ray::") and not any(o in names[pid] for o in others)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_loses_no_policy(recipe: Path, tmp_path: Path, workers: int) -> None:
+    if workers > cores():
+        pytest.skip(f"{workers} workers need as many cores")
+    folder = tmp_path / "run"
+    program = Path(sys.executable).with_name("autocompress")
+    command = [str(program), "tune", str(recipe), "--run", str(folder), "--workers", str(workers)]
+    # Without early stopping each policy has its report.
+    for change in ("strategy=random", "trials=5", "random_policies=1", "grace_epochs=2"):
+        command += ["--set", f"tune.{change}"]
+
+    def begun() -> set[str]:
+        return {path.name for path in folder.glob("trials/*")}
+
+    def done() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/report.json")}
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not (done() and begun() - {path.parent.name for path in done()}):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.02)
+            before, victims = done(), working(process.pid)
+            assert 1 <= len(victims) <= workers, victims
+            os.kill(min(victims), signal.SIGKILL)
+            assert process.wait(600) == 0
+        finally:
+            process.kill()
+    assert {path: done()[path] for path in before} == before
+    result = json.loads((folder / "result.json").read_text())
+    # The first policy is given, and the strategy may ask for it while it runs: two trials of one policy.
+    assert len(result["trials"]) in ((5,) if workers == 1 else (4, 5))
+    assert not any("error" in json.loads(path.read_text()) for path in done())
+    assert len(begun()) == len(done())
+    assert (folder / "best" / "manifest.json").exists()
 
 
 def test_what_is_no_recipe_is_refused_at_once(recipe: Path, tmp_path: Path) -> None:

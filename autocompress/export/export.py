@@ -49,6 +49,7 @@ def export_network(
     formats: Sequence[Format] = ("onnx", "torch_export", "safetensors"),
     sample: Tensor | None = None,
     extra: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write the network in each format, load each back, compare, and put the folder in place.
 
@@ -60,13 +61,15 @@ def export_network(
         network: Plain PyTorch, in eval mode, `(batch, *in_shape)` to one tensor.
         architecture: Which network of which space it is.
         blocks: What it runs, as `SearchSpace.operations` returns it; none for a network of no space, which
-            has no form as safetensors then.
+            has a form as safetensors only with `origin`.
         in_shape: Channels, height, width.
         folder: Where to; may hold an earlier export and nothing else.
         preprocessing: What was done to the images: mean, standard deviation, resolution, classes.
         formats: Which to write.
         sample: Images `(n, *in_shape)` to compare on, besides noise. They are not stored.
         extra: Costs, metrics and the like, for the manifest.
+        origin: For a network of no space that is a user's model with all or some of its channels: the name of
+            its factory (`model`) and its `arguments`.
 
     Returns:
         The manifest, as it stands in the folder.
@@ -75,7 +78,7 @@ def export_network(
         ExportError: An argument is wrong, a format cannot be written, or differs from the PyTorch network
             by more than its tolerance. An earlier export is then unchanged.
     """
-    left_out = _check_arguments(network, blocks, in_shape, formats)
+    left_out = _check_arguments(network, blocks, in_shape, formats, origin)
     facts, more = json_facts("preprocessing", preprocessing), json_facts("extra", extra or {})
     wanted = [name for name in FILES if name in formats and name not in left_out]
     if not wanted:
@@ -86,7 +89,7 @@ def export_network(
         reference = _reference(network)
         images = parity_images(in_shape, sample)
         expected = _expected(reference, images)
-        operators, batch = _write(fresh, wanted, reference, blocks, in_shape)
+        operators, batch = _write(fresh, wanted, reference, blocks, in_shape, origin)
         quantized = has_quantizers(reference)
         parity = {name: _compare(name, fresh, images, expected, batch, quantized) for name in wanted}
         manifest = Manifest(
@@ -114,23 +117,28 @@ def export_network(
 
 
 def _check_arguments(
-    network: nn.Module, blocks: Sequence[tuple[str, Ops]], in_shape: Shape, formats: Sequence[str]
+    network: nn.Module,
+    blocks: Sequence[tuple[str, Ops]],
+    in_shape: Shape,
+    formats: Sequence[str],
+    origin: Mapping[str, Any] | None,
 ) -> dict[str, str]:
     """Refuse wrong arguments; return the formats that this network cannot have, with the reason."""
     if unknown := [name for name in formats if name not in FILES]:
         raise ExportError(f"formats must be among {', '.join(FILES)}, got {unknown[0]!r}")
     if not formats:
         raise ExportError(f"formats must name at least one of {', '.join(FILES)}, got none")
-    # A network that is of no space has none; nothing but its own loader needs them.
-    if ("safetensors" in formats and not blocks) or not all(ops for _, ops in blocks):
-        raise ExportError("blocks must hold at least one block, each with at least one operation")
+    if not all(ops for _, ops in blocks):
+        raise ExportError("each of the blocks must hold at least one operation")
+    if blocks and origin:
+        raise ExportError("origin is for a network of no space; leave it out, or blocks")
     first = blocks[0][1][0].in_shape if blocks else in_shape
     if tuple(in_shape) != tuple(first):
         raise ExportError(f"in_shape must be {tuple(first)}, as the first operation states, got {in_shape}")
     if training := [name or "the network" for name, module in network.named_modules() if module.training]:
         raise ExportError(f"the network must be in eval mode, but {training[0]} is not; call .eval() first")
     reasons = {
-        "safetensors": writers.cannot_rebuild(blocks) if "safetensors" in formats else "",
+        "safetensors": writers.cannot_rebuild(blocks, origin) if "safetensors" in formats else "",
         "onnx": cannot_be_integers(network) if "onnx" in formats else "",
     }
     return {name: reason for name, reason in reasons.items() if reason}
@@ -162,12 +170,15 @@ def _write(
     reference: nn.Module,
     blocks: Sequence[tuple[str, Ops]],
     in_shape: Shape,
+    origin: Mapping[str, Any] | None,
 ) -> tuple[dict[str, int], int | str]:
     """Write the files; return the operators of the ONNX graph, and the batch size that was traced."""
     operators: dict[str, int] = {}
     batch: int | str = writers.BATCH
     if "safetensors" in wanted:
-        _attempt("safetensors", "written", lambda: writers.write_safetensors(fresh, reference, blocks))
+        _attempt(
+            "safetensors", "written", lambda: writers.write_safetensors(fresh, reference, blocks, origin)
+        )
     if "torch_export" in wanted:
         program = _attempt("torch_export", "traced", lambda: writers.trace(reference, in_shape))
         batch, path = writers.batch_of(program), fresh / "network.pt2"

@@ -175,8 +175,10 @@ def _strip(graph: Any) -> None:
     del graph.value_info[:]
 
 
-def cannot_rebuild(blocks: Sequence[tuple[str, Ops]]) -> str:
-    """Say why the loader cannot rebuild these blocks; empty when it can."""
+def cannot_rebuild(blocks: Sequence[tuple[str, Ops]], origin: Mapping[str, Any] | None = None) -> str:
+    """Say why no loader can rebuild these blocks, or a model of this origin; empty when one can."""
+    if not blocks:
+        return "" if origin else "its layers are of no space and of no factory: network.pt2 has them"
     if any(isinstance(op, QuantizedNetwork) for _, ops in blocks for op in ops):
         return (
             "a network of few bits is loaded from ONNX or torch.export: its quantizers are no part of PyTorch"
@@ -201,15 +203,23 @@ def _narrow(blocks: Sequence[tuple[str, Ops]]) -> NarrowNetwork | None:
     return found[0] if found else None
 
 
-def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[str, Ops]]) -> None:
+def write_safetensors(
+    folder: Path,
+    network: nn.Module,
+    blocks: Sequence[tuple[str, Ops]],
+    origin: Mapping[str, Any] | None = None,
+) -> None:
     """Write the weights, the operations, and the loader that makes a network of them.
 
-    Of a user's own model the weights have its own names, and the loader asks its own factory.
+    Of a user's own model the weights have its own names, and the loader asks its own factory: that of the
+    blocks, or `origin` where there are no blocks.
     """
     narrow = _narrow(blocks)
     if narrow is not None:
         payload: dict[str, Any] = dict(narrow.source.origin)
         weights: Mapping[str, torch.Tensor] = model_of(network).state_dict()
+    elif origin is not None:
+        payload, weights = dict(origin), network.state_dict()
     else:
         payload = {
             "blocks": [
@@ -226,5 +236,5 @@ def write_safetensors(folder: Path, network: nn.Module, blocks: Sequence[tuple[s
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     (folder / "network.json").write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-    travels = narrow_loader if narrow else loader
+    travels = loader if narrow is None and origin is None else narrow_loader
     shutil.copyfile(str(travels.__file__), folder / "loader.py")

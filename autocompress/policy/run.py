@@ -34,6 +34,7 @@ from autocompress.policy.trial import (
     policy_of,
     try_policy,
 )
+from autocompress.prune.load import arguments_of
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Shown
 from autocompress.space import Architecture, SearchSpace
@@ -44,6 +45,8 @@ RESULT, REPORT_PAGE, BEST = "result.json", "report.md", "best"
 RANDOM_DRAWS = 50
 """Policies that are drawn at most for the random baseline; what does not fit is not trained."""
 COMPARED_RUNS = 200
+SAME_LAYERS = ("prune", "distill")
+"""Passes after which the network has the layers that it had, with fewer channels."""
 
 
 def space_of(recipe: PolicyRecipe) -> SearchSpace:
@@ -238,10 +241,21 @@ def _export(job: Job, arch: Architecture, policy: Policy, report: Mapping[str, A
         in_shape=job.data.in_shape,
         folder=job.folder / BEST,
         preprocessing=preprocessing(job.data, job.data.in_shape[1:]),
-        formats=("onnx", "torch_export"),
+        formats=("onnx", "torch_export", "safetensors"),
+        origin=_origin(job, policy),
         sample=next(batches(job.data.validation, QUANTIZED_SAMPLE, seed=None))[0],
         extra={"policy": [[n, dict(s)] for n, s in policy], "costs": dict(report["rows"][1]["costs"])},
     )
+
+
+def _origin(job: Job, policy: Policy) -> dict[str, Any] | None:
+    """Return how the model is made again; `None` if a policy leaves other layers than its factory makes."""
+    if any(name not in SAME_LAYERS and not is_off(name, settings) for name, settings in policy):
+        return None
+    data, recipe = job.data, job.recipe
+    channels = data.in_shape[0]
+    given = arguments_of(recipe.model, recipe.arguments, classes=data.classes or None, in_channels=channels)
+    return {"model": recipe.model, "arguments": given}
 
 
 def markdown(report: Mapping[str, Any]) -> str:

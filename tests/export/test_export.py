@@ -597,7 +597,12 @@ def test_a_disk_without_room_is_an_error_and_leaves_nothing(tmp_path: Path, name
     [
         ({"formats": ("onxx",)}, "formats must be among onnx, torch_export, safetensors, got 'onxx'"),
         ({"formats": ()}, "formats must name at least one"),
-        ({"blocks": [], "network": nn.Identity().eval()}, "at least one block"),
+        ({"blocks": [], "network": nn.Identity().eval()}, "nothing is left .* of no space"),
+        ({"blocks": [("stem", ())], "network": nn.Identity().eval()}, "at least one operation"),
+        (
+            {"network": trained(SMALL, SMALL_SHAPE), "origin": {"model": "m:f"}},
+            "origin is for a network of no",
+        ),
         ({"network": trained(SMALL, SMALL_SHAPE), "in_shape": (3, 8, 8)}, r"in_shape must be \(2, 8, 8\)"),
         ({"network": build_network(SMALL)}, "must be in eval mode"),
         ({"preprocessing": {"mean": torch.zeros(3)}}, "preprocessing must hold finite numbers"),
