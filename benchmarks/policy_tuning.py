@@ -56,9 +56,9 @@ from autocompress.distributed.connect import connected
 from autocompress.distributed.tune import tune
 from autocompress.elastic.supernet import resize
 from autocompress.errors import AutocompressError, BudgetError, StorageError
-from autocompress.policy.passes import Policy
+from autocompress.policy.passes import Policy, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.policy.run import begin, compare, gather, policy_text, space_of
+from autocompress.policy.run import begin, compare, gather, space_of
 from autocompress.policy.trial import (
     TRIALS,
     WHOLE,
@@ -67,7 +67,6 @@ from autocompress.policy.trial import (
     key_of,
     original_costs,
     policy_of,
-    structure_of,
 )
 from autocompress.training.data import load_data
 from autocompress.trial import Trial

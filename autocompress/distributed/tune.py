@@ -19,7 +19,16 @@ from autocompress.errors import AutocompressError
 from autocompress.plugins import load_strategy_for
 from autocompress.policy.passes import settings_of
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.policy.trial import REPORT, TRIALS, Job, key_of, policy_of, try_policy
+from autocompress.policy.trial import (
+    REPORT,
+    TRIALS,
+    Job,
+    key_of,
+    limits_of,
+    original_costs,
+    policy_of,
+    try_policy,
+)
 from autocompress.progress import Progress, silent
 from autocompress.space import SearchSpace
 
@@ -70,7 +79,10 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     sampler = StrategySampler(
         Constraints(space, {}, {}), strategy, seed=settings.seed, objective=FITTING, options=settings.options
     )
+    # The first options may be the network as it was brought: a waste where that does not fit.
     first = {choice.name: choice.options[0] for choice in space.choices}
+    whole = original_costs(job)
+    firsts = [first] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else None
     longest = _longest(job.recipe)
     scheduler = None
     if longest > settings.grace_epochs:
@@ -84,7 +96,7 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
         trainable,
         tune_config=ray_tune.TuneConfig(
             search_alg=OptunaSearch(
-                distributions(space), sampler=sampler, points_to_evaluate=[first], metric=FITTING, mode="max"
+                distributions(space), sampler=sampler, points_to_evaluate=firsts, metric=FITTING, mode="max"
             ),
             scheduler=scheduler,
             metric=FITTING,
@@ -130,9 +142,12 @@ def _trial(config: Mapping[str, Any], *, recipe: str, folder: str) -> None:
 
     try:
         found = try_policy(job, policy, told)
-    except AutocompressError as error:
+    except (OSError, MemoryError):
+        raise  # a full disk is no fault of the policy: it is tried again
+    except Exception as error:  # noqa: BLE001  (exporters raise anything)
         # A policy that cannot be is no fault of the process: trying again would end the same.
-        found = {"policy": [[name, dict(s)] for name, s in policy], "fits": False, "error": str(error)}
+        text = str(error) if isinstance(error, AutocompressError) else f"{type(error).__name__}: {error}"
+        found = {"policy": [[name, dict(s)] for name, s in policy], "fits": False, "error": text}
         trial = job.folder / TRIALS / key_of(policy)
         trial.mkdir(parents=True, exist_ok=True)
         write_json(trial / REPORT, found)

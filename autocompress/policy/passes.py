@@ -86,7 +86,7 @@ class Context:
 
 
 def prune(
-    network: nn.Module, context: Context, *, criterion: str = "taylor", ratio: float = 0.0
+    network: nn.Module, context: Context, *, criterion: str = "taylor", ratio: float = 0.0, multiple: int = 0
 ) -> nn.Module:
     """Remove the channels that matter least, everywhere at once, until a share of the MACs is gone.
 
@@ -97,6 +97,9 @@ def prune(
         context: Says images and loss.
         criterion: Of importance, one of `autocompress.prune.importance.CRITERIA`.
         ratio: Share of the MACs to remove, in [0, 1).
+        multiple: What channel counts are multiples of, where there are as many; by default the target's
+            alignment. Kernels work on 8 or 16 channels at a time: fewer channels, in other counts, can be
+            slower.
 
     Raises:
         ConversionError: The network cannot be narrowed, or there is no such criterion.
@@ -104,6 +107,8 @@ def prune(
     """
     if not 0 <= ratio < 1:
         raise PolicyError(f"ratio of pruning must be in [0, 1), got {ratio!r}")
+    if multiple < 0:
+        raise PolicyError(f"multiple of pruning must be 1 or more, or 0 for the target's, got {multiple!r}")
     if not ratio:
         return network
     source = Source(network, context.image)
@@ -111,12 +116,13 @@ def prune(
     found = importance(source, criterion, batches=context.labelled(), loss=loss, seed=context.seed)
     scores = comparable(found, criterion)
     source = source.ranked(scores)
-    narrow = source.narrowed(above_threshold(source, scores, 1 - ratio))
+    step = multiple or context.target.channel_alignment
+    narrow = source.narrowed(above_threshold(source, scores, 1 - ratio, step))
     recalibrate(narrow, context.images())
     return narrow
 
 
-def above_threshold(source: Source, scores: Scores, share: float) -> Widths:
+def above_threshold(source: Source, scores: Scores, share: float, multiple: int = 1) -> Widths:
     """Return the widths that keep every unit above a threshold, the lowest that leaves a share of the MACs.
 
     Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017,
@@ -126,6 +132,7 @@ def above_threshold(source: Source, scores: Scores, share: float) -> Widths:
         source: Ranked by these scores.
         scores: Name of a group to one number a unit, comparable between groups.
         share: Of the MACs of all units, at most.
+        multiple: Widths are rounded up to multiples of it, or to all units of a group.
 
     Raises:
         PolicyError: Even the fewest units need more.
@@ -133,7 +140,7 @@ def above_threshold(source: Source, scores: Scores, share: float) -> Widths:
     limit = share * _macs(source, source.full)
     thresholds = np.unique(np.concatenate([scores[group.name] for group in source.groups]))
     low, high = 0, len(thresholds)  # of `thresholds[:low]` removed it is too much still, of `[:high]` not
-    if (least := _macs(source, _above(source, scores, np.inf))) > limit:
+    if (least := _macs(source, _above(source, scores, np.inf, multiple))) > limit:
         whole = _macs(source, source.full)
         raise PolicyError(
             f"pruning cannot leave {share:.0%} of the MACs: the fewest channels need {least / whole:.1%}; "
@@ -141,16 +148,18 @@ def above_threshold(source: Source, scores: Scores, share: float) -> Widths:
         )
     while low < high:
         middle = (low + high) // 2
-        if _macs(source, _above(source, scores, thresholds[middle])) <= limit:
+        if _macs(source, _above(source, scores, thresholds[middle], multiple)) <= limit:
             high = middle
         else:
             low = middle + 1
-    return _above(source, scores, thresholds[min(low, len(thresholds) - 1)])
+    return _above(source, scores, thresholds[min(low, len(thresholds) - 1)], multiple)
 
 
-def _above(source: Source, scores: Scores, threshold: float) -> Widths:
-    kept = (int((scores[group.name] > threshold).sum()) for group in source.groups)
-    return tuple(max(least, count) for least, count in zip(source.least, kept, strict=True))
+def _above(source: Source, scores: Scores, threshold: float, multiple: int) -> Widths:
+    kept = [int((scores[group.name] > threshold).sum()) for group in source.groups]
+    wanted = (max(least, count) for least, count in zip(source.least, kept, strict=True))
+    rounded = (math.ceil(count / multiple) * multiple for count in wanted)
+    return tuple(min(full, count) for full, count in zip(source.full, rounded, strict=True))
 
 
 def _macs(source: Source, widths: Widths) -> int:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.atomic import read_json, write_json, write_text
 from autocompress.distributed.tune import tune
 from autocompress.errors import AutocompressError, RecipeError, StorageError
+from autocompress.export.manifest import MANIFEST
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
-from autocompress.policy.passes import Policy, Setting, apply, policy_text, structure_of
+from autocompress.policy.passes import Policy, Setting, apply, is_off, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.policy.trial import (
     REPORT,
@@ -89,7 +91,9 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
     """
     page = job.folder / REPORT
     if page.exists():
+        # The test part is not read again, whatever became of the export.
         found: dict[str, Any] = read_json(page, StorageError, "report of a tuning")
+        _finish(job, found)
         return found
     space, whole = space_of(job.recipe), original_costs(job)
     limits = limits_of(job)
@@ -114,10 +118,17 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
         for number, policy in enumerate(_random(job, space, progress), start=1):
             policies[f"random {number}"] = policy
     report = compare(job, policies)
-    _export(job, best.architecture, policies["tuned"], report)
     write_json(page, report)
-    write_text(job.folder / REPORT_PAGE, markdown(report))
+    _finish(job, report)
     return report
+
+
+def _finish(job: Job, report: Mapping[str, Any]) -> None:
+    """Export the tuned network, and write the report as a page, where that is not done."""
+    if not (job.folder / BEST / MANIFEST).exists():
+        best = load_result(job.folder / RESULT, space_of(job.recipe)).best().architecture
+        _export(job, best, policy_of(job.recipe, dict(best.settings)), report)
+    write_text(job.folder / REPORT_PAGE, markdown(report))
 
 
 def gather(job: Job, space: SearchSpace) -> SearchResult:
@@ -153,7 +164,7 @@ def _settings(space: SearchSpace, policy: Sequence[Any]) -> dict[str, Setting]:
 def _random(job: Job, space: SearchSpace, progress: Any) -> list[Policy]:
     """Return random policies that fit, each tried: what tuning has to beat."""
     rng = np.random.default_rng([job.recipe.tune.seed, 1])
-    wanted, limits = job.recipe.tune.random_policies, limits_of(job)
+    wanted = job.recipe.tune.random_policies
     found: dict[str, Policy] = {}
     for row in space.sample(RANDOM_DRAWS, rng):
         if len(found) == wanted:
@@ -161,11 +172,10 @@ def _random(job: Job, space: SearchSpace, progress: Any) -> list[Policy]:
         (arch,) = space.decode(row[None])
         policy = policy_of(job.recipe, dict(arch.settings))
         try:
-            costs = costs_of(job, policy)
+            fits = try_policy(job, policy)["fits"]
         except AutocompressError:  # a policy that cannot be is no baseline
             continue
-        if all(costs[metric] <= limit for metric, limit in limits.items()):
-            try_policy(job, policy)
+        if fits:
             found[key_of(policy)] = policy
             progress(len(found), wanted, "")
     return list(found.values())
@@ -180,8 +190,8 @@ def network_of(job: Job, policy: Policy) -> nn.Module:
     network = apply(job.model, structure_of(policy), job.context())
     path = job.folder / TRIALS / key_of(policy) / WEIGHTS
     try:
-        network.load_state_dict(load_file(path), strict=False)
-    except (OSError, RuntimeError, ValueError) as error:
+        network.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise StorageError(f"{path} is damaged ({error}); remove its folder, and tune again") from None
     return network.eval()
 

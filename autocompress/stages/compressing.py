@@ -71,7 +71,7 @@ def compress(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     if report.exists():
         network = apply(finetuned, structure_of(passes), context)
         try:
-            network.load_state_dict(load_file(weights), strict=False)
+            network.load_state_dict(load_file(weights))
             return network, Scored(**read_json(report, CheckpointError, "report of passes"))
         except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"what passes made in {folder} is damaged: {error}; remove it") from None

@@ -114,6 +114,23 @@ def test_the_threshold_is_the_lowest_that_leaves_the_share() -> None:
     assert found == fitting[0]
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+def test_kept_channels_are_multiples_or_all_there_are_and_hold_the_share(multiple: int) -> None:
+    source = Source(network(), IMAGE)
+    rng = np.random.default_rng(0)
+    scores = {group.name: rng.random(len(group)) for group in source.groups}
+    source = source.ranked(scores)
+    found = above_threshold(source, scores, 0.6, multiple)
+    assert all(n % multiple == 0 or n == full for n, full in zip(found, source.full, strict=True))
+    macs_of = [sum(op.macs for op in source.operations(widths)) for widths in (found, source.full)]
+    assert macs_of[0] <= 0.6 * macs_of[1]
+
+
+def test_a_multiple_below_none_is_refused() -> None:
+    with pytest.raises(PolicyError, match="multiple of pruning must be 1 or more"):
+        PASSES["prune"].run(network(), context(), ratio=0.2, multiple=-1)
+
+
 def test_what_cannot_be_pruned_away_is_refused_with_the_least() -> None:
     with pytest.raises(PolicyError, match=r"cannot leave 0% of the MACs: the fewest channels need [\d.]+%"):
         PASSES["prune"].run(network(), context(), ratio=0.9999, criterion="l2")
@@ -173,7 +190,7 @@ def test_a_whole_policy_is_its_passes_one_after_the_other() -> None:
     ("policy", "error", "text"),
     [
         ([("prun", {})], PolicyError, "a pass is one of prune, .*, got 'prun'; did you mean 'prune'?"),
-        ([("prune", {"rate": 0.5})], PolicyError, "has the settings criterion, ratio, not rate"),
+        ([("prune", {"rate": 0.5})], PolicyError, "has the settings criterion, ratio, multiple, not rate"),
         (
             [("quantize", {"bits": 8}), ("prune", {"ratio": 0.5})],
             PolicyError,
@@ -192,5 +209,5 @@ def test_what_cannot_be_is_refused(policy: Any, error: type[Exception], text: st
 
 
 def test_settings_have_their_defaults() -> None:
-    assert settings_of("prune") == {"criterion": "taylor", "ratio": 0.0}
+    assert settings_of("prune") == {"criterion": "taylor", "ratio": 0.0, "multiple": 0}
     assert settings_of("distill")["losses"] == "kd"

@@ -85,7 +85,7 @@ def test_a_policy_has_a_choice_for_each_list_and_none_for_what_is_fixed() -> Non
     ("passes", "text"),
     [
         ([{"prun": {"ratio": [0, 0.5]}}], "a pass is one of prune"),
-        ([{"prune": {"rate": [0, 0.5]}}], "has the settings criterion, ratio, not rate"),
+        ([{"prune": {"rate": [0, 0.5]}}], "has the settings criterion, ratio, multiple, not rate"),
         ([{"prune": {"ratio": 0.5}}], "nothing may be chosen"),
     ],
 )
@@ -199,7 +199,7 @@ def test_paths_are_relative_to_the_recipe(recipe: Path) -> None:
         ({"passes": [{"prune": {}, "distill": {}}]}, r"each pass is one name .* got \['distill', 'prune'\]"),
         ({"finetune": {"epochs": 3}}, "finetune.epochs belongs to the pass distill"),
         ({"tune": {"budget": "energy_mj=50%"}}, "limits what is measured, latency_ms, macs"),
-        ({"tune": {"trails": 3}}, "tune.trails: unknown key; allowed here: budget"),
+        ({"tune": {"trails": 3}}, "tune.trails: unknown key; allowed here: address, budget"),
     ],
 )
 def test_what_is_no_recipe_is_refused(recipe: Path, changes: dict[str, Any], text: str) -> None:
