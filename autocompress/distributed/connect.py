@@ -10,6 +10,10 @@ from autocompress.errors import AutocompressError
 from autocompress.machine import cores
 
 ANSWERS_WITHIN_S = 10.0
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""An empty frame of settings, with which both sides of HTTP/2 begin (RFC 9113, section 3.4); its fourth byte
+is the kind of frame. Ray's servers speak gRPC, which is HTTP/2."""
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 # Read by Ray when it is imported or started; what is set outside stays.
 ENVIRONMENT = {
     # Workers of Ray give way to everything else (niceness 15): beside any load they would stand still, and
@@ -89,10 +93,14 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise AutocompressError(f"address must be host:port or 'auto', got {address!r}")
+    hint = "it is what `ray start --head` prints on the first machine of the cluster"
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN_S).close()
+        with socket.create_connection((host, int(port)), timeout=ANSWERS_WITHIN_S) as there:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return
+            there.sendall(HELLO)
+            said = there.recv(len(SETTINGS))
     except (OSError, OverflowError) as error:
-        raise AutocompressError(
-            f"nothing answers at address {address!r}: {error}; it is what `ray start --head` prints on the "
-            "first machine of the cluster"
-        ) from None
+        raise AutocompressError(f"nothing answers at address {address!r}: {error}; {hint}") from None
+    if said[3:4] != SETTINGS[3:4]:
+        raise AutocompressError(f"what answers at address {address!r} is no Ray cluster; {hint}")

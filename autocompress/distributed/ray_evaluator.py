@@ -19,7 +19,7 @@ import numpy as np
 
 from autocompress.cost import Values
 from autocompress.distributed.connect import connected
-from autocompress.distributed.shared import Bytes, packed, unpacked
+from autocompress.distributed.shared import Bytes, packed, protect, unpacked
 from autocompress.errors import AutocompressError, EvaluationError
 from autocompress.evaluator import Evaluator, evaluated
 from autocompress.proposals import check_count
@@ -295,7 +295,7 @@ class _Pool:
         self._in_a_row += 1
         if self._in_a_row >= MAX_DEATHS_IN_A_ROW:
             raise AutocompressError(
-                f"workers died {self._in_a_row} times and evaluated nothing: {_why(error)}"
+                f"workers died {self._in_a_row} times and evaluated nothing meanwhile: {_why(error)}"
             )
         if self._deaths[number] >= MAX_DEATHS:
             lost = lost[1:]
@@ -306,9 +306,10 @@ class _Pool:
 
 
 def _why(error: Exception) -> str:
+    # What follows in Ray's own is a page of guesses.
     return (
-        f"{error} (if memory ran out, take fewer workers; an evaluator that writes to its own weights or "
-        "data ends its process, since they are shared: let it work on a copy)"
+        f"{str(error).partition(chr(10))[0]} (if memory ran out, take fewer workers; an evaluator that writes "
+        "to its own weights or data ends its process, since they are shared: let it work on a copy)"
     )
 
 
@@ -320,6 +321,7 @@ class _Worker:
 
         # Sums of floats depend on the number.
         torch.set_num_threads(threads)
+        protect(content[1])
         self._evaluator: Evaluator = unpacked(*content)
 
     def ready(self) -> None:

@@ -4,11 +4,13 @@ Ray puts arrays into shared memory and gives every process of a machine the same
 the memory of tensors is handed to it as arrays, and tensors are made on top of them: ten workers hold the
 weights of one.
 
-What comes back is read-only: **writing to such a tensor ends the process** (a segmentation fault). A
+Workers `protect` that memory: **writing to such a tensor ends the process** (a segmentation fault). A
 `SupernetEvaluator` writes to none of them; an evaluator that trains does so on a copy (`copy.deepcopy`).
 """
 
+import ctypes
 import io
+import mmap
 import pickle
 import warnings
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 SMALL_BYTES = 1 << 14
 """Below, tensors are copied: they are no burden, and counters and statistics are what modules write to."""
+PROT_READ = 1
 Bytes = NDArray[np.uint8]
 
 
@@ -59,6 +62,23 @@ def packed(content: Any) -> tuple[bytes, list[Bytes]]:
 def unpacked(content: bytes, buffers: Sequence[Bytes]) -> Any:
     """Return the object, its tensors on the memory of `buffers`; only for what this program packed."""
     return pickle.loads(content, buffers=buffers)
+
+
+def protect(buffers: Sequence[Bytes]) -> None:
+    """Make memory read-only for this process, but for the edges of pages: who writes to it is ended.
+
+    Ray maps shared memory for reading and writing, and PyTorch does not ask: without this, an evaluator that
+    writes to its weights would change those of all other workers, and nobody would know.
+
+    Raises:
+        OSError: The system does not allow it.
+    """
+    system, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+    for buffer in buffers:
+        start, end = buffer.ctypes.data, buffer.ctypes.data + buffer.nbytes
+        first, last = -(-start // page) * page, end // page * page
+        if first < last and system.mprotect(ctypes.c_void_p(first), ctypes.c_size_t(last - first), PROT_READ):
+            raise OSError(ctypes.get_errno(), "mprotect")
 
 
 def _shareable(tensor: Any) -> bool:

@@ -33,11 +33,15 @@ from autocompress.progress import Progress, silent
 from autocompress.space import SearchSpace
 
 EXPERIMENT = "tune"
+MEASURED = 10
+"""Policies that are measured at most, for each that is to be finetuned."""
 FITTING, EPOCH = "score", "epoch"
 
 
 def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
-    """Try policies until there are as many as the recipe says, from where an earlier call stopped.
+    """Try policies until as many were finetuned as the recipe says, from where an earlier call stopped.
+
+    Those over the budget are measured only, and do not count; there are at most `MEASURED` times as many.
 
     Reports stand in the folders of the trials. What was stopped early has none.
 
@@ -69,7 +73,6 @@ def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
 def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> Any:
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
 
     from autocompress.optuna_bridge import StrategySampler, distributions
 
@@ -95,13 +98,18 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     return ray_tune.Tuner(
         trainable,
         tune_config=ray_tune.TuneConfig(
-            search_alg=OptunaSearch(
-                distributions(space), sampler=sampler, points_to_evaluate=firsts, metric=FITTING, mode="max"
+            search_alg=_fitting(
+                distributions(space),
+                sampler=sampler,
+                points_to_evaluate=firsts,
+                metric=FITTING,
+                mode="max",
+                wanted=settings.trials,
             ),
             scheduler=scheduler,
             metric=FITTING,
             mode="max",
-            num_samples=settings.trials,
+            num_samples=-1,  # as many as the search says
             max_concurrent_trials=settings.workers,
             reuse_actors=True,
         ),
@@ -113,6 +121,41 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
             verbose=0,
         ),
     )
+
+
+def _fitting(*arguments: Any, wanted: int, **named: Any) -> Any:
+    """Return a search that ends when as many policies were finetuned as are wanted: others cost little."""
+    from ray.tune.search import Searcher
+    from ray.tune.search.optuna import OptunaSearch
+
+    class Fitting(OptunaSearch):  # type: ignore[misc]
+        """Counts what was begun, runs, and fits; part of what Ray stores of a search."""
+
+        begun = running = fit = 0
+
+        def suggest(self, trial_id: str) -> Any:
+            """Return another policy; nothing as long as those that run may be enough."""
+            if self.fit >= wanted or self.begun >= MEASURED * wanted:
+                return Searcher.FINISHED
+            if self.fit + self.running >= wanted:
+                return None
+            found = super().suggest(trial_id)
+            if found not in (None, Searcher.FINISHED):
+                self.begun, self.running = self.begun + 1, self.running + 1
+            return found
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """Count a policy that ended, was stopped, or whose process died for good."""
+            self.running -= 1
+            self.fit += int(fits(result))
+            super().on_trial_complete(trial_id, result, error)
+
+    return Fitting(*arguments, **named)
+
+
+def fits(result: Mapping[str, Any] | None) -> bool:
+    """Whether a policy was finetuned, by the last thing that its trial reported."""
+    return result is not None and float(result.get(FITTING, -1.0)) >= 0.0
 
 
 def _longest(recipe: PolicyRecipe) -> int:
@@ -166,13 +209,13 @@ def _told(progress: Progress, total: int) -> Any:
     from ray import tune as ray_tune
 
     class Told(ray_tune.Callback):  # type: ignore[misc]
-        """Counts trials that ended."""
+        """Counts policies that were finetuned."""
 
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             """Tell progress."""
-            self.done += 1
+            self.done += int(fits(trial.last_result))
             progress(min(self.done, total), total, "")
 
     return Told()

@@ -33,7 +33,7 @@ class TuneSettings(Settings):
     budget: dict[str, float | str] = Field(default_factory=default_budget)
     """Limits of what is measured; percent are of the network as it was brought."""
     trials: Positive = 24
-    """Policies that are tried, the first of them without any choice: the defaults."""
+    """Policies that are finetuned; those over the budget are measured only, and not counted."""
     strategy: str = "tpe"
     """A strategy of `autocompress list strategies` that needs no costs beforehand, or `module:attribute`."""
     options: dict[str, Any] = Field(default_factory=dict)

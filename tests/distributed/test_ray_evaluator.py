@@ -1,4 +1,5 @@
 import contextlib
+import http.server
 import os
 import pickle
 import random
@@ -6,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -124,6 +126,16 @@ def test_an_address_without_ray_is_refused_at_once(address: str) -> None:
         address = address.format(taken.getsockname()[1])
         with pytest.raises(AutocompressError, match=rf"address .*'{address}'"):
             RayEvaluator(Scripted(), workers=1, address=address).__enter__()
+
+
+def test_another_service_at_the_address_is_refused_at_once() -> None:
+    """Ray would wait for minutes."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(AutocompressError, match=rf"what answers at address '{address}' is no Ray"):
+            RayEvaluator(Scripted(), workers=1, address=address).__enter__()
+        server.shutdown()
 
 
 def test_a_row_is_metrics_or_the_reason_why_there_are_none() -> None:
@@ -427,6 +439,29 @@ def test_a_row_that_kills_its_workers_is_given_up_and_others_are_not(own_ray: No
         assert str(given_up).startswith(f"its worker died {MAX_DEATHS} times")
     with pytest.raises(AutocompressError, match=r"cannot start or unpickle (.|\n)*no way in"):
         RayEvaluator(Unreceivable(), workers=1).__enter__()
+
+
+class Writing:
+    """Writes to its own weights."""
+
+    paid = True
+
+    def __init__(self) -> None:
+        self.weights = torch.ones(50_000)
+
+    def __call__(self, codes: Codes) -> dict[str, Values]:
+        self.weights += 1
+        return {"accuracy": np.full(len(codes), float(self.weights.sum()))}
+
+
+@pytest.mark.slow
+def test_an_evaluator_that_writes_to_its_weights_is_found_out(own_ray: None) -> None:
+    """Otherwise workers would change each other's."""
+    with (
+        RayEvaluator(Writing(), workers=2) as evaluator,
+        pytest.raises(AutocompressError, match=r"evaluated nothing meanwhile: .* work on a copy"),
+    ):
+        list(evaluator.each(np.zeros((40, 1), dtype=np.int64)))
 
 
 class Unsendable(Scripted):

@@ -1,6 +1,9 @@
 """Objects with tensors beside their pickle: equal to what was packed, on the very memory that was given."""
 
 import copy
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -83,6 +86,29 @@ def test_a_network_computes_the_same_keeps_tied_weights_and_is_trained_on_a_copy
     optimizer.step()
     assert not torch.equal(taught[0].weight, network[0].weight)
     assert torch.equal(found[0].weight, network[0].weight)
+
+
+WRITES = """
+import mmap, sys
+import numpy as np
+import torch
+from autocompress.distributed.shared import packed, protect, unpacked
+content, buffers = packed([torch.ones(50_000), torch.ones(3)])
+memory = np.frombuffer(mmap.mmap(-1, buffers[0].nbytes), dtype=np.uint8)
+memory[:] = buffers[0]
+protect([memory])
+large, small = unpacked(content, [memory])
+small += 1
+print(float(large.sum()), flush=True)
+large[25_000] += 1
+print("written", flush=True)
+"""
+
+
+def test_protected_memory_is_read_and_ends_who_writes_to_it() -> None:
+    done = subprocess.run([sys.executable, "-c", WRITES], capture_output=True, text=True, check=False)
+    assert done.stdout == "50000.0\n"
+    assert done.returncode == -signal.SIGSEGV
 
 
 def test_what_cannot_be_pickled_says_so() -> None:
