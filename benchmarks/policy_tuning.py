@@ -14,8 +14,8 @@ Each arm finetunes the same number of policies, for the same epochs (nothing is 
 budget, a share of the latency of the original: eight images at a time on OpenVINO, one thread. Policies over
 the budget are measured and do not count. Channels are pruned in multiples of 8. Alone in ONNX Runtime this
 network is too small: in 8 bits it takes 1.7 times as long there as in floats. Budgets were chosen by `--dry`,
-which looks at no accuracy: at 60 % each of the passes can fit alone, at 40 % 8 bits hardly do (they took 40 to
-50 %), nor any factorization but the cheapest. One epoch is little: what lost much does not recover in it.
+which looks at no accuracy: at 60 % each of the passes can fit alone, at 40 % 8 bits hardly do (they took 40
+to 50 %), nor any factorization but the cheapest. One epoch is little: what lost much does not recover in it.
 
 - `tuned`: prune > factorize > quantize > distill, by TPE; `random search`: the same space at random.
 - One pass and distillation, by TPE. Of 8 bits there are few different policies: the ways in which ranges are

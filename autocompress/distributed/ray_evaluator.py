@@ -306,10 +306,11 @@ class _Pool:
 
 
 def _why(error: Exception) -> str:
+    said, _, _ = str(error).partition("\n")
     # What follows in Ray's own is a page of guesses.
     return (
-        f"{str(error).partition(chr(10))[0]} (if memory ran out, take fewer workers; an evaluator that writes "
-        "to its own weights or data ends its process, since they are shared: let it work on a copy)"
+        f"{said} (if memory ran out, take fewer workers; an evaluator that writes to its own weights or data "
+        "ends its process, since they are shared: let it work on a copy)"
     )
 
 
