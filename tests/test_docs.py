@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from autocompress import cli
 from autocompress.budget import Constraints
 from autocompress.distill.methods import METHODS
-from autocompress.policy.passes import PASSES
+from autocompress.policy.passes import PASSES, check
 from autocompress.policy.recipe import parse_policy_recipe
 from autocompress.policy.run import space_of
 from autocompress.recipe import parse_recipe
@@ -40,7 +40,7 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_recipe_of_the_readme_is_valid() -> None:
     for text in blocks("README.md", "yaml"):
         payload = yaml.safe_load(text)
-        if "passes" in payload:
+        if "model" in payload:
             parse_policy_recipe(payload, Path("policy.yaml"))
         else:
             parse_recipe(payload)
@@ -109,11 +109,17 @@ def test_the_page_on_distillation_has_every_loss_and_runs(
 
 
 def test_the_recipe_of_the_page_on_policies_is_valid_and_names_every_pass() -> None:
-    (recipe,) = blocks("docs/policies.md", "yaml")
+    recipe, run = blocks("docs/policies.md", "yaml")
     parsed = parse_policy_recipe(yaml.safe_load(recipe), Path("policy.yaml"))
+    check([entry for single in parse_recipe(yaml.safe_load(run)).passes for entry in single.items()])
     assert space_of(parsed).size > 100
     page = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
     assert PASSES.keys() <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+
+
+def test_the_recipes_of_the_page_on_ray_are_valid() -> None:
+    for text in blocks("docs/ray.md", "yaml"):
+        assert parse_recipe(yaml.safe_load(text)).search.workers > 1
 
 
 def test_the_python_of_the_page_on_factorization_runs(capsys: pytest.CaptureFixture[str]) -> None:
