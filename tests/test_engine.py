@@ -181,10 +181,11 @@ class Workers(Evaluated):
         super().__init__(*arguments, **named)
         self.submitted: list[Codes] = []
         self.found: dict[bytes, Mapping[str, float] | Exception] = {}
-        self.most = 0
+        self.most = self.ever = 0
 
     def submit(self, row: Codes) -> None:
         self.submitted.append(row)
+        self.ever += 1
         self.most = max(self.most, len(self.submitted))
 
     def result(self) -> Mapping[str, float] | Exception:
@@ -212,6 +213,17 @@ def test_an_evaluator_with_workers_gets_as_many_networks_as_it_has_and_changes_n
     assert together.outcomes == alone.outcomes
     assert workers.most == most
     assert len(set(workers.rows)) == len(workers.rows)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_workers_evaluate_no_network_twice_and_no_more_than_are_wanted(asynchronous: bool) -> None:
+    constraints = toy_constraints("macs=100%", blocks=2)
+    rows = every_network(constraints.space)
+    workers = Workers(constraints.space)
+    strategy = Scripted(rows[[3, 3, 4]], rows[[5, 3, 6, 7, 8, 9, 10]])
+    result = search(strategy, constraints, workers, evaluations=5, asynchronous=asynchronous)
+    assert len(result.trials) == len(workers.rows) == len(set(workers.rows)) == workers.ever == 5
+    assert [t.metrics["accuracy"] for t in result.trials] == toy_score(constraints.space, rows[3:8]).tolist()
 
 
 def test_a_failed_evaluation_is_a_trial_told_as_failed_and_not_tried_again() -> None:

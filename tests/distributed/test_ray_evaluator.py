@@ -269,6 +269,11 @@ def test_rows_come_in_their_order_whatever_order_workers_end_in_and_die_in(seed:
     assert ray.killed == ray.started
 
 
+def test_what_waits_behind_a_row_that_kills_is_not_given_up_with_it() -> None:
+    found = results(pool_of(FakeRay({6: MAX_DEATHS, 7: 1}, 0), 1), ROWS[[6, 7, 0]])
+    assert [isinstance(row, EvaluationError) for row in found] == [True, False, False]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_one_in_five_killed_loses_no_row(seed: int) -> None:
     class Random(FakeRay):
