@@ -47,7 +47,7 @@ class TuneSettings(Settings):
     """ASHA: epochs of finetuning before a policy may be stopped."""
     reduction: Annotated[int, Field(ge=2, strict=True)] = 3
     """ASHA: of so many policies that come to a rung one goes on."""
-    retries: Count = 1
+    retries: Count = 3
     """How often a policy whose process died is tried again."""
     runs: Positive = 60
     """Timed runs of a network."""
