@@ -113,7 +113,8 @@ def demo(
     if dry_run:
         _forecast(recipe)
         return
-    whole(open_run(run, recipe))
+    with open_run(run, recipe) as opened:
+        whole(opened)
 
 
 @app.command("run")
@@ -128,13 +129,15 @@ def run_(
     if dry_run:
         _forecast(parsed)
         return
-    whole(open_run(run or Path("runs") / recipe.stem, parsed))
+    with open_run(run or Path("runs") / recipe.stem, parsed) as opened:
+        whole(opened)
 
 
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
     """Continue a run that was stopped or killed, at any stage."""
-    whole(open_run(run, None))
+    with open_run(run, None) as opened:
+        whole(opened)
 
 
 @app.command()
@@ -177,11 +180,11 @@ def profile(
             raise RecipeError("--bundle measures everything on the other device; --table has no part in it")
         _bundle(bundle, parsed or read_recipe(run / "recipe.yaml", None))
         return
-    opened = open_run(run, parsed)
-    said: list[str] = []
-    with opened.locked():
-        echo_unless(said, describe_table(stages.profile(opened, on_screen(said))))
-    typer.echo(f"written to {opened.path(stages.TABLE)}")
+    with open_run(run, parsed) as opened:
+        said: list[str] = []
+        with opened.locked():
+            echo_unless(said, describe_table(stages.profile(opened, on_screen(said))))
+        typer.echo(f"written to {opened.path(stages.TABLE)}")
 
 
 def _bundle(path: Path, recipe: "Recipe | None") -> None:
@@ -227,10 +230,10 @@ def train(
     if dry_run:
         _forecast(parsed or load_recipe(run / "recipe.yaml"))
         return
-    opened = open_run(run, parsed)
-    with opened.locked():
-        stages.train(opened, on_screen())
-    typer.echo(f"written to {opened.path(stages.CHECKPOINT)}")
+    with open_run(run, parsed) as opened:
+        with opened.locked():
+            stages.train(opened, on_screen())
+        typer.echo(f"written to {opened.path(stages.CHECKPOINT)}")
 
 
 @app.command()
@@ -271,15 +274,15 @@ def search(
         if written is not None and written.search.options and written.search.strategy != strategy:
             typer.echo(f"options of {written.search.strategy} are left out: {written.search.options}")
             parsed = read_recipe(recipe, [*changes, "search.options={}"], run)
-    opened = open_run(run, parsed)
-    with opened.locked():
-        result = stages.search(opened, on_screen())
-        metrics = list(result.limits)
-        front = result.pareto(metrics)
-    typer.echo(f"Pareto front of {result.objective} and {', '.join(metrics)}, {len(front)} networks:")
-    for trial in front:
-        score = trial.metrics[result.objective]
-        typer.echo(f"  {score:.4f}  {describe_costs(trial.costs)}  {trial.architecture.key}")
+    with open_run(run, parsed) as opened:
+        with opened.locked():
+            result = stages.search(opened, on_screen())
+            metrics = list(result.limits)
+            front = result.pareto(metrics)
+        typer.echo(f"Pareto front of {result.objective} and {', '.join(metrics)}, {len(front)} networks:")
+        for trial in front:
+            score = trial.metrics[result.objective]
+            typer.echo(f"  {score:.4f}  {describe_costs(trial.costs)}  {trial.architecture.key}")
 
 
 @app.command()
@@ -303,13 +306,17 @@ def select(
     if within is not None and not cheapest:
         raise RecipeError("--within belongs to --cheapest METRIC")
     asked = Budget.parse(",".join(budget)) if budget else None
-    opened = open_run(run, None)
-    with opened.locked():
-        trial = stages.select(
-            opened, on_screen(), budget=asked, cheapest=cheapest, within=0.01 if within is None else within
-        )
-    score = trial.metrics[opened.task.metric]
-    typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {describe_costs(trial.costs)}")
+    with open_run(run, None) as opened:
+        with opened.locked():
+            trial = stages.select(
+                opened,
+                on_screen(),
+                budget=asked,
+                cheapest=cheapest,
+                within=0.01 if within is None else within,
+            )
+        score = trial.metrics[opened.task.metric]
+        typer.echo(f"selected {trial.architecture.key}: {score:.4f}, {describe_costs(trial.costs)}")
 
 
 @app.command()
@@ -324,11 +331,11 @@ def finetune(
     from autocompress import stages
 
     changes = [*([f"finetune.distill={distill}"] if distill is not None else []), *(set_ or [])]
-    opened = open_run(run, read_recipe(None, changes, run))
-    with opened.locked():
-        arch = stages.selected(opened, on_screen())
-        _, scored = stages.finetune(opened, on_screen(), arch)
-    typer.echo(f"{arch.key}: validation {opened.task.metric} {scored.mean:.4f}")
+    with open_run(run, read_recipe(None, changes, run)) as opened:
+        with opened.locked():
+            arch = stages.selected(opened, on_screen())
+            _, scored = stages.finetune(opened, on_screen(), arch)
+        typer.echo(f"{arch.key}: validation {opened.task.metric} {scored.mean:.4f}")
 
 
 @app.command()
@@ -336,10 +343,10 @@ def export(run: RunOption = Path("runs/run")) -> None:
     """Export the selected network: ONNX, torch.export, and safetensors with its own loader."""
     from autocompress import stages
 
-    opened = open_run(run, None)
-    said: list[str] = []
-    with opened.locked():
-        echo_unless(said, f"exported to {stages.export(opened, on_screen(said))}")
+    with open_run(run, None) as opened:
+        said: list[str] = []
+        with opened.locked():
+            echo_unless(said, f"exported to {stages.export(opened, on_screen(said))}")
 
 
 @app.command()

@@ -95,7 +95,7 @@ def search(
         StorageError: Outcomes cannot be stored, or belong to another search, or another process searches.
         StrategyError: The strategy raised, took too long, proposed what is not in the space, or nothing
             that fits.
-        EvaluationError: The first evaluations all failed; of a free evaluator, all of them.
+        EvaluationError: The first evaluations all failed, or all of them.
         RecipeError: `evaluations` or `batch` is not an integer of at least 1.
         AutocompressError: `identity` is not plain, or the evaluator does not say whether it is paid, or
             does not give the objective with one value a network.
@@ -129,6 +129,11 @@ def search(
             asked = _run(guarded, memory, evaluations, objective, progress)
         finally:
             memory.close()
+    if evaluator.paid and memory.trials and all(trial.error for trial in memory.trials):
+        raise EvaluationError(
+            f"not one of {len(memory.trials)} evaluations gave a score, the last one failed with: "
+            f"{memory.trials[-1].error}; the evaluator is broken, not a network"
+        )
     if asked and not memory.evaluated:
         limits = ", ".join(f"{metric} <= {limit:.6g}" for metric, limit in constraints.limits.items())
         raise StrategyError(

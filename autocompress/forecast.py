@@ -22,10 +22,11 @@ from autocompress.latency.target import Target, load_target
 from autocompress.latency.widths import EVEN
 from autocompress.network import build_network
 from autocompress.plugins import load_strategy
+from autocompress.policy.passes import policy_text
 from autocompress.recipe import Recipe
 from autocompress.run import is_differentiable, load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import check_reward, try_out, untimed_costs
+from autocompress.stages import check_passes, check_reward, passes_of, try_out, untimed_costs
 from autocompress.strategy import at_most
 from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.check import check_regularisers, check_task
@@ -73,6 +74,7 @@ def forecast(recipe: Recipe) -> list[str]:
         Budget.of(limits).resolve(space, untimed_costs(space, _target(recipe)))
     check_task(data, load_task(recipe.task), space)
     check_regularisers(data, recipe.finetune, space)
+    check_passes(recipe, space, _target(recipe))
     threads = recipe.threads or choose_threads(largest_step(space, data, recipe.train))
     torch.set_num_threads(threads)
     supernet = (
@@ -88,6 +90,8 @@ def forecast(recipe: Recipe) -> list[str]:
     # Kilobytes on Linux, bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     lines.append(f"{'peak memory':<18} {peak / 1e9:>7.2f} GB   of the steps that were timed")
+    if recipe.passes:
+        lines.append(f"Not estimated: the passes after finetuning, {policy_text(passes_of(recipe))}.")
     if recipe.tolerance is not None:
         lines.append(
             f"For each of up to {recipe.tolerance.probes} budgets (tolerance.probes) search and finetuning "
@@ -111,6 +115,8 @@ def _target(recipe: Recipe) -> Target:
 def _profile(recipe: Recipe, space: SearchSpace) -> Estimate:
     if recipe.profile.measured == "elsewhere":
         return Estimate("profile", 0.0, "the table is of another device: nothing is measured")
+    if recipe.profile.measured == "nowhere":
+        return Estimate("profile", 0.0, "nothing is measured")
     where = _target(recipe)
     settings = recipe.profile
     if settings.widths == "grid":

@@ -13,6 +13,8 @@ Positive = Annotated[int, Field(ge=1, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 # Not strict: YAML reads 3e-5 as text, only 3.0e-5 as a number.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Address = Annotated[str, Field(pattern=r"^(auto|[^\s/:]+:\d{1,5})$")]
+"""Of a Ray cluster."""
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
@@ -215,7 +217,7 @@ class SearchSettings(Settings):
     asking: Literal["batch", "asynchronous"] = "batch"
     """When workers are given networks: `batch` asks for as many as there are workers, and again when all are
     evaluated; `asynchronous` for one as soon as the oldest is, with two a worker under way."""
-    address: str | None = None
+    address: Address | None = None
     """Of a Ray cluster that evaluates, `host:port` or `auto`; docs/ray.md."""
     calibration_images: Positive = 512
     """Training images for the batch-norm statistics of a sub-network."""
@@ -320,7 +322,7 @@ class FinetuneSettings(OptimizerSettings):
         if isinstance(value, str):
             value = [] if value.strip() == "none" else value.split("+")
         if not isinstance(value, (list, tuple)):
-            return value
+            raise ValueError("takes names of losses, such as kd or kd+at, or none")
         terms: list[Any] = []
         for term in value:
             name = term.strip() if isinstance(term, str) else None
@@ -392,6 +394,22 @@ class Recipe(Settings):
     """Random networks at the same budget in the final comparison."""
     threads: Positive | None = None
     """Threads of training and search; by default as many as make steps faster. A target has its own."""
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _fixed(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, (list, tuple)) else ():
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f"each pass is its name with its settings, {{quantize: {{bits: 8}}}}, not {entry!r}"
+                )
+            for name, settings in entry.items():
+                for key, setting in (settings or {}).items() if isinstance(settings, dict | None) else ():
+                    if isinstance(setting, (list, tuple)):
+                        raise ValueError(
+                            f"{name}.{key} has one value here; lists are searched by `autocompress tune`"
+                        )
+        return value
 
     @field_validator("passes")
     @classmethod

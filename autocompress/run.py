@@ -66,8 +66,8 @@ class Run:
     Args:
         folder: The directory, made if absent.
         recipe: What to do; `None` continues the run that is there. Where its settings of a stage differ from
-            those that the run was made with, what they made is put aside (`aside`: stage and folder), and
-            found again when they come back.
+            those that the run was made with (`former`), what they made is put aside (`aside`: stage and
+            folder), and found again when they come back.
 
     Raises:
         RecipeError: There is no recipe, or the directory holds one of another problem.
@@ -78,6 +78,7 @@ class Run:
         """Open or start the run."""
         self.folder = folder
         self.aside: dict[str, Path] = {}
+        self.former: Recipe | None = None
         path = folder / "recipe.yaml"
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"a run needs a directory, but {folder} is a file")
@@ -102,6 +103,7 @@ class Run:
                     refuse_other(folder, written, self.recipe)
                 self.aside = kept.settle(folder, wanted)
                 if self.recipe != written:
+                    self.former = written
                     _write_recipe(path, self.recipe)
 
     @cached_property

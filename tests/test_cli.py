@@ -273,6 +273,33 @@ def test_settings_of_a_search_have_options_of_their_own_and_come_back(
     assert (folder / "result.json").read_bytes() == first
 
 
+def test_a_command_that_fails_leaves_the_run_with_its_former_settings(searched: Path) -> None:
+    """Otherwise the next command would fail for something that it was not asked."""
+    before = ages(searched)
+    teachers = "finetune.teachers=[{model: nowhere.py:make}]"
+    with pytest.raises(AutocompressError, match=r"nowhere\.py"):
+        call("finetune", "--run", searched, "--set", teachers)
+    assert {p for p, age in ages(searched).items() if before.get(p) != age} <= {"recipe.yaml", "stages.json"}
+    assert Run(searched).recipe.finetune.teachers == ()
+    call("finetune", "--run", searched)
+
+
+def test_an_address_that_is_none_is_refused_before_anything_is_put_aside(searched: Path) -> None:
+    before = ages(searched)
+    with pytest.raises(RecipeError, match=r"search\.address"):
+        call("search", "--run", searched, "--workers", "2", "--set", "search.address=foo")
+    assert ages(searched) == before
+
+
+def test_other_formats_are_exported_though_the_comparison_is_there(finished: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    call("run", folder / "recipe.yaml", "--run", folder, "--set", "export.formats=[onnx]")
+    names = {path.name for path in folder.glob("networks/*/exported/*")}
+    assert "network.onnx" in names
+    assert "network.safetensors" not in names
+
+
 def test_options_of_another_strategy_are_left_out_and_that_is_said(
     finished: tuple[Path, Result], tmp_path: Path
 ) -> None:

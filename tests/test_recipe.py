@@ -101,7 +101,7 @@ def test_an_amount_of_validation_is_a_share_or_a_number_of_images() -> None:
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("trian", "data, export, finetune, profile, quantize, random_networks, search"),
+        ("trian", "data, export, finetune, passes, profile, quantize, random_networks, search"),
         ("data.sorce", "folder, limit, seed, source, validation"),
         ("task.los", "distillation, loss, metric"),
         ("space.argument", "arguments, name"),

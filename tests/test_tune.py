@@ -37,8 +37,11 @@ def test_a_dry_run_says_what_may_be_chosen_and_writes_nothing(recipe: Path, tmp_
 
 
 @pytest.mark.slow
-def test_policies_are_tuned_compared_and_the_best_is_exported(recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_policies_are_tuned_compared_and_the_best_is_exported(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")  # relative, as people type it
     options = ("--trials", "4", "--set", "tune.strategy=random", "--set", "tune.random_policies=1")
     said = call("tune", recipe, "--run", folder, *options)
     assert "as you brought it" in said

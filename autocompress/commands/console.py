@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autocompress.errors import RecipeError
+from autocompress.errors import AutocompressError, RecipeError
 
 if TYPE_CHECKING:
     from autocompress.progress import Progress
@@ -35,8 +35,11 @@ SetOption = Annotated[
 ]
 
 
-def open_run(folder: Path, recipe: "Recipe | None") -> "Run":
-    """Open or start a run, and say what its new settings put aside; those that cannot work put nothing aside.
+@contextmanager
+def open_run(folder: Path, recipe: "Recipe | None") -> "Iterator[Run]":
+    """Open or start a run, and say what its new settings put aside.
+
+    Where they turn out not to work, the run has its former ones again, with all that they made.
 
     Raises:
         AutocompressError: Something is wrong.
@@ -50,7 +53,13 @@ def open_run(folder: Path, recipe: "Recipe | None") -> "Run":
     run = Run(folder, recipe)
     for changed, place in run.aside.items():
         typer.echo(f"settings of {changed} changed: what it made before is kept in {place}")
-    return run
+    try:
+        yield run
+    except AutocompressError:
+        if run.former is not None:
+            Run(folder, run.former)
+            typer.echo(f"{folder} has its former settings again", err=True)
+        raise
 
 
 def whole(run: "Run") -> None:

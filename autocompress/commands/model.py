@@ -51,16 +51,17 @@ def work_on(recipe: "Recipe", run: Path | None, account: "Callable[[SearchSpace]
     """
     from autocompress.run import load_recipe_data, make_space
 
+    def shown(recipe: "Recipe", space: "SearchSpace", data: "DataSet") -> None:
+        for line in account(space):
+            typer.echo(line)
+        _beforehand(recipe, space, data)
+
     if run is None:
         data = load_recipe_data(recipe)
-        space = make_space(recipe, lambda: data)
-    else:
-        opened = open_run(run, recipe)
-        recipe, space, data = opened.recipe, opened.space, opened.data
-    for line in account(space):
-        typer.echo(line)
-    _beforehand(recipe, space, data)
-    if run is not None:
+        shown(recipe, make_space(recipe, lambda: data), data)
+        return
+    with open_run(run, recipe) as opened:
+        shown(opened.recipe, opened.space, opened.data)
         whole(opened)
 
 

@@ -106,45 +106,46 @@ def check(
     from autocompress import stages
     from autocompress.latency.check import check_table, save_check
 
-    opened = open_run(run, read_recipe(recipe, set_, run))
-    settings = opened.recipe.profile
-    with opened.locked():
-        table = stages.profile(opened, on_screen())
-        with stage(f"check {table.target.name}") as progress:
-            found = check_table(
-                table,
-                opened.space,
-                folder=opened.folder,
-                networks=networks,
-                profile_seed=settings.seed,
-                tolerance=settings.tolerance,
-                min_rounds=settings.min_rounds,
-                max_rounds=settings.max_rounds,
-                progress=lambda done, total: progress(done, total),
+    with open_run(run, read_recipe(recipe, set_, run)) as opened:
+        settings = opened.recipe.profile
+        with opened.locked():
+            table = stages.profile(opened, on_screen())
+            with stage(f"check {table.target.name}") as progress:
+                found = check_table(
+                    table,
+                    opened.space,
+                    folder=opened.folder,
+                    networks=networks,
+                    profile_seed=settings.seed,
+                    tolerance=settings.tolerance,
+                    min_rounds=settings.min_rounds,
+                    max_rounds=settings.max_rounds,
+                    progress=lambda done, total: progress(done, total),
+                )
+            path = opened.path("latency_check.json")
+            save_check(found, path, title=f"{table.target.name}, {opened.space.name}")
+        for said, figures in (
+            ("raw sums of rows", found.raw),
+            ("predictions", found.figures),
+            (f"predictions at the speed of now (x{found.machine_factor:.3f})", found.figures_at_that_speed),
+        ):
+            typer.echo(
+                f"{said}: {len(found.networks)} networks, bias {figures.bias_percent:+.1f} %, MAPE "
+                f"{figures.mape_percent:.2f} %, within 5 % {figures.within_5_percent:.0f} %, within 10 % "
+                f"{figures.within_10_percent:.0f} %, Spearman {figures.spearman or 0:.3f}, Kendall "
+                f"{figures.kendall or 0:.3f}"
             )
-        path = opened.path("latency_check.json")
-        save_check(found, path, title=f"{table.target.name}, {opened.space.name}")
-    for said, figures in (
-        ("raw sums of rows", found.raw),
-        ("predictions", found.figures),
-        (f"predictions at the speed of now (x{found.machine_factor:.3f})", found.figures_at_that_speed),
-    ):
-        typer.echo(
-            f"{said}: {len(found.networks)} networks, bias {figures.bias_percent:+.1f} %, MAPE "
-            f"{figures.mape_percent:.2f} %, within 5 % {figures.within_5_percent:.0f} %, within 10 % "
-            f"{figures.within_10_percent:.0f} %, Spearman {figures.spearman or 0:.3f}, Kendall "
-            f"{figures.kendall or 0:.3f}"
-        )
-    typer.echo(f"repeat noise {found.repeat_noise_percent:.1f} %")
-    for network in found.worst:
-        error = 100 * (found.machine_factor * network.predicted_ms / network.measured_ms - 1)
-        largest = sorted(network.blocks, key=lambda block: -block.predicted_ms)[:3]
-        shares = ", ".join(f"{block.name} {block.predicted_ms:.3f}" for block in largest)
-        typer.echo(
-            f"worst: {error:+.1f} %  predicted {found.machine_factor * network.predicted_ms:.3f} ms, "
-            f"measured {network.measured_ms:.3f} ms; greatest blocks (ms): {shares}  {network.architecture}"
-        )
-    typer.echo(f"written to {path} and {path.with_suffix('.svg')}")
+        typer.echo(f"repeat noise {found.repeat_noise_percent:.1f} %")
+        for network in found.worst:
+            error = 100 * (found.machine_factor * network.predicted_ms / network.measured_ms - 1)
+            largest = sorted(network.blocks, key=lambda block: -block.predicted_ms)[:3]
+            shares = ", ".join(f"{block.name} {block.predicted_ms:.3f}" for block in largest)
+            typer.echo(
+                f"worst: {error:+.1f} %  predicted {found.machine_factor * network.predicted_ms:.3f} ms, "
+                f"measured {network.measured_ms:.3f} ms; greatest blocks (ms): {shares}  "
+                f"{network.architecture}"
+            )
+        typer.echo(f"written to {path} and {path.with_suffix('.svg')}")
 
 
 @table_commands.command()

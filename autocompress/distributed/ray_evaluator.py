@@ -21,7 +21,7 @@ from autocompress.cost import Values
 from autocompress.distributed.connect import connected
 from autocompress.distributed.shared import Bytes, packed, protect, unpacked
 from autocompress.errors import AutocompressError, EvaluationError
-from autocompress.evaluator import Evaluator, evaluated
+from autocompress.evaluator import Evaluator, check_evaluator, evaluated
 from autocompress.proposals import check_count
 from autocompress.space import Codes
 
@@ -62,6 +62,7 @@ class RayEvaluator:
             RecipeError: `workers` or `threads` is not an integer of at least 1.
             AutocompressError: The evaluator is free: its rows are evaluated all at once, which is faster.
         """
+        check_evaluator(evaluator)
         if not evaluator.paid:
             raise AutocompressError(
                 f"RayEvaluator spreads paid evaluations, one row a task, but {type(evaluator).__name__} is "

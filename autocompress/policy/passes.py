@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.distill.finetune import finetune
+from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import resize
 from autocompress.errors import PolicyError
 from autocompress.factorize.apply import Rule, factorize
 from autocompress.factorize.candidates import Candidate, find
 from autocompress.factorize.layers import depthwise_separable, fire
+from autocompress.factorize.methods import METHODS
 from autocompress.latency.target import Target
-from autocompress.prune.importance import comparable, importance
+from autocompress.prune.importance import CRITERIA, comparable, importance
 from autocompress.prune.scores import Scores
 from autocompress.prune.source import Source, Widths
 from autocompress.quantize.ops import FULL_PRECISION
@@ -40,6 +42,8 @@ from autocompress.training.task import Task
 Setting = str | int | float
 IMAGES, BATCH = 512, 64
 """Training images that passes look at, and how many at a time."""
+KINDS = ("none", "depthwise", "fire")
+RANGES = ("mse", "minmax", "percentile", "kl")
 SQUEEZE = 8
 """SqueezeNet squeezes to an eighth; layers of fewer channels stay as they are."""
 
@@ -201,7 +205,7 @@ def compact(network: nn.Module, context: Context, *, kind: str = "none", share: 
     Raises:
         PolicyError: There is no such kind, or the share is out of range.
     """
-    if kind not in ("none", "depthwise", "fire") or not 0 < share <= 1:
+    if kind not in KINDS or not 0 < share <= 1:
         raise PolicyError(
             f"compact takes none, depthwise or fire and a share in (0, 1], got {kind!r} and {share!r}"
         )
@@ -330,6 +334,20 @@ PASSES: dict[str, Pass] = {
 }
 """By name. What is quantized can only be distilled after it."""
 
+# What values of settings may be, in words, and whether one is that; others the passes check themselves.
+RULES: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {
+    ("prune", "ratio"): ("a share in [0, 1)", lambda value: 0 <= value < 1),
+    ("prune", "criterion"): (", ".join(CRITERIA), lambda value: value in CRITERIA),
+    ("prune", "multiple"): ("1 or more, or 0 for the target's", lambda value: value in range(1 << 20)),
+    ("factorize", "method"): (", ".join(["none", *METHODS]), lambda value: value in ("none", *METHODS)),
+    ("factorize", "ratio"): ("a share in (0, 1]", lambda value: 0 < value <= 1),
+    ("compact", "kind"): (", ".join(KINDS), lambda value: value in KINDS),
+    ("compact", "share"): ("a share in (0, 1]", lambda value: 0 < value <= 1),
+    ("quantize", "bits"): ("a whole number of bits", lambda value: isinstance(value, int)),
+    ("quantize", "ranges"): (", ".join(RANGES), lambda value: value in RANGES),
+    ("distill", "epochs"): ("a whole number", lambda value: value in range(1 << 20)),
+}
+
 Policy = Sequence[tuple[str, Mapping[str, Setting]]]
 """Names of passes with their settings, in the order in which they run."""
 
@@ -384,6 +402,23 @@ def check(policy: Policy) -> None:
                 f"{name!r} works on floating point, and stands behind {quantized!r}: put it before"
             )
         quantized = quantized or name == "quantize"
+        for key, value in settings.items():
+            # Options of a space are lists.
+            for one in value if isinstance(value, list | tuple) else [value]:
+                _check_value(name, key, one)
+
+
+def _check_value(name: str, key: str, value: Setting) -> None:
+    allowed, holds = RULES.get((name, key), ("", lambda _: True))
+    try:
+        right = holds(value)
+    except TypeError:
+        right = False
+    if not right:
+        raise PolicyError(f"{key} of pass {name!r} must be {allowed}, got {value!r}")
+    if (name, key) == ("distill", "losses"):
+        for term in FinetuneSettings.model_validate({"distill": value}).distill:
+            method_of(term.loss)
 
 
 def apply(network: nn.Module, policy: Policy, context: Context) -> nn.Module:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from autocompress.budget import Budget, limits_of
 from autocompress.recipe import (
+    Address,
     Count,
     DataSettings,
     FinetuneSettings,
@@ -40,7 +41,7 @@ class TuneSettings(Settings):
     """Of the strategy."""
     workers: Positive = 1
     """Policies at a time, each in a process of Ray."""
-    address: str | None = None
+    address: Address | None = None
     """Of a Ray cluster, `host:port` or `auto`, whose machines see the run directory and the data under the
     same paths; docs/ray.md."""
     grace_epochs: Positive = 1

@@ -79,7 +79,7 @@ def begin(folder: Path, recipe: PolicyRecipe) -> Job:
             )
     else:
         write_text(path, yaml.safe_dump(content, sort_keys=False))
-    return Job(recipe, folder)
+    return Job(recipe, folder.resolve())  # Ray takes a relative path for an address
 
 
 def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
@@ -97,7 +97,11 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
         return found
     space, whole = space_of(job.recipe), original_costs(job)
     limits = limits_of(job)
-    shown.say(f"as you brought it: {_costs_text(whole)}; limits: {_costs_text(limits)}")
+    brought = evaluate(job.model, job.data.validation, job.task.score)
+    shown.say(
+        f"as you brought it: validation {job.task.metric} {brought.mean:.4f}, {_costs_text(whole)}; limits: "
+        f"{_costs_text(limits)}"
+    )
     with shown.stage("tune policies") as progress:
         tune(job, space, progress)
     path = job.folder / RESULT

@@ -128,6 +128,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     if path.exists():
         known = _read(path)
         if known["selected_by"] == rule:
+            export(run, shown, arch)  # other formats may be wanted since
             return known
     folder = export(run, shown, arch)
     supernet = train(run, shown)
@@ -163,7 +164,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
     compressed: list[Compared] = []
     for which, a in [*baselines, (name, arch)]:
         networks.append((f"{which}, finetuned", a, finetune(run, shown, a)[0]))
-        if passes := passes_of(run):
+        if passes := passes_of(run.recipe):
             title = f"{which}, finetuned, {policy_text(passes)}"
             files[title] = export(run, shown, a) / "network.onnx"
             compressed.append((title, a, compress(run, shown, a)[0]))
@@ -201,7 +202,7 @@ def report(run: Run, shown: Shown, arch: Architecture | None = None) -> dict[str
         "rows": [asdict(row) for row in rows],
         "drift": drift,
         "exported": asdict(measured["exported"]) if "exported" in measured else None,
-        "passes": [[name, dict(settings)] for name, settings in passes_of(run)],
+        "passes": [[name, dict(settings)] for name, settings in passes_of(run.recipe)],
         "exported_folder": str(folder),
         "onnx_bytes": exported.stat().st_size if exported.exists() else None,
         "uniform": (UNIFORM_BITS if _is_quantized(run) else UNIFORM_RULE)

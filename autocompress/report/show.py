@@ -76,7 +76,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     images, earlier = content["rows"][0]["test_images"], content["earlier_reports"]
     read = "read once, after every decision"
     if earlier:
-        read = f"read after {earlier} earlier reports of this run, which may have influenced later decisions"
+        reports = f"{earlier} earlier report{'s' if earlier > 1 else ''}"
+        read = f"read after {reports} of this run, which may have influenced later decisions"
     margin = content["latency_margin"]
     held = ""
     if margin > 1:

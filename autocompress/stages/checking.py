@@ -2,6 +2,7 @@
 
 from autocompress.distill.methods import method_of
 from autocompress.errors import PolicyError, RecipeError
+from autocompress.latency.target import Target
 from autocompress.network import user_model
 from autocompress.policy.passes import Policy
 from autocompress.policy.passes import check as check_policy
@@ -15,12 +16,12 @@ from autocompress.strategy import DISTANCE
 from autocompress.training.check import check_regularisers, check_task
 
 
-def passes_of(run: Run) -> Policy:
-    """Return the passes of the recipe; none for most."""
-    return [(name, settings) for entry in run.recipe.passes for name, settings in entry.items()]
+def passes_of(recipe: Recipe) -> Policy:
+    """Return the passes of a recipe; none for most."""
+    return [(name, settings) for entry in recipe.passes for name, settings in entry.items()]
 
 
-def check_passes(run: Run) -> None:
+def check_passes(recipe: Recipe, space: SearchSpace, where: Target) -> None:
     """Refuse passes that cannot be, before anything takes long.
 
     Raises:
@@ -28,17 +29,17 @@ def check_passes(run: Run) -> None:
         QuantizationError: The target does not run the bits.
         RecipeError: No format is left in which what passes make can be exported.
     """
-    passes = passes_of(run)
+    passes = passes_of(recipe)
     check_policy(passes)
-    if passes and isinstance(user_model(run.space, run.space.largest()), QuantizedNetwork):
+    if passes and isinstance(user_model(space, space.largest()), QuantizedNetwork):
         raise PolicyError(
-            f"passes work on networks in floating point, but those of space {run.space.name!r} have few bits "
+            f"passes work on networks in floating point, but those of space {space.name!r} have few bits "
             "already: leave passes out"
         )
     for name, settings in passes:
         if name == "quantize" and "bits" in settings:
-            legal_widths(target(run), [int(settings["bits"])])
-    if passes and {*run.recipe.export.formats} == {"safetensors"}:
+            legal_widths(where, [int(settings["bits"])])
+    if passes and {*recipe.export.formats} == {"safetensors"}:
         raise RecipeError(
             "export.formats has safetensors only, whose loader knows the layers of a space and no others: "
             "add onnx or torch_export, or leave passes out"
@@ -55,7 +56,7 @@ def check(run: Run) -> None:
         PolicyError: There is no such pass, or networks cannot have it.
     """
     check_reward(run.recipe)
-    check_passes(run)
+    check_passes(run.recipe, run.space, target(run))
     for term in run.recipe.finetune.distill:
         method_of(term.loss)
     check_task(run.data, run.task, run.space)

@@ -28,7 +28,7 @@ COMPRESSED, COMPRESSED_REPORT = "compressed.safetensors", "compressed.json"
 def final_folder(run: Run, arch: Architecture) -> Path:
     """Return the folder of a network as it is exported: that of its finetuning, or of its passes in there."""
     folder = run.network_folder(arch)
-    passes = passes_of(run)
+    passes = passes_of(run.recipe)
     return folder / f"passes-{digest([passes, run.recipe.search.seed])}" if passes else folder
 
 
@@ -52,7 +52,7 @@ def compress(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     """
     arch = selected(run, shown, arch)
     finetuned, before = finetune(run, shown, arch)
-    passes = passes_of(run)
+    passes = passes_of(run.recipe)
     if not passes:
         return finetuned, before
     folder, size = final_folder(run, arch), resolution(run, arch)

@@ -34,15 +34,14 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
 
     arch = selected(run, shown, arch)
     network, scored = compress(run, shown, arch)
-    passes = passes_of(run)
+    passes = passes_of(run.recipe)
     folder = final_folder(run, arch) / "exported"
-    formats = [name for name in run.recipe.export.formats if name != "safetensors" or not passes]
     if (folder / "manifest.json").exists():
         try:
             written = verify_export(folder)
         except ExportError as error:
             raise ExportError(f"{error}; remove {folder} first") from None
-        if {*written.parity, *written.left_out} == {*formats}:
+        if {*written.parity, *written.left_out} == {*run.recipe.export.formats}:
             return folder
     codes = run.space.encode([arch])
     size = resolution(run, arch)
@@ -60,7 +59,7 @@ def export(run: Run, shown: Shown, arch: Architecture | None = None) -> Path:
             in_shape=(run.data.in_shape[0], *size),
             folder=folder,
             preprocessing=preprocessing(run.data, size),
-            formats=formats,
+            formats=run.recipe.export.formats,
             sample=resize(next(batches(run.data.validation, sampled, seed=None))[0], size),
             extra={
                 "predicted_costs": {} if passes else priced,
