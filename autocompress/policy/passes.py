@@ -404,7 +404,8 @@ def check(policy: Policy) -> None:
         quantized = quantized or name == "quantize"
         for key, value in settings.items():
             # Options of a space are lists.
-            for one in value if isinstance(value, list | tuple) else [value]:
+            options: Any = value
+            for one in options if isinstance(options, list | tuple) else [options]:
                 _check_value(name, key, one)
 
 
