@@ -109,9 +109,9 @@ QUICK = Size(300, 200, 16, 1, larger_epochs=1, finetune_epochs=1, seeds=1)
 class Benchmark:
     """All runs of one size; what is done stands in a file."""
 
-    def __init__(self, size: Size, path: Path) -> None:
+    def __init__(self, size: Size, path: Path, only: tuple[str, ...] = ("",)) -> None:
         """Load data and teacher."""
-        self.size, self.path = size, path
+        self.size, self.path, self.only = size, path, only
         torch.set_num_threads(1)
         total = size.images + size.validation
         self.data: DataSet = load_data(
@@ -241,7 +241,7 @@ class Benchmark:
             if "few" in parts and seed < 3:
                 for distill in ("none", "kd"):
                     self._once(f"few {distill} {seed}", lambda d=distill, s=seed: self.with_few(d, s))
-            if "larger" in parts and seed < 3:
+            if "larger" in parts and seed < 3 and any("larger".startswith(o[:6]) for o in self.only):
                 big = self.larger()
                 for distill in ("kd", "eskd"):
                     self._once(
@@ -250,7 +250,7 @@ class Benchmark:
                     )
 
     def _once(self, key: str, run: Callable[[], dict[str, Any]]) -> None:
-        if key not in self.found:
+        if key not in self.found and key.startswith(self.only):
             self._note(key, run())
 
     def _note(self, name: str, found: Mapping[str, Any]) -> None:
@@ -313,12 +313,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
+    parser.add_argument("--only", action="append", help="runs whose name begins so, as 'loss kd '")
     parser.add_argument("--output", type=Path, default=RESULTS / "distillation.json")
     given = parser.parse_args()
     path = Path("/tmp/distillation_quick.json") if given.quick else given.output
     if given.quick:
         path.unlink(missing_ok=True)
-    benchmark = Benchmark(QUICK if given.quick else CPU, path)
+    benchmark = Benchmark(QUICK if given.quick else CPU, path, tuple(given.only or [""]))
     benchmark.everything(given.part or list(PARTS))
     print(benchmark.table())
 

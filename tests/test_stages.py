@@ -341,6 +341,7 @@ def test_distilled_scores_are_other_trials_than_slices_and_stay_when_resumed(
         ("finetune", {"alpha": 0.5}),
     ):
         rewrite_recipe(folder, payload | {section: payload[section] | changes})
+        (folder / "stages.json").unlink(missing_ok=True)  # that would have put the trials aside
         with pytest.raises(StorageError, match="belong to another search: reward differ"):
             stages.search(Run(folder), SILENT)
     # How long the winner is finetuned is another matter.

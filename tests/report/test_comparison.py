@@ -245,8 +245,9 @@ def test_a_change_of_the_machines_speed_since_the_profile_is_measured(
 
     monkeypatch.setattr(check, "measure_networks", now)
     arch = stages.search(run, SILENT).best().architecture
-    measured, exported, drift = comparison._measure(run, [arch], run.folder / "absent.onnx", checked)
-    assert (list(measured), exported, drift) == ([arch.key], None, pytest.approx(1.5))
+    files = {"exported": run.folder / "absent.onnx"}
+    measured, drift = comparison._measure(run, [arch], files, checked)
+    assert (list(measured), drift) == ([arch.key], pytest.approx(1.5))
 
 
 def test_without_an_error_report_there_is_nothing_to_compare_the_machine_with(compared: Compared) -> None:
