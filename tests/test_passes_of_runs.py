@@ -47,6 +47,7 @@ def test_a_network_is_put_into_integers_after_finetuning_and_exported_so(folder:
     assert content["onnx_operators"]["QuantizeLinear"] > 10
     assert content["extra"]["passes"] == [["quantize", {"bits": 8}], ["distill", {"epochs": 1}]]
     assert content["extra"]["validation"]["mean"] == scored.mean
+    assert not list(folder.rglob("checkpoints"))
 
 
 def test_what_passes_made_is_read_again_bit_for_bit(folder: Path) -> None:

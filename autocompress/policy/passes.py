@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from autocompress.training.statistics import recalibrate
 from autocompress.training.task import Task
 
 Setting = str | int | float
+CHECKPOINTS = "checkpoints"
+"""Folder of `Context.checkpoint`, to be removed when a policy's network is kept."""
 IMAGES, BATCH = 512, 64
 """Training images that passes look at, and how many at a time."""
 KINDS = ("none", "depthwise", "fire")
@@ -438,6 +440,8 @@ def apply(network: nn.Module, policy: Policy, context: Context) -> nn.Module:
         AutocompressError: A pass cannot do what it should.
     """
     check(policy)
-    for name, settings in policy:
-        network = PASSES[name].run(network, context, **settings)
+    for number, (name, settings) in enumerate(policy):
+        # A pass may come twice: each has checkpoints of its own.
+        own = None if context.checkpoint is None else context.checkpoint / str(number)
+        network = PASSES[name].run(network, replace(context, checkpoint=own), **settings)
     return network.eval()

@@ -6,6 +6,7 @@ all `report.json`. Whoever tries the policy again reads it.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.latency.target import Target, load_target
 from autocompress.network import unshared
-from autocompress.policy.passes import Context, Policy, Setting, apply, is_off, structure_of
+from autocompress.policy.passes import CHECKPOINTS, Context, Policy, Setting, apply, is_off, structure_of
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.prune.load import load_model_for
 from autocompress.quantize.layer import has_quantizers
@@ -152,14 +153,14 @@ def try_policy(
         "fits": excess <= 0,
     }
     if report["fits"]:
-        context = job.context(checkpoint=folder, after_epoch=after_epoch)
+        context = job.context(checkpoint=folder / CHECKPOINTS, after_epoch=after_epoch)
         network = apply(job.model, policy, context)
         scored = evaluate(network, job.data.validation, job.task.score)
         report |= {"score": scored.mean, "standard_error": scored.standard_error}
         with replacing(folder / WEIGHTS) as temporary:
             save_file(unshared(network.state_dict()), temporary)
     write_json(folder / REPORT, report)
-    (folder / "distill.pt").unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
 

@@ -1,5 +1,6 @@
 """What is done to a finetuned network before it is exported: the passes of the recipe."""
 
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,7 +12,7 @@ from autocompress.elastic.supernet import resize
 from autocompress.errors import CheckpointError
 from autocompress.kept import digest
 from autocompress.network import unshared
-from autocompress.policy.passes import Context, apply, policy_text, structure_of
+from autocompress.policy.passes import CHECKPOINTS, Context, apply, policy_text, structure_of
 from autocompress.policy.recipe import OWNED
 from autocompress.run import Run, Shown
 from autocompress.space import Architecture
@@ -65,7 +66,7 @@ def compress(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
         target(run),
         size,
         seed=run.recipe.search.seed,
-        checkpoint=folder,
+        checkpoint=folder / CHECKPOINTS,
         finetune=settings,
     )
     if report.exists():
@@ -84,6 +85,7 @@ def compress(run: Run, shown: Shown, arch: Architecture | None = None) -> tuple[
     with replacing(weights) as temporary:
         save_file(unshared(network.state_dict()), temporary)
     write_json(report, vars(scored))
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     shown.say(
         f"{policy_text(passes)} of {arch.key}: validation {run.task.metric} {scored.mean:.4f}, before "
         f"{before.mean:.4f}"

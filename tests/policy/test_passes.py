@@ -206,6 +206,14 @@ def test_what_cannot_be_is_refused(policy: Any, error: type[Exception], text: st
         apply(network(), policy, context())
 
 
+def test_a_pass_that_comes_twice_has_checkpoints_of_its_own_and_resumes(tmp_path: Path) -> None:
+    policy: Any = [("distill", {"epochs": 1}), ("quantize", {"bits": 8}), ("distill", {"epochs": 1})]
+    first, again = (apply(network(), policy, context(checkpoint=tmp_path)) for _ in range(2))
+    assert {path.parent.name for path in tmp_path.rglob("distill.pt")} == {"0", "2"}
+    assert_equal(weights(first), weights(again))
+    assert_equal(weights(first), weights(apply(network(), policy, context())))
+
+
 def test_settings_have_their_defaults() -> None:
     assert settings_of("prune") == {"criterion": "taylor", "ratio": 0.0, "multiple": 0}
     assert settings_of("distill")["losses"] == "kd"
