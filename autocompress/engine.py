@@ -18,7 +18,14 @@ from autocompress.budget import Constraints
 from autocompress.cost import Values
 from autocompress.deadline import deadline
 from autocompress.errors import AutocompressError, EvaluationError, SpaceError, StrategyError
-from autocompress.evaluator import Evaluator, ParallelEvaluator, check_evaluator, evaluated, metrics_of
+from autocompress.evaluator import (
+    Evaluator,
+    ParallelEvaluator,
+    check_evaluator,
+    evaluated,
+    metrics_of,
+    unless_broken,
+)
 from autocompress.history import History
 from autocompress.progress import Progress, silent
 from autocompress.proposals import check_count
@@ -277,10 +284,7 @@ class _OneByOne:
         self._rows.append(row)
 
     def result(self) -> Mapping[str, float] | Exception:
-        found = evaluated(self._evaluator, self._rows.popleft())
-        if isinstance(found, AutocompressError) and not isinstance(found, EvaluationError):
-            raise found
-        return found
+        return unless_broken(evaluated(self._evaluator, self._rows.popleft()))
 
     def cancel(self) -> None:
         self._rows.clear()
@@ -301,10 +305,11 @@ class _Paid:
     ) -> None:
         self.constraints, self.objective = constraints, objective
         self._beyond, self._asynchronous = beyond, asynchronous
-        parallel = isinstance(evaluator, ParallelEvaluator)
-        self._work = evaluator if isinstance(evaluator, ParallelEvaluator) else _OneByOne(evaluator)
-        workers = getattr(evaluator, "workers", 1) if parallel else 1
-        self._at_most = AHEAD * workers if parallel and asynchronous else workers
+        self._work: ParallelEvaluator | _OneByOne
+        if isinstance(evaluator, ParallelEvaluator):
+            self._work, self._at_most = evaluator, evaluator.workers * (AHEAD if asynchronous else 1)
+        else:
+            self._work, self._at_most = _OneByOne(evaluator), 1
         self.trials: list[Trial] = []
         self.evaluated = 0
         self.best: float | None = None

@@ -104,5 +104,16 @@ def evaluated(evaluator: Evaluator, codes: Codes) -> Mapping[str, float] | Excep
         return EvaluationError(f"{type(error).__name__}: {error}")
 
 
+def unless_broken(found: Mapping[str, float] | Exception) -> Mapping[str, float] | Exception:
+    """Return what `evaluated` says of a row, or why the row has no metrics.
+
+    Raises:
+        AutocompressError: It says that the evaluator is broken.
+    """
+    if isinstance(found, AutocompressError) and not isinstance(found, EvaluationError):
+        raise found
+    return found
+
+
 def _name(evaluator: object) -> str:
     return str(getattr(evaluator, "__name__", type(evaluator).__name__))

@@ -21,7 +21,7 @@ from autocompress.cost import Values
 from autocompress.distributed.connect import connected
 from autocompress.distributed.shared import Bytes, packed, protect, unpacked
 from autocompress.errors import AutocompressError, EvaluationError
-from autocompress.evaluator import Evaluator, check_evaluator, evaluated
+from autocompress.evaluator import Evaluator, check_evaluator, evaluated, unless_broken
 from autocompress.proposals import check_count
 from autocompress.space import Codes
 
@@ -236,9 +236,7 @@ class _Pool:
             self._collect()
         known = self._found.pop(self._taken)
         self._taken += 1
-        if isinstance(known, AutocompressError) and not isinstance(known, EvaluationError):
-            raise known
-        return known
+        return unless_broken(known)
 
     def cancel(self) -> None:
         """Forget what was submitted; workers end the rows they have."""

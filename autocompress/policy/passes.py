@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress.count import count
 from autocompress.distill.finetune import finetune
 from autocompress.distill.methods import method_of
 from autocompress.elastic.supernet import resize
@@ -30,6 +31,7 @@ from autocompress.latency.target import Target
 from autocompress.prune.importance import CRITERIA, comparable, importance
 from autocompress.prune.scores import Scores
 from autocompress.prune.source import Source, Widths
+from autocompress.quantize.layer import has_quantizers
 from autocompress.quantize.ops import FULL_PRECISION
 from autocompress.quantize.schemes import legal_widths
 from autocompress.quantize.source import QuantizationSource
@@ -386,6 +388,20 @@ def policy_text(policy: Sequence[Any]) -> str:
             continue
         parts.append(f"{name}({', '.join(f'{key} {value}' for key, value in settings.items())})")
     return " > ".join(parts) or "nothing"
+
+
+def counted_costs(network: nn.Module, image: Tensor) -> dict[str, float]:
+    """Return `macs` and `params` of what passes made, which no table prices; without scales of quantizers.
+
+    Args:
+        network: Any, quantized or not.
+        image: What it takes, `(1, channels, height, width)`.
+    """
+    from autocompress.export.qdq import in_floats
+
+    # Scales are parameters in training only.
+    found = count(in_floats(network) if has_quantizers(network) else network, image)
+    return {"macs": float(found.macs), "params": float(found.params)}
 
 
 def check(policy: Policy) -> None:

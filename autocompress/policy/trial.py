@@ -19,16 +19,23 @@ from torch import nn
 
 from autocompress.atomic import held, read_json, replacing, write_json
 from autocompress.budget import Budget
-from autocompress.count import count
 from autocompress.errors import StorageError
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.latency.target import Target, load_target
 from autocompress.network import unshared
-from autocompress.policy.passes import CHECKPOINTS, Context, Policy, Setting, apply, is_off, structure_of
+from autocompress.policy.passes import (
+    CHECKPOINTS,
+    Context,
+    Policy,
+    Setting,
+    apply,
+    counted_costs,
+    is_off,
+    structure_of,
+)
 from autocompress.policy.recipe import PolicyRecipe
 from autocompress.prune.load import load_model_for
-from autocompress.quantize.layer import has_quantizers
 from autocompress.training.data import DataSet, load_data_of
 from autocompress.training.evaluate import evaluate
 from autocompress.training.task import Task, load_task
@@ -204,11 +211,7 @@ def costs_of(job: Job, policy: Policy) -> dict[str, float]:
 
 def _costs(job: Job, network: nn.Module, file: Path, whole: Mapping[str, float] | None) -> dict[str, float]:
     from autocompress.export.formats import onnx_of
-    from autocompress.export.qdq import in_floats
 
-    # Scales are parameters in training only.
-    plain = in_floats(network) if has_quantizers(network) else network
-    counted = count(plain, torch.zeros(1, *job.data.in_shape))
     with replacing(file) as temporary:
         onnx_of(network, job.data.in_shape, temporary)
     files = {"this": file} | ({} if whole is None else {"whole": job.folder / WHOLE})
@@ -220,7 +223,6 @@ def _costs(job: Job, network: nn.Module, file: Path, whole: Mapping[str, float] 
         latency *= whole["latency_ms"] / measured["whole"].median_ms
     return {
         "latency_ms": latency,
-        "macs": float(counted.macs),
-        "params": float(counted.params),
+        **counted_costs(network, torch.zeros(1, *job.data.in_shape)),
         "size_bytes": float(file.stat().st_size),
     }

@@ -20,12 +20,10 @@ from autocompress.atomic import read_json, write_json
 from autocompress.baselines import random_networks, uniform_candidates
 from autocompress.budget import Constraints
 from autocompress.cost import OPERATION_METRICS
-from autocompress.count import count
 from autocompress.elastic.supernet import resize
 from autocompress.errors import StorageError
 from autocompress.evaluator import Evaluator
 from autocompress.export.onnx_graph import onnx_model
-from autocompress.export.qdq import in_floats
 from autocompress.latency.check import measure_beside, measured_before
 from autocompress.latency.energy import METRIC as ENERGY
 from autocompress.latency.energy import EnergyModel
@@ -33,7 +31,7 @@ from autocompress.latency.measure import Measurement
 from autocompress.latency.memory import peak_memory_bytes
 from autocompress.latency.runtime import Blocks, pinned, prepare, prepare_onnx, reads_onnx
 from autocompress.network import user_model, whole_network
-from autocompress.policy.passes import policy_text
+from autocompress.policy.passes import counted_costs, policy_text
 from autocompress.quantize.layer import effective_bits, has_quantizers
 from autocompress.quantize.network import QuantizedNetwork
 from autocompress.report.policy_plot import PlottedLayer, policy_plot
@@ -367,10 +365,9 @@ def _costs(run: Run, limits: Constraints, name: str, arch: Architecture) -> dict
 def _counted(run: Run, compared: Compared, file: Path) -> dict[str, float]:
     """Return the costs of what passes made, which no table prices: counted, and bytes of the ONNX file."""
     _, arch, network = compared
-    plain = in_floats(network) if has_quantizers(network) else network
-    counted = count(plain, torch.zeros(1, run.data.in_shape[0], *resolution(run, arch)))
+    image = torch.zeros(1, run.data.in_shape[0], *resolution(run, arch))
     stored = {SIZE: float(file.stat().st_size)} if file.exists() else {}
-    return {"macs": float(counted.macs), "params": float(counted.params), **stored}
+    return {**counted_costs(network, image), **stored}
 
 
 def _bits(network: nn.Module) -> tuple[float, float] | None:
