@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, ROOT, cifar10_folder, environment
+from record import RESULTS, ROOT, cifar10_folder, counted, environment, interval, interval_text
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import nn
 from torch.utils.data import Subset
 
@@ -295,17 +294,12 @@ class Benchmark:
         tests = [run["test"] for run in runs.values()]
         pairs = [runs[seed]["test"] - base[seed]["test"] for seed in runs if seed in base]
         difference, helps = "", ""
-        if any(pairs) and len(pairs) > 1:
-            half = float(stats.t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
-            mean = statistics.mean(pairs)
-            difference = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}; {len(pairs)})"
-            helps = "yes" if mean - half > 0 else "no" if mean + half < 0 else "not shown"
-        spread = statistics.stdev(tests) if len(tests) > 1 else 0.0
+        if (known := interval(pairs)) is not None:
+            low, high = known
+            difference = f"{counted(pairs, '+')} {interval_text(pairs)}"
+            helps = "yes" if low > 0 else "no" if high < 0 else "not shown"
         seconds = statistics.mean(run["seconds"] for run in runs.values())
-        return (
-            f"| {name} | {statistics.mean(tests):.2f} ± {spread:.2f} ({len(tests)}) | {difference} | {helps} "
-            f"| {seconds:.0f} |"
-        )
+        return f"| {name} | {counted(tests)} | {difference} | {helps} | {seconds:.0f} |"
 
 
 def main() -> None:

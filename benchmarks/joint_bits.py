@@ -19,7 +19,6 @@ What is found is scored on all test images as it is, and after finetuning by LSQ
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, ROOT, SHARED, environment
+from record import RESULTS, ROOT, SHARED, counted, environment
 from torch.utils.data import Subset
 
 from autocompress.atomic import read_json, write_json, write_text
@@ -253,8 +252,8 @@ class Benchmark:
                 if runs:
                     bits = np.mean([run["bits"] for run in runs], axis=0)
                     lines.append(
-                        f"| {name} | {_spread([r['ptq'] for r in runs])} | "
-                        f"{_spread([r['qat'] for r in runs])} | "
+                        f"| {name} | {counted([r['ptq'] for r in runs])} | "
+                        f"{counted([r['qat'] for r in runs])} | "
                         f"{np.mean([r['macs'] for r in runs]) / 1e6:.2f} | "
                         f"{np.mean([r['params'] for r in runs]) / 1e3:.0f} | {bits[0]:.2f}, {bits[1]:.2f} | "
                         f"{np.mean([r['use'] for r in runs]):.3f} | "
@@ -294,11 +293,6 @@ class Translated:
     def __call__(self, codes: Codes) -> Mapping[str, Any]:
         """Score rows of the smaller space."""
         return self._inner(self._inner.joint.space.encode(self._space.decode(codes)))
-
-
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f} ({len(values)})"
 
 
 def main() -> None:

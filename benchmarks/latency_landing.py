@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from record import RESULTS, ROOT, SHARED, environment
+from record import RESULTS, ROOT, SHARED, environment, spread
 
 from autocompress.atomic import read_json, write_json, write_text
 from autocompress.baselines import uniform_candidates
@@ -402,7 +402,7 @@ class Tables:
                 rows.append(
                     f"| {method} | {budget} | {_each(runs, 'use')} | {_each(runs, 'expected')} | "
                     f"{_each(runs, 'multiplier')} | {_each(runs, 'argmax')} | {_each(runs, 'entropy')} | "
-                    f"{_spread([100 * run['accuracy'] for run in runs])} | "
+                    f"{spread([100 * run['accuracy'] for run in runs])} | "
                     f"{_mean(runs, 'seconds')} |"
                 )
         return rows
@@ -440,7 +440,7 @@ class Tables:
                 ]
             else:
                 cells += [""] * 3
-            cells.append(_spread([100 * run["accuracy"] for run in runs]))
+            cells.append(spread([100 * run["accuracy"] for run in runs]))
             cells.append(self._against_random(method) if method != RANDOM else "")
             rows.append(f"| {method} | " + " | ".join(cells) + " |")
         return rows
@@ -502,11 +502,6 @@ def _each(runs: Sequence[dict[str, Any]], key: str) -> str:
 def _mean(runs: Sequence[dict[str, Any]], key: str) -> str:
     values = [run[key] for run in runs if key in run]
     return f"{np.mean(values):.0f}" if values else ""
-
-
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}"
 
 
 def _plain(value: Any) -> Any:

@@ -12,10 +12,10 @@ other than there, not mirrored.
 
 Each arm finetunes the same number of policies, for the same epochs (nothing is stopped early), under the same
 budget, a share of the latency of the original: eight images at a time on OpenVINO, one thread. Policies over
-the budget are measured and do not count. Channels are pruned in multiples of 8. Alone in ONNX Runtime this
-network is too small: in 8 bits it takes 1.7 times as long there as in floats. Budgets were chosen by `--dry`,
-which looks at no accuracy: at 60 % each of the passes can fit alone, at 40 % 8 bits hardly do (they took 40
-to 50 %), nor any factorization but the cheapest. One epoch is little: what lost much does not recover in it.
+the budget are measured and do not count. Channels are pruned in multiples of 8. OpenVINO, for alone in ONNX
+Runtime this network is too small to be faster in 8 bits. Budgets were chosen by `--dry`, which looks at no
+accuracy: at 60 % each of the passes can fit alone, at 40 % 8 bits hardly do, nor any factorization but the
+cheapest. One epoch is little: what lost much does not recover in it.
 
 - `tuned`: prune > factorize > quantize > distill, by TPE; `random search`: the same space at random.
 - One pass and distillation, by TPE. Of 8 bits there are few different policies: the ways in which ranges are
@@ -45,8 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, ROOT, cifar10_folder, environment
-from scipy import stats
+from record import RESULTS, ROOT, cifar10_folder, counted, environment, interval_text
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -397,7 +396,7 @@ class Benchmark:
             base = _tests(other, seeds)
             pairs = [tuned[seed] - base[seed] for seed in tuned if seed in base]
             each = ", ".join(f"{pair:+.2f}" for pair in pairs)
-            lines.append(f"| {other} | {_spread(pairs, '+')}{_interval(pairs)} | {each} |")
+            lines.append(f"| {other} | {counted(pairs, '+')} {interval_text(pairs)} | {each} |")
         lines += ["", "| seed | arm | validation | policy |", "|---|---|---|---|"]
         for seed, arm in itertools.product(range(self.size.seeds), self.size.arms):
             if (found := self.found.get(f"{budget} {arm} {seed}")) is not None:
@@ -438,7 +437,7 @@ class Benchmark:
         tests = list(_tests(name, seeds).values())
         each = ", ".join(f"{value:.2f}" for value in tests)
         latency = ", ".join(f"{share:.3f}" for share in shares)
-        return f"| {' | '.join([name, _spread(tests), each, latency, beyond, *counts])} |"
+        return f"| {' | '.join([name, counted(tests), each, latency, beyond, *counts])} |"
 
 
 def _tests(name: str, seeds: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
@@ -448,22 +447,6 @@ def _tests(name: str, seeds: Mapping[int, Mapping[str, Any]]) -> dict[int, float
         for seed, rows in seeds.items()
         if name in rows
     }
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}"
-
-
-def _interval(differences: list[float]) -> str:
-    """Return the 95 % interval of the mean of paired differences, by Student's t."""
-    if len(differences) < 2:
-        return ""
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * float(stats.sem(differences))
-    mean = statistics.mean(differences)
-    return f" ({mean - half:+.2f} to {mean + half:+.2f}; {len(differences)} seeds)"
 
 
 def main() -> None:

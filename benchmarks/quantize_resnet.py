@@ -25,7 +25,6 @@ which is finetuned for the same epochs as well.
 import argparse
 import copy
 import itertools
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -34,9 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, SHARED, cifar10_folder, environment
+from record import RESULTS, SHARED, cifar10_folder, counted, environment, interval_text
 from safetensors.torch import load_file
-from scipy import stats
 from torch import nn
 from torch.utils.data import Subset
 
@@ -440,7 +438,7 @@ class Benchmark:
             runs = self._runs(f"rounding {method}")
             pairs = self._pairs(runs, self._runs("rounding nearest"), "ptq")
             if runs:
-                lines.append(f"| {method} | {_spread([r['ptq'] for r in runs.values()])} | {pairs} |")
+                lines.append(f"| {method} | {counted([r['ptq'] for r in runs.values()])} | {pairs} |")
         lines += [
             "",
             "## 4 bits everywhere",
@@ -452,7 +450,7 @@ class Benchmark:
             runs = self._runs(kind)
             if runs:
                 pairs = self._pairs(runs, self._runs("floating point"), "qat")
-                before, after = (_spread([r[when] for r in runs.values()]) for when in ("ptq", "qat"))
+                before, after = (counted([r[when] for r in runs.values()]) for when in ("ptq", "qat"))
                 lines.append(f"| {kind} | {before} | {after} | {pairs} |")
         return "\n".join([*lines, ""])
 
@@ -465,9 +463,9 @@ class Benchmark:
         weights, inputs = policies.mean((0, 1)).tolist()
         cells = [
             name,
-            _spread([run["ptq"] for run in runs.values()]),
+            counted([run["ptq"] for run in runs.values()]),
             self._pairs(runs, base, "ptq"),
-            _spread([run["qat"] for run in runs.values()]),
+            counted([run["qat"] for run in runs.values()]),
             self._pairs(runs, base, "qat"),
             f"{weights:.2f}, {inputs:.2f}",
             f"{np.mean([run['use'] for run in runs.values()]):.3f}",
@@ -478,12 +476,7 @@ class Benchmark:
 
     def _pairs(self, runs: Mapping[int, Any], base: Mapping[int, Any], what: str) -> str:
         pairs = [runs[seed][what] - base[seed][what] for seed in runs if seed in base]
-        if len(pairs) < 2:
-            return _spread(pairs, "+")
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5
-        half = float(stats.t.ppf(0.975, len(pairs) - 1)) * error
-        mean = statistics.mean(pairs)
-        return f"{_spread(pairs, '+')} ({mean - half:+.2f} to {mean + half:+.2f})"
+        return f"{counted(pairs, '+')} {interval_text(pairs)}".rstrip()
 
 
 def policy_of(space: SearchSpace, codes: Codes) -> Policy:
@@ -495,13 +488,6 @@ def policy_of(space: SearchSpace, codes: Codes) -> Policy:
 
 def _title(weights: int, inputs: int, metric: str) -> str:
     return f"## At the {metric} of {weights}-bit weights and {inputs}-bit inputs"
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f} ({len(values)})"
 
 
 def main() -> None:

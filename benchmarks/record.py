@@ -18,6 +18,7 @@ import threadpoolctl
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from autocompress.atomic import write_json
 from autocompress.latency.target import describe_device
@@ -96,6 +97,34 @@ def rate(name: str, count: int, seconds: Seconds, unit: str, *, at_least: float 
     reached = None if at_least is None else value >= at_least
     target = "" if at_least is None else f">= {at_least:,.0f}"
     return Figure(name, value, unit, count / seconds.greatest, count / seconds.least, target, reached)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Return mean ± standard deviation, as a table shows them; empty without values."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{deviation}"
+
+
+def counted(values: Sequence[float], sign: str = "") -> str:
+    """Return `spread`, and of how many."""
+    return f"{spread(values, sign)} ({len(values)})" if values else ""
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of paired differences, by Student's t; `None` without a spread."""
+    if len(differences) < 2 or not statistics.stdev(differences):
+        return None
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * float(stats.sem(differences))
+    mean = statistics.mean(differences)
+    return mean - half, mean + half
+
+
+def interval_text(differences: Sequence[float]) -> str:
+    """Return `interval`, as a table shows it; empty without one."""
+    known = interval(differences)
+    return "" if known is None else f"({known[0]:+.2f} to {known[1]:+.2f})"
 
 
 def cifar10_folder() -> Path:

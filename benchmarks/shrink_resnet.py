@@ -30,9 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from differentiable import cifar10_folder
-from record import RESULTS, environment
+from record import RESULTS, counted, environment, interval_text, spread
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import nn
 
 from autocompress.atomic import held, read_json, replacing, write_json, write_text
@@ -501,8 +500,8 @@ class Benchmark:
                 base = self._tests(f"{SCRATCH if name.startswith(SCRATCH) else ''}{UNIFORM}", budget)
                 pairs = [tests[seed] - base[seed] for seed in tests if seed in base]
                 lines.append(
-                    f"| {name} | {_spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
-                    f"{_spread(pairs, '+')}{_interval(pairs)} | "
+                    f"| {name} | {spread(values)} | {', '.join(f'{v:.2f}' for v in values)} | "
+                    f"{spread(pairs, '+')} {interval_text(pairs)} | "
                     f"{np.mean([r.get('use', np.nan) for r in runs]):.3f} | "
                     f"{', '.join(f'{r[MEASURED]:.3f}' for r in runs if MEASURED in r)} | "
                     f"{np.mean([r.get('networks looked at', 0) for r in runs]):.0f} | "
@@ -519,7 +518,7 @@ class Benchmark:
             if any(found):
                 rows[name] = found
         for name, found in sorted(rows.items(), key=lambda row: [-np.mean(v) if v else 0.0 for v in row[1]]):
-            cells = [f"{_spread(v)} ({len(v)})" if v else "" for v in found]
+            cells = [counted(v) for v in found]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         return lines
 
@@ -532,21 +531,6 @@ def _seconds(run: Run) -> float:
     """Return the time of five calls, after one that fills the caches."""
     run()
     return sum(time_once(run) for _ in range(5))
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.2f}{deviation}"
-
-
-def _interval(differences: list[float]) -> str:
-    """Return the 95 % interval of the mean of paired differences, by Student's t."""
-    if len(differences) < 2 or not np.std(differences):
-        return ""
-    low, high = stats.t.interval(0.95, len(differences) - 1, np.mean(differences), stats.sem(differences))
-    return f" ({low:+.2f} to {high:+.2f})"
 
 
 def main() -> None:

@@ -37,13 +37,12 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert all(float(line.split()[1]) <= 300 for line in lines)
 
 
-def test_the_recipe_of_the_readme_is_valid() -> None:
-    for text in blocks("README.md", "yaml"):
-        payload = yaml.safe_load(text)
-        if "model" in payload:
-            parse_policy_recipe(payload, Path("policy.yaml"))
-        else:
-            parse_recipe(payload)
+def test_the_recipes_of_the_readme_are_valid() -> None:
+    recipes = [yaml.safe_load(text) for text in blocks("README.md", "yaml")]
+    policies = [parse_policy_recipe(recipe, Path("policy.yaml")) for recipe in recipes if "model" in recipe]
+    others = [parse_recipe(recipe) for recipe in recipes if "model" not in recipe]
+    assert policies
+    assert others
 
 
 def test_the_strategy_of_the_docs_can_be_asked_and_told() -> None:

@@ -250,12 +250,16 @@ def test_a_search_starts_from_what_the_recipe_says(tmp_path: Path, kind: str) ->
         assert (np.diff(cost) <= 0).all()
 
 
-@pytest.mark.slow
-def test_a_search_by_two_workers_finds_what_one_process_finds(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a recipe ask for two workers, wherever tests run."""
     for module in ("limits", "searching"):
         monkeypatch.setattr(f"autocompress.stages.{module}.cores", lambda: 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cores")
+def test_a_search_by_two_workers_finds_what_one_process_finds(exported: Path, tmp_path: Path) -> None:
     found = []
     for workers in (1, 2):
         folder = copy_of(exported, tmp_path / str(workers), without=("trials.log", "result.json"))
@@ -388,12 +392,9 @@ def test_a_search_to_distill_without_losses_of_distillation_says_so(exported: Pa
 
 
 @pytest.mark.slow
-def test_distilled_scores_of_two_workers_are_those_of_one_process(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("two_cores")
+def test_distilled_scores_of_two_workers_are_those_of_one_process(exported: Path, tmp_path: Path) -> None:
     """Memory of Ray is read-only: a worker that wrote to its weights or images would die."""
-    for module in ("limits", "searching"):
-        monkeypatch.setattr(f"autocompress.stages.{module}.cores", lambda: 2)
     search = {"strategy": "random", "options": {}, "evaluations": 4}
     found = [
         metrics_of(Run(distilled(exported, tmp_path / str(n), search={**search, "workers": n})))
