@@ -214,7 +214,7 @@ def _places(
     term: DistillTerm, student: nn.Module, teacher: nn.Module | None, probe: Probe
 ) -> tuple[list[str], list[str]]:
     """Return the places of student and teacher that a term looks at, in pairs."""
-    method = method_of(term.loss)
+    method = method_of(term.loss, term.options)
     named, of_teacher = list(term.layers), list(term.teacher_layers or term.layers)
     if not method.taught:
         return named or stages_of(student, probe.student), []

@@ -5,7 +5,7 @@ its own are a module, trained along with the student and no part of it.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -296,14 +296,43 @@ METHODS: dict[str, Method] = {
 """Weights are those of RepDistiller (Tian et al., 2020) on CIFAR-100 where it has the method, else those of
 the paper; of `affinity` and `irg` ours."""
 
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "kd": ("temperature",),
+    "topk": ("temperature", "k"),
+    "dkd": ("temperature", "alpha", "beta"),
+    "dist": ("temperature", "between_classes", "within_classes"),
+    "at": ("power",),
+    "nst": ("kernel",),
+    "ab": ("margin",),
+    "ft": ("p",),
+    "vid": ("variance",),
+    "cwd": ("temperature",),
+    "cc": ("gamma", "order"),
+    "rkd": ("distance", "angle"),
+    "irg": ("vertices", "edges"),
+    "crd": ("negatives", "dimension", "temperature", "momentum"),
+}
+"""Of the methods that have any."""
 
-def method_of(name: str) -> Method:
+
+def method_of(name: str, options: Iterable[str] = ()) -> Method:
     """Return a method by its name.
 
+    Args:
+        name: A key of `METHODS`.
+        options: Names of those that it is to have.
+
     Raises:
-        DistillationError: There is none; names the nearest.
+        DistillationError: There is none, or it has no such option; names the nearest, or all options.
     """
     if name not in METHODS:
+        several = name.replace(",", " ").split()
+        if len(several) > 1 and set(several) <= set(METHODS):
+            raise DistillationError(f"losses are joined by +, got {name!r}: write {'+'.join(several)}")
         near = difflib.get_close_matches(name, METHODS, 3) or list(METHODS)
         raise DistillationError(f"no distillation loss {name!r}; did you mean {', '.join(near)}?")
+    known = OPTIONS.get(name, ())
+    if unknown := [option for option in options if option not in known]:
+        text = f"has the options {', '.join(known)}" if known else "has no options"
+        raise DistillationError(f"distillation by {name!r} {text}, got {', '.join(unknown)}")
     return METHODS[name]

@@ -437,7 +437,7 @@ def _check_value(name: str, key: str, value: Setting) -> None:
         raise PolicyError(f"{key} of pass {name!r} must be {allowed}, got {value!r}")
     if (name, key) == ("distill", "losses"):
         for term in FinetuneSettings.model_validate({"distill": value}).distill:
-            method_of(term.loss)
+            method_of(term.loss, term.options)
 
 
 def apply(network: nn.Module, policy: Policy, context: Context) -> nn.Module:

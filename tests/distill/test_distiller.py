@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autocompress.distill.distiller import Distiller, Probe
 from autocompress.distill.feature_losses import attention_transfer
 from autocompress.distill.finetune import finetune
-from autocompress.distill.methods import METHODS
+from autocompress.distill.methods import METHODS, OPTIONS
 from autocompress.distill.places import Watch, embedding_of, stages_of
 from autocompress.errors import DistillationError, RecipeError
 from autocompress.recipe import DistillTerm, FinetuneSettings, parse_recipe
@@ -171,6 +171,17 @@ def test_every_method_trains_a_student_of_another_width_and_leaves_nothing(name:
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in METHODS for option in OPTIONS.get(name, ())]
+)
+def test_every_option_is_one_of_its_loss(name: str, option: str) -> None:
+    value: Any = {"kernel": "linear", "momentum": 0.5}.get(option, 1)
+    options = ({"k": 2} if name == "topk" else {}) | {option: value}
+    network, teacher = staged(), staged(width=9, seed=4)
+    term = {"loss": name, "options": options, "start": 0.0}
+    finetune(network, DATA, TASK, settings(epochs=1, distill=[term]), resolution=SIDE, teacher=teacher)
+
+
 @pytest.mark.parametrize("distill", ["kd+hint", "crd+vid"])
 def test_training_goes_on_from_its_checkpoint_with_projectors_and_memories(
     tmp_path: Path, distill: str
@@ -265,7 +276,9 @@ def test_what_is_watched_is_forgotten() -> None:
             "2 of the student .* 1 of the teacher",
         ),
         ({"loss": "kd", "layers": ["0"]}, "compares outputs, and looks at no layers"),
-        ({"loss": "at", "options": {"powr": 2}}, "'at' with options {'powr': 2}: .*powr"),
+        ({"loss": "kd, at"}, r"joined by \+, got 'kd, at': write kd\+at"),
+        ({"loss": "at", "options": {"powr": 2}}, "'at' has the options power, got powr"),
+        ({"loss": "sp", "options": {"powr": 2}}, "'sp' has no options, got powr"),
         ({"loss": "topk"}, "'topk' with options .*missing.* 'k'"),
         ({"loss": "topk", "options": {"k": 9}}, r"k must be in 1\.\.classes \(3\), got 9"),
         ({"loss": "fsp", "layers": ["0"]}, "fsp looks at 2 layers or more, got 1"),
