@@ -10,22 +10,24 @@ validation, the whole test part. Images are made smaller once and kept as bytes:
 of the small ones the network scores a little less than in shrink_resnet.py. Training images are shifted and,
 other than there, not mirrored.
 
-Each arm finetunes the same number of policies, for the same epochs (nothing is stopped early), under the same
-budget, a share of the latency of the original: eight images at a time on OpenVINO, one thread. Policies over
-the budget are measured and do not count. Channels are pruned in multiples of 8. OpenVINO, for alone in ONNX
-Runtime this network is too small to be faster in 8 bits. Budgets were chosen by `--dry`, which looks at no
+`tuned` and `random search` finetune the same number of policies, the single passes as many all together, for
+the same epochs (nothing is stopped early) under the same budget, a share of the latency of the original:
+eight images at a time on OpenVINO, one thread. Policies over the budget are measured and do not count.
+Channels are pruned in multiples of 8. OpenVINO, for alone in ONNX Runtime this network is too small to be
+faster in 8 bits. Budgets were chosen by `--dry`, which looks at no
 accuracy: at 60 % each of the passes can fit alone, at 40 % 8 bits hardly do, nor any factorization but the
 cheapest. One epoch is little: what lost much does not recover in it.
 
-- `tuned`: prune > factorize > quantize > distill, by TPE; `random search`: the same space at random.
-- One pass and distillation, by TPE. Of 8 bits there are few different policies: the ways in which ranges are
-  found, and the learning rates.
+- `tuned`: prune > factorize > quantize > distill, from each pass alone on by TPE, as `autocompress tune`
+  does; `random search`: the same space at random, from nothing.
+- One pass and distillation, from the mildest that fits on by TPE. Of 8 bits there are few different policies:
+  the ways in which ranges are found, and the learning rates.
 - `random policy`: the first random ones that fit, chosen by nobody; the mean of them is one number a seed.
 
 The default policy (everything off) is the original, and does not fit: there is no uniform baseline. A winner
 is the best on validation; the test part is read once, for winners and random policies. `best single pass` is
-the arm that validation prefers, so it has had the trials of all single passes together: three times those
-of `tuned`. Seeds are those of the search, of the images that passes look at, and of training. At the end all
+the arm that validation prefers, so it has had the trials of all single passes together: as many as `tuned`.
+Seeds are those of the search, of the images that passes look at, and of training. At the end all
 winners of a seed are measured again, interleaved; that latency may lie beyond the budget, and is shown.
 CPU seconds are of all processes of an arm: measuring, training and Ray's own.
 """
@@ -83,7 +85,7 @@ RATES = [0.02, 0.05]
 OFF = {"prune": ("ratio", 0.0), "factorize": ("method", "none"), "quantize": ("bits", 32)}
 SINGLE = {"prune only": ("prune", PRUNE), "factorize only": ("factorize", FACTORIZE)}
 SINGLE |= {"8 bits only": ("quantize", QUANTIZE)}
-ARMS = (TUNED, RANDOM, *SINGLE)
+ARMS = (TUNED, *SINGLE, RANDOM)
 ROWS = (ORIGINAL, *ARMS, BEST_SINGLE, DRAWN)
 
 
@@ -95,7 +97,8 @@ class Size:
     validation: int = 5_000
     test: int = 10_000
     seeds: int = 3
-    trials: int = 4
+    trials: int = 6
+    single_trials: int = 2
     epochs: int = 1
     runs: int = 60
     budgets: tuple[str, ...] = ("60%", "40%")
@@ -107,7 +110,7 @@ class Size:
 
 CPU = Size()
 QUICK = Size(
-    300, 200, 200, 1, trials=2, runs=10, budgets=("150%",), drawn=1, arms=ARMS[:3], data="few_images"
+    300, 200, 200, 1, 2, 1, runs=10, budgets=("150%",), drawn=1, arms=(*ARMS[:2], RANDOM), data="few_images"
 )
 
 
@@ -244,8 +247,9 @@ class Benchmark:
                 "target": {"name": "openvino-cpu", "threads": 1, "batch": self.size.batch},
                 "tune": {
                     "budget": {"latency_ms": budget},
-                    "trials": self.size.trials,
+                    "trials": self.size.single_trials if arm in SINGLE else self.size.trials,
                     "strategy": "random" if arm == RANDOM else "tpe",
+                    "warm_start": "none" if arm == RANDOM else "singles",
                     # Nothing is stopped before its last epoch.
                     "grace_epochs": self.size.epochs,
                     "runs": self.size.runs,

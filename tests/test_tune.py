@@ -47,7 +47,7 @@ def test_policies_are_tuned_compared_and_the_best_is_exported(
     assert "as you brought it" in said
     report = json.loads((folder / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
-    assert names == ["as you brought it", "tuned", "random 1"]
+    assert names == ["as you brought it", "tuned", "best single pass", "random policy 1"]
     for row in report["rows"][1:]:
         assert all(row["costs"][metric] <= limit for metric, limit in report["limits"].items())
     tuned = report["rows"][1]

@@ -19,6 +19,7 @@ from autocompress.errors import AutocompressError
 from autocompress.plugins import load_strategy_for
 from autocompress.policy.passes import settings_of
 from autocompress.policy.recipe import PolicyRecipe
+from autocompress.policy.singles import single_passes
 from autocompress.policy.trial import (
     REPORT,
     TRIALS,
@@ -85,7 +86,9 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     # The first options may be the network as it was brought: a waste where that does not fit.
     first = {choice.name: choice.options[0] for choice in space.choices}
     whole = original_costs(job)
-    firsts = [first] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else None
+    firsts = [first] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else []
+    if settings.warm_start == "singles":
+        firsts += [one for one in single_passes(job, progress) if one not in firsts]
     longest = _longest(job.recipe)
     scheduler = None
     if longest > settings.grace_epochs:
@@ -101,7 +104,7 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
             search_alg=_fitting(
                 distributions(space),
                 sampler=sampler,
-                points_to_evaluate=firsts,
+                points_to_evaluate=firsts or None,
                 metric=FITTING,
                 mode="max",
                 wanted=settings.trials,

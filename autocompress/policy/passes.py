@@ -323,17 +323,20 @@ class Pass:
     Attributes:
         run: What it does; its keyword arguments are the settings.
         off: Settings that turn it off.
+        strength: The setting that says how much is taken away, and whether less is more; `None` of what
+            takes nothing away.
     """
 
     run: Callable[..., nn.Module]
     off: Mapping[str, Setting]
+    strength: tuple[str, bool] | None = None
 
 
 PASSES: dict[str, Pass] = {
-    "prune": Pass(prune, {"ratio": 0.0}),
-    "factorize": Pass(low_rank, {"method": "none"}),
-    "compact": Pass(compact, {"kind": "none"}),
-    "quantize": Pass(quantize, {"bits": FULL_PRECISION}),
+    "prune": Pass(prune, {"ratio": 0.0}, ("ratio", False)),
+    "factorize": Pass(low_rank, {"method": "none"}, ("ratio", True)),
+    "compact": Pass(compact, {"kind": "none"}, ("share", False)),
+    "quantize": Pass(quantize, {"bits": FULL_PRECISION}, ("bits", True)),
     "distill": Pass(distill, {"epochs": 0}),
 }
 """By name. What is quantized can only be distilled after it."""

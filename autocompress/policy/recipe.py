@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +39,8 @@ class TuneSettings(Settings):
     """A strategy of `autocompress list strategies` that needs no costs beforehand, or `module:attribute`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the strategy."""
+    warm_start: Literal["none", "singles"] = "singles"
+    """What is tried first: each pass alone, as mild as the budget allows; they are trials like others."""
     workers: Positive = 1
     """Policies at a time, each in a process of Ray."""
     address: Address | None = None

@@ -23,6 +23,7 @@ from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
 from autocompress.policy.passes import Policy, Setting, apply, is_off, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
+from autocompress.policy.singles import is_single
 from autocompress.policy.trial import (
     REPORT,
     TRIALS,
@@ -44,6 +45,8 @@ from autocompress.training.evaluate import Scored, evaluate
 from autocompress.trial import Outcome, Trial
 
 RESULT, REPORT_PAGE, BEST = "result.json", "report.md", "best"
+SINGLE = "best single pass"
+"""The row of the best policy of one pass that was tried."""
 RANDOM_DRAWS = 50
 """Policies that are drawn at most for the random baseline; what does not fit is not trained."""
 COMPARED_RUNS = 200
@@ -116,11 +119,13 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
         f"{len(result.trials)} policies: {counted[Outcome.MEASURED]} finetuned to the end, "
         f"{counted[Outcome.INFEASIBLE]} over the budget, {counted[Outcome.FAILED]} that cannot be"
     )
-    best = result.best()
-    policies = {"tuned": policy_of(job.recipe, dict(best.architecture.settings))}
+    policies = {"tuned": _policy(job, result.best())}
+    if singles := [trial for trial in result.measured if is_single(_policy(job, trial))]:
+        best_single = max(singles, key=lambda trial: trial.metrics[result.objective])
+        policies[SINGLE] = _policy(job, best_single)
     with shown.stage("random policies under the same budget") as progress:
         for number, policy in enumerate(_random(job, space, progress), start=1):
-            policies[f"random {number}"] = policy
+            policies[f"random policy {number}"] = policy
     report = compare(job, policies)
     write_json(page, report)
     _finish(job, report)
@@ -163,6 +168,10 @@ def _settings(space: SearchSpace, policy: Sequence[Any]) -> dict[str, Setting]:
         if all(found.get(parent) in allowed for parent, allowed in choice.active_when):
             found[choice.name] = policy[int(number)][1][setting]
     return found
+
+
+def _policy(job: Job, trial: Trial) -> Policy:
+    return policy_of(job.recipe, dict(trial.architecture.settings))
 
 
 def _random(job: Job, space: SearchSpace, progress: Any) -> list[Policy]:
@@ -297,7 +306,10 @@ def markdown(report: Mapping[str, Any]) -> str:
             policy_text(row["policy"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    first, tuned = report["rows"][:2]
+    first, tuned, *others = report["rows"]
+    for other in others:
+        if key_of(other["policy"]) == key_of(tuned["policy"]):
+            lines += ["", f"The tuned policy is the {other['name']}."]
     if tuned["latency_ms"]["median"] >= first["latency_ms"]["median"]:
         lines += ["", "**The tuned network is no faster than the one you brought.**"]
     return "\n".join([*lines, ""])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from policy.test_trial import job_of, recipe
 
-from autocompress.policy.run import _export, network_of, run_policies, space_of
+from autocompress.policy.run import _export, markdown, network_of, run_policies, space_of
 from autocompress.policy.trial import Job, policy_of, try_policy
 from autocompress.run import Shown
 
@@ -37,7 +37,9 @@ def test_random_policies_are_no_trials_of_a_tuning_that_was_stopped_after_them(
     assert len(list(job.folder.glob("trials/*/report.json"))) > 1
     report = run_policies(job, Shown())
     assert (job.folder / "result.json").read_bytes() == before
-    assert [row["name"] for row in report["rows"]][:2] == ["as you brought it", "tuned"]
+    # The only policy that was tried is one pass, and the best.
+    assert [row["name"] for row in report["rows"]][:3] == ["as you brought it", "tuned", "best single pass"]
+    assert "The tuned policy is the best single pass." in markdown(report)
 
 
 def exported(job: Job, **settings: Any) -> tuple[Path, dict[str, Any], torch.nn.Module]:
