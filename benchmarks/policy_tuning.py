@@ -249,7 +249,7 @@ class Benchmark:
                     "budget": {"latency_ms": budget},
                     "trials": self.size.single_trials if arm in SINGLE else self.size.trials,
                     "strategy": "random" if arm == RANDOM else "tpe",
-                    "warm_start": "none" if arm == RANDOM else "singles",
+                    "warm_start": "none" if arm == RANDOM else "mildest",
                     # Nothing is stopped before its last epoch.
                     "grace_epochs": self.size.epochs,
                     "runs": self.size.runs,

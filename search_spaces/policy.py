@@ -21,13 +21,18 @@ def policy(passes: Sequence[Mapping[str, Mapping[str, Any]]]) -> SearchSpace:
     Raises:
         PolicyError: There is no such pass or setting, or nothing may be chosen.
     """
-    from autocompress.policy.passes import PASSES, check
+    from autocompress.policy.passes import PASSES, check, is_off
 
     choices: list[Choice] = []
     check([(name, given) for entry in passes for name, given in entry.items()])
     for number, entry in enumerate(passes):
         ((name, given),) = entry.items()
         ((switch, off),) = PASSES[name].off.items()
+        if is_off(name, given):
+            raise PolicyError(
+                f"pass {name!r} is turned off by its {switch}, {off!r}: give it other options, or leave the "
+                "pass out"
+            )
         on: tuple[tuple[str, tuple[Option, ...]], ...] = ()
         # The setting that turns a pass off is decided first: the others hang on it.
         for setting in sorted(given, key=lambda key: key != switch):

@@ -29,6 +29,7 @@ from autocompress.errors import (
     AutocompressError,
     BudgetError,
     CheckpointError,
+    DistillationError,
     ExportError,
     InfeasibleBudgetError,
     MissingRowError,
@@ -102,9 +103,14 @@ def test_a_search_pays_for_its_evaluations_within_the_budget(run: Run) -> None:
     assert result.notes["data"] == run.data.fingerprint
 
 
-def test_regularisers_without_a_place_are_refused_before_training(tmp_path: Path) -> None:
+def test_regularisers_without_a_place_and_options_of_no_loss_are_refused_before_training(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(RecipeError, match="drops paths of cells"):
         stages.check(Run(tmp_path / "run", small_recipe(finetune={"drop_path": 0.2})))
+    distill = [{"loss": "at", "options": {"powr": 2}}]
+    with pytest.raises(DistillationError, match="'at' has the options power, got powr"):
+        stages.check(Run(tmp_path / "other", small_recipe(finetune={"distill": distill})))
 
 
 def test_a_cell_without_paths_is_finetuned_without_dropping(

@@ -1,34 +1,33 @@
 """Policies tuned by Ray Tune: several at a time, the poor ones stopped early, whatever is killed goes on.
 
 Ray is imported when a tuning starts. A policy that has its report is not tried again, whoever asks for it: so
-a tuning that was killed goes on, in Ray's own records or without them.
+a tuning that was killed goes on, in Ray's own records or without them. Those records are pickles: of a run
+directory that somebody else wrote, leave `tune/` out.
 """
 
+import itertools
 import logging
 import math
+import pickle
 from collections.abc import Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from autocompress.atomic import write_json
 from autocompress.budget import Constraints
 from autocompress.distributed.connect import connected
-from autocompress.errors import AutocompressError
 from autocompress.plugins import load_strategy_for
+from autocompress.policy.mildest import mildest_policies
 from autocompress.policy.passes import settings_of
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.policy.singles import single_passes
 from autocompress.policy.trial import (
-    REPORT,
-    TRIALS,
     Job,
-    key_of,
+    attempt,
     limits_of,
     original_costs,
     policy_of,
-    try_policy,
 )
 from autocompress.progress import Progress, silent
 from autocompress.space import SearchSpace
@@ -36,7 +35,11 @@ from autocompress.space import SearchSpace
 EXPERIMENT = "tune"
 MEASURED = 10
 """Policies that are measured at most, for each that is to be finetuned."""
-FITTING, EPOCH = "score", "epoch"
+WORTH, EPOCH = "worth", "epoch"
+WORST = -1.0
+"""What is worth more was finetuned."""
+PROGRESS: ContextVar[Progress] = ContextVar("progress", default=silent)
+"""Of the tuning that runs: Ray pickles what it is given, and bars on a screen cannot be pickled."""
 
 
 def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
@@ -64,11 +67,26 @@ def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
         trainable = partial(_trial, recipe=job.recipe.model_dump_json(), folder=str(job.folder))
         resources = ray_tune.with_resources(trainable, {"cpu": job.recipe.threads})
         experiment = job.folder / EXPERIMENT
-        if ray_tune.Tuner.can_restore(str(experiment)):
-            tuner = ray_tune.Tuner.restore(str(experiment), resources, resume_errored=True)
-        else:
-            tuner = _tuner(job, space, resources, progress)
-        tuner.fit()
+        shown = PROGRESS.set(progress)
+        try:
+            (_restored(experiment, resources) or _tuner(job, space, resources, progress)).fit()
+        finally:
+            PROGRESS.reset(shown)
+
+
+def _restored(experiment: Path, trainable: Any) -> Any:
+    """Return the tuner of Ray's records; `None` where there are none, or were none yet when it was killed."""
+    from ray import tune as ray_tune
+
+    if not ray_tune.Tuner.can_restore(str(experiment)):
+        return None
+    try:
+        return ray_tune.Tuner.restore(str(experiment), trainable, resume_errored=True)
+    except (EOFError, pickle.UnpicklingError, ValueError, RuntimeError):
+        # Policies have reports of their own: what is lost is the order in which they were asked for.
+        aside = next(p for n in itertools.count(1) if not (p := experiment.with_name(f"tune.{n}")).exists())
+        experiment.rename(aside)
+        return None
 
 
 def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> Any:
@@ -81,14 +99,14 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     settings = job.recipe.tune
     strategy = load_strategy_for(settings.strategy, settings.options, key="tune.options.")
     sampler = StrategySampler(
-        Constraints(space, {}, {}), strategy, seed=settings.seed, objective=FITTING, options=settings.options
+        Constraints(space, {}, {}), strategy, seed=settings.seed, objective=WORTH, options=settings.options
     )
     # The first options may be the network as it was brought: a waste where that does not fit.
     first = {choice.name: choice.options[0] for choice in space.choices}
     whole = original_costs(job)
     firsts = [first] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else []
-    if settings.warm_start == "singles":
-        firsts += [one for one in single_passes(job, progress) if one not in firsts]
+    if settings.warm_start == "mildest":
+        firsts += [one for one in mildest_policies(job, progress) if one not in firsts]
     longest = _longest(job.recipe)
     scheduler = None
     if longest > settings.grace_epochs:
@@ -105,12 +123,12 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
                 distributions(space),
                 sampler=sampler,
                 points_to_evaluate=firsts or None,
-                metric=FITTING,
+                metric=WORTH,
                 mode="max",
                 wanted=settings.trials,
             ),
             scheduler=scheduler,
-            metric=FITTING,
+            metric=WORTH,
             mode="max",
             num_samples=-1,  # as many as the search says
             max_concurrent_trials=settings.workers,
@@ -120,7 +138,7 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
             name=EXPERIMENT,
             storage_path=str(job.folder),
             failure_config=ray_tune.FailureConfig(max_failures=settings.retries),
-            callbacks=[_told(progress, settings.trials)],
+            callbacks=[_told(settings.trials)],
             verbose=0,
         ),
     )
@@ -158,7 +176,7 @@ def _fitting(*arguments: Any, wanted: int, **named: Any) -> Any:
 
 def fits(result: Mapping[str, Any] | None) -> bool:
     """Whether a policy was finetuned, by the last thing that its trial reported."""
-    return result is not None and float(result.get(FITTING, -1.0)) >= 0.0
+    return result is not None and float(result.get(WORTH, WORST)) > WORST
 
 
 def _longest(recipe: PolicyRecipe) -> int:
@@ -181,44 +199,40 @@ def _trial(config: Mapping[str, Any], *, recipe: str, folder: str) -> None:
     from ray import tune as ray_tune
 
     job = _job(recipe, folder)
+    job.load()  # what fails here is no fault of the policy
     policy = policy_of(job.recipe, config)
 
     def told(epoch: int, score: float) -> None:
-        ray_tune.report({FITTING: score, EPOCH: epoch})
+        ray_tune.report({WORTH: worth({"fits": True, "score": score}), EPOCH: epoch})
 
-    try:
-        found = try_policy(job, policy, told)
-    except (OSError, MemoryError):
-        raise  # a full disk is no fault of the policy: it is tried again
-    except Exception as error:  # noqa: BLE001  (exporters raise anything)
-        # A policy that cannot be is no fault of the process: trying again would end the same.
-        text = str(error) if isinstance(error, AutocompressError) else f"{type(error).__name__}: {error}"
-        found = {"policy": [[name, dict(s)] for name, s in policy], "fits": False, "error": text}
-        trial = job.folder / TRIALS / key_of(policy)
-        trial.mkdir(parents=True, exist_ok=True)
-        write_json(trial / REPORT, found)
-    ray_tune.report({FITTING: worth(found), EPOCH: _longest(job.recipe) + 1})
+    found = attempt(job, policy, told)
+    ray_tune.report({WORTH: worth(found), EPOCH: _longest(job.recipe) + 1})
 
 
 def worth(report: Mapping[str, Any]) -> float:
-    """Return what a strategy is told of a policy: its score; below 0 what does not fit, or cannot be."""
+    """Return what a strategy is told of a policy, the more the better.
+
+    Of what fits it is the score; scores below 0, such as negative errors, are brought above -1 in their
+    order. What does not fit is worth -1 and less, by how much it exceeds the budget; least, what cannot be.
+    """
     if report.get("fits"):
-        return float(report["score"])
-    excess = report.get("excess", math.inf)
-    return -1.0 - min(float(excess), 10.0)
+        score = float(report["score"])
+        return score if score >= 0 else max(score / (1 - score), WORST + 1e-9)
+    return WORST - min(float(report.get("excess", math.inf)), 10.0)
 
 
-def _told(progress: Progress, total: int) -> Any:
+def _told(total: int) -> Any:
     from ray import tune as ray_tune
 
     class Told(ray_tune.Callback):  # type: ignore[misc]
-        """Counts policies that were finetuned."""
-
-        done = 0
+        """Tells the progress of this process how many policies were finetuned."""
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             """Tell progress."""
-            self.done += int(fits(trial.last_result))
-            progress(min(self.done, total), total, "")
+            done = sum(fits(one.last_result) for one in trials if one.is_finished())
+            PROGRESS.get()(min(done, total), total, "")
+
+        def __reduce__(self) -> Any:
+            return _told, (total,)
 
     return Told()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from autocompress.count import count
@@ -352,7 +353,6 @@ RULES: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {
     ("compact", "share"): ("a share in (0, 1]", lambda value: 0 < value <= 1),
     ("quantize", "bits"): ("a whole number of bits", lambda value: isinstance(value, int)),
     ("quantize", "ranges"): (", ".join(RANGES), lambda value: value in RANGES),
-    ("distill", "epochs"): ("a whole number", lambda value: value in range(1 << 20)),
 }
 
 Policy = Sequence[tuple[str, Mapping[str, Setting]]]
@@ -374,8 +374,9 @@ def settings_of(name: str) -> dict[str, Setting]:
 
 
 def is_off(name: str, settings: Mapping[str, Setting]) -> bool:
-    """Whether settings of a pass turn it off."""
-    return any(settings.get(switch) == off for switch, off in PASSES[name].off.items())
+    """Whether settings of a pass turn it off; what is left out has its default."""
+    ((switch, off),) = PASSES[name].off.items()
+    return settings.get(switch, settings_of(name)[switch]) == off
 
 
 def structure_of(policy: Policy) -> Policy:
@@ -413,7 +414,7 @@ def check(policy: Policy) -> None:
     Raises:
         PolicyError: Names the pass.
     """
-    quantized = False
+    quantized = trained = False
     for name, settings in policy:
         known = settings_of(name)
         if unknown := [key for key in settings if key not in known]:
@@ -422,7 +423,13 @@ def check(policy: Policy) -> None:
             raise PolicyError(
                 f"{name!r} works on floating point, and stands behind {quantized!r}: put it before"
             )
+        if trained and name == "prune" and not is_off(name, settings):
+            raise PolicyError(
+                "'prune' stands behind 'distill': what is pruned would hang on training, but costs are "
+                "measured before anything is trained; put it before, or compress what comes out once more"
+            )
         quantized = quantized or name == "quantize"
+        trained = trained or (name == "distill" and not is_off(name, settings))
         for key, value in settings.items():
             # Options of a space are lists.
             options: Any = value
@@ -438,8 +445,12 @@ def _check_value(name: str, key: str, value: Setting) -> None:
         right = False
     if not right:
         raise PolicyError(f"{key} of pass {name!r} must be {allowed}, got {value!r}")
-    if (name, key) == ("distill", "losses"):
-        for term in FinetuneSettings.model_validate({"distill": value}).distill:
+    if name == "distill" and value != PASSES[name].off.get(key):
+        try:
+            finetuned = FinetuneSettings.model_validate({"distill" if key == "losses" else key: value})
+        except ValidationError as error:
+            raise PolicyError(f"{key} of pass {name!r}: {error.errors()[0]['msg']}, got {value!r}") from None
+        for term in finetuned.distill:
             method_of(term.loss, term.options)
 
 

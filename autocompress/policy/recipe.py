@@ -39,8 +39,9 @@ class TuneSettings(Settings):
     """A strategy of `autocompress list strategies` that needs no costs beforehand, or `module:attribute`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the strategy."""
-    warm_start: Literal["none", "singles"] = "singles"
-    """What is tried first: each pass alone, as mild as the budget allows; they are trials like others."""
+    warm_start: Literal["none", "mildest"] = "mildest"
+    """What is tried first: each pass alone, as mild as the budget allows, or the fewest together that fit;
+    they are trials like others."""
     workers: Positive = 1
     """Policies at a time, each in a process of Ray."""
     address: Address | None = None
@@ -124,4 +125,7 @@ def parse_policy_recipe(payload: Any, path: Path) -> PolicyRecipe:
     if recipe.data.folder is not None:
         data = (folder / recipe.data.folder.expanduser()).resolve()
         updates["data"] = recipe.data.model_copy(update={"folder": data})
+    if recipe.target.name.endswith(".json"):
+        name = str((folder / Path(recipe.target.name).expanduser()).resolve())
+        updates["target"] = recipe.target.model_copy(update={"name": name})
     return recipe.model_copy(update=updates)

@@ -1,10 +1,11 @@
 """A whole tuning in a run directory: policies are tried, the best is compared on the test part and exported.
 
-`recipe.yaml` (resolved), `original.json` (what the network costs as it was brought), `structures/KEY/` (what
-each structure costs), `trials/KEY/` (each policy), `tune/` (Ray's own records), `result.json`, `best/` (the
-exported network), `report.json` and `report.md` last of all.
+`recipe.yaml` (resolved), `inputs.json` (of which weights and data it is), `original.json` (what the network
+costs as it was brought), `structures/KEY/` (what each structure costs), `trials/KEY/` (each policy), `tune/`
+(Ray's own records), `result.json`, `best/` (the exported network), `report.json` and `report.md` last of all.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,37 @@ from torch import nn
 
 from autocompress.atomic import read_json, write_json, write_text
 from autocompress.distributed.tune import tune
-from autocompress.errors import AutocompressError, RecipeError, StorageError
+from autocompress.errors import BudgetError, RecipeError, StorageError
 from autocompress.export.manifest import MANIFEST
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
+from autocompress.policy.mildest import is_single
 from autocompress.policy.passes import Policy, Setting, apply, is_off, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.policy.singles import is_single
 from autocompress.policy.trial import (
     REPORT,
     TRIALS,
     WEIGHTS,
     WHOLE,
     Job,
+    attempt,
     costs_of,
     key_of,
     limits_of,
     original_costs,
     policy_of,
-    try_policy,
 )
 from autocompress.prune.load import arguments_of
+from autocompress.recipe import parsed, read_yaml
 from autocompress.result import SearchResult, load_result
 from autocompress.run import Shown
 from autocompress.space import Architecture, SearchSpace
+from autocompress.training.checkpoint import weights_fingerprint
 from autocompress.training.evaluate import Scored, evaluate
 from autocompress.trial import Outcome, Trial
 
-RESULT, REPORT_PAGE, BEST = "result.json", "report.md", "best"
+RESULT, REPORT_PAGE, BEST, INPUTS = "result.json", "report.md", "best", "inputs.json"
 SINGLE = "best single pass"
 """The row of the best policy of one pass that was tried."""
 RANDOM_DRAWS = 50
@@ -67,29 +70,38 @@ def begin(folder: Path, recipe: PolicyRecipe) -> Job:
     """Open or start a run directory; to be called with the folder held.
 
     Raises:
-        RecipeError: The folder holds another run.
+        RecipeError: The folder holds another run, or weights or data are others than when it began.
     """
     import yaml
 
     path = folder / "recipe.yaml"
     content = recipe.model_dump(mode="json")
+    job = Job(recipe, folder.resolve())  # Ray takes a relative path for an address
+    inputs = {"weights": weights_fingerprint(job.model), "data": job.data.fingerprint}
     if path.exists():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if there != content:
-            keys = [key for key in content if not isinstance(there, dict) or there.get(key) != content[key]]
+        # What has been added to recipes since has its default.
+        there = parsed(PolicyRecipe, read_yaml(path), f"recipe {path}").model_dump(mode="json")
+        if keys := [key for key in content if there[key] != content[key]]:
             raise RecipeError(
                 f"{folder} holds a tuning by another recipe: {', '.join(keys)} differ; take another directory"
             )
+        before = read_json(folder / INPUTS, StorageError, "inputs of a tuning")
+        if keys := [key for key in inputs if before.get(key) != inputs[key]]:
+            raise RecipeError(
+                f"{folder} holds a tuning with other {' and '.join(keys)}, at the same paths: take another "
+                "directory"
+            )
     else:
+        write_json(folder / INPUTS, inputs)
         write_text(path, yaml.safe_dump(content, sort_keys=False))
-    return Job(recipe, folder.resolve())  # Ray takes a relative path for an address
+    return job
 
 
 def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
     """Tune, compare and export, from where an earlier call stopped; return the report.
 
     Raises:
-        BudgetError: No policy that was tried fits.
+        BudgetError: No policy that was tried fits; names the smallest costs.
         AutocompressError: Something cannot be done; what was finished stays.
     """
     page = job.folder / REPORT
@@ -119,6 +131,8 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
         f"{len(result.trials)} policies: {counted[Outcome.MEASURED]} finetuned to the end, "
         f"{counted[Outcome.INFEASIBLE]} over the budget, {counted[Outcome.FAILED]} that cannot be"
     )
+    if not result.measured:
+        raise BudgetError(_why_none(job, result))
     policies = {"tuned": _policy(job, result.best())}
     if singles := [trial for trial in result.measured if is_single(_policy(job, trial))]:
         best_single = max(singles, key=lambda trial: trial.metrics[result.objective])
@@ -170,6 +184,19 @@ def _settings(space: SearchSpace, policy: Sequence[Any]) -> dict[str, Setting]:
     return found
 
 
+def _why_none(job: Job, result: SearchResult) -> str:
+    """Return what to say where no policy was finetuned."""
+    limits, priced = limits_of(job), [trial for trial in result.trials if trial.costs]
+    text = f"no policy that was tried fits {_costs_text(limits)}"
+    if priced:
+        least = {metric: min(trial.costs[metric] for trial in priced) for metric in limits}
+        text += f"; the smallest seen are {_costs_text(least)}"
+    if errors := Counter(trial.error for trial in result.trials if trial.error).most_common(1):
+        ((error, times),) = errors
+        text += f"; {times} of {len(result.trials)} cannot be, mostly: {error}"
+    return f"{text}; allow stronger settings in passes or a looser budget, in a new run directory"
+
+
 def _policy(job: Job, trial: Trial) -> Policy:
     return policy_of(job.recipe, dict(trial.architecture.settings))
 
@@ -184,11 +211,7 @@ def _random(job: Job, space: SearchSpace, progress: Any) -> list[Policy]:
             break
         (arch,) = space.decode(row[None])
         policy = policy_of(job.recipe, dict(arch.settings))
-        try:
-            fits = try_policy(job, policy)["fits"]
-        except AutocompressError:  # a policy that cannot be is no baseline
-            continue
-        if fits:
+        if attempt(job, policy)["fits"]:
             found[key_of(policy)] = policy
             progress(len(found), wanted, "")
     return list(found.values())

@@ -19,7 +19,7 @@ from torch import nn
 
 from autocompress.atomic import held, read_json, replacing, write_json
 from autocompress.budget import Budget
-from autocompress.errors import StorageError
+from autocompress.errors import AutocompressError, StorageError
 from autocompress.latency.measure import measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.latency.target import Target, load_target
@@ -81,6 +81,15 @@ class Job:
         """
         recipe = self.recipe
         return load_model_for(self.data, recipe.model, recipe.arguments, recipe.weights).eval()
+
+    def load(self) -> None:
+        """Load all that trials share.
+
+        Raises:
+            AutocompressError: Data, model, task or target cannot be had.
+        """
+        for _ in (self.data, self.task, self.target, self.model):
+            pass
 
     def context(self, **changes: Any) -> Context:
         """Return what passes work on."""
@@ -171,6 +180,29 @@ def try_policy(
     return report
 
 
+def attempt(
+    job: Job, policy: Policy, after_epoch: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
+    """Try a policy as `try_policy` does; one that cannot be has a report, too, with its `error`.
+
+    Raises:
+        OSError: Of the machine, such as a full disk: no fault of the policy.
+        MemoryError: Likewise.
+    """
+    try:
+        return try_policy(job, policy, after_epoch)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  (exporters raise anything)
+        # Trying again would end the same.
+        text = str(error) if isinstance(error, AutocompressError) else f"{type(error).__name__}: {error}"
+        report = {"policy": [[name, dict(s)] for name, s in policy], "fits": False, "error": text}
+        folder = job.folder / TRIALS / key_of(policy)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / REPORT, report)
+        return report
+
+
 def limits_of(job: Job) -> dict[str, float]:
     """Return the budget, absolute: percent are of the network as it was brought."""
     whole = original_costs(job)
@@ -204,7 +236,8 @@ def costs_of(job: Job, policy: Policy) -> dict[str, float]:
         network = apply(job.model, structure, job.context())
         folder.mkdir(parents=True, exist_ok=True)
         with held(job.folder / MEASURING):
-            write_json(folder / COSTS, _costs(job, network, folder / "network.onnx", whole))
+            if not (folder / COSTS).exists():  # another worker may have measured it meanwhile
+                write_json(folder / COSTS, _costs(job, network, folder / "network.onnx", whole))
     found: dict[str, float] = read_json(folder / COSTS, StorageError, "costs of a policy")
     return found
 

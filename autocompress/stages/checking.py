@@ -58,7 +58,7 @@ def check(run: Run) -> None:
     check_reward(run.recipe)
     check_passes(run.recipe, run.space, target(run))
     for term in run.recipe.finetune.distill:
-        method_of(term.loss)
+        method_of(term.loss, term.options)
     check_task(run.data, run.task, run.space)
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)

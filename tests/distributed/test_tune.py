@@ -1,13 +1,16 @@
 """Policies on Ray Tune: as many as were asked for, none twice, whatever fails is isolated."""
 
 import json
+import pickle
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from policy.test_trial import job_of, recipe
 
-from autocompress.distributed.tune import tune, worth
+from autocompress.distributed.tune import PROGRESS, _told, fits, tune, worth
 from autocompress.errors import AutocompressError, RecipeError
 from search_spaces.policy import policy
 
@@ -44,6 +47,51 @@ def test_what_does_not_fit_is_worth_less_the_further_it_is_off() -> None:
     good = {"fits": True, "score": 0.1}
     near, far, broken = ({"fits": False, "excess": 0.1}, {"fits": False, "excess": 3.0}, {"fits": False})
     assert worth(good) > worth(near) > worth(far) > worth(broken)
+    # Metrics may be below 0, such as the negative squared error.
+    poor, poorer, worst = ({"fits": True, "score": score} for score in (-0.5, -5.0, -1e300))
+    assert worth(good) > worth(poor) > worth(poorer) > worth(worst) > worth({"fits": False, "excess": 0.0})
+    assert [fits({"worth": worth(report)}) for report in (good, poor, worst, near, broken)] == [True] * 3 + [
+        False
+    ] * 2
+    assert not fits(None)
+
+
+def test_progress_that_cannot_be_pickled_is_told_all_the_same() -> None:
+    """Bars on a terminal hold locks, and Ray pickles what it is told to call."""
+    told: list[tuple[int, int]] = []
+    lock = threading.RLock()
+
+    def progress(done: int, total: int, text: str = "") -> None:
+        with lock:
+            told.append((done, total))
+
+    shown = PROGRESS.set(progress)
+    try:
+        callback = pickle.loads(pickle.dumps(_told(4)))
+        trials = [
+            SimpleNamespace(last_result={"worth": w}, is_finished=lambda: True) for w in (0.5, -2.0, 0.1)
+        ]
+        callback.on_trial_complete(1, trials, trials[0])
+    finally:
+        PROGRESS.reset(shown)
+    assert told == [(2, 4)]
+
+
+@pytest.mark.slow
+def test_records_of_ray_that_were_cut_off_are_put_aside_and_no_policy_is_tried_again(recipe: Path) -> None:
+    job = job_of(recipe, trials=2, strategy="random")
+    space = policy(job.recipe.passes)
+    (job.folder / "tune").mkdir()
+    (job.folder / "tune" / "tuner.pkl").touch()  # opened, and killed before anything was written
+    tune(job, space)
+    first = reports(job.folder)
+    assert sum(report["fits"] for report in first) == 2
+    assert (job.folder / "tune.1" / "tuner.pkl").exists()
+    (job.folder / "tune" / "tuner.pkl").write_bytes(b"")
+    ages = {path: path.stat().st_mtime_ns for path in job.folder.glob("trials/*/report.json")}
+    tune(job, space)
+    now = {path: path.stat().st_mtime_ns for path in job.folder.glob("trials/*/report.json")}
+    assert {path: now[path] for path in ages} == ages
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from autocompress.errors import (
     QuantizationError,
 )
 from autocompress.latency.target import load_target
-from autocompress.policy.passes import PASSES, Context, above_threshold, apply, settings_of
+from autocompress.policy.passes import PASSES, Context, above_threshold, apply, check, is_off, settings_of
 from autocompress.prune.source import Source
 from autocompress.quantize.layer import has_quantizers
 from autocompress.recipe import TaskSettings
@@ -199,6 +199,18 @@ def test_a_whole_policy_is_its_passes_one_after_the_other() -> None:
         ([("factorize", {"method": "lu"})], PolicyError, "must be none, svd, .*, got 'lu'"),
         ([("compact", {"kind": "ice"})], PolicyError, "must be none, depthwise, fire, got 'ice'"),
         ([("distill", {"losses": "kb"})], DistillationError, "no distillation loss 'kb'"),
+        (
+            [("distill", {"alpha": 1.5})],
+            PolicyError,
+            "alpha of pass 'distill': .* less than or equal to 1, got 1.5",
+        ),
+        ([("distill", {"temperature": 0})], PolicyError, "temperature of pass 'distill': .* than 0, got 0"),
+        ([("distill", {"epochs": 1.5})], PolicyError, "epochs of pass 'distill': .* got 1.5"),
+        (
+            [("distill", {"epochs": 1}), ("prune", {"ratio": 0.5})],
+            PolicyError,
+            "'prune' stands behind 'distill': what is pruned would hang on training",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(policy: Any, error: type[Exception], text: str) -> None:
@@ -212,6 +224,17 @@ def test_a_pass_that_comes_twice_has_checkpoints_of_its_own_and_resumes(tmp_path
     assert {path.parent.name for path in tmp_path.rglob("distill.pt")} == {"0", "2"}
     assert_equal(weights(first), weights(again))
     assert_equal(weights(first), weights(apply(network(), policy, context())))
+
+
+def test_what_a_pass_that_is_off_leaves_behind_it_is_free() -> None:
+    check([("distill", {"epochs": 0}), ("prune", {"ratio": 0.5})])
+    check([("distill", {"epochs": 1}), ("prune", {"ratio": 0.0})])
+
+
+def test_a_pass_whose_switch_is_left_out_is_off_where_that_is_its_default() -> None:
+    assert is_off("factorize", {"ratio": 0.5})
+    assert is_off("prune", {})
+    assert not is_off("distill", {"losses": "kd"})
 
 
 def test_settings_have_their_defaults() -> None:

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from autocompress.errors import PolicyError, RecipeError
+from autocompress.policy.passes import apply, structure_of
 from autocompress.policy.recipe import PolicyRecipe, load_policy_recipe
 from autocompress.policy.trial import (
     Job,
@@ -87,6 +88,8 @@ def test_a_policy_has_a_choice_for_each_list_and_none_for_what_is_fixed() -> Non
         ([{"prun": {"ratio": [0, 0.5]}}], "a pass is one of prune"),
         ([{"prune": {"rate": [0, 0.5]}}], "has the settings criterion, ratio, multiple, not rate"),
         ([{"prune": {"ratio": 0.5}}], "nothing may be chosen"),
+        ([{"factorize": {"ratio": [0.5, 0.7]}}], "'factorize' is turned off by its method, 'none': give it"),
+        ([{"distill": {"epochs": 2}}, {"prune": {"ratio": [0, 0.5]}}], "'prune' stands behind 'distill'"),
     ],
 )
 def test_what_is_no_policy_is_refused(passes: Any, text: str) -> None:
@@ -152,6 +155,25 @@ def test_policies_that_differ_in_training_only_are_measured_once(recipe: Path) -
     assert len(list(job.folder.glob("structures/*/costs.json"))) == 1
 
 
+def test_what_another_worker_measured_meanwhile_is_not_measured_again(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(recipe)
+    chosen = policy_of(job.recipe, {"0.prune.ratio": 0.4})
+    first = costs_of(job, chosen)
+    path = job.folder / "structures" / key_of(structure_of(chosen)) / "costs.json"
+    content = path.read_bytes()
+    path.unlink()
+
+    def slowly(*arguments: Any) -> Any:
+        path.write_bytes(content)  # the other worker ends while this one still builds the network
+        return apply(*arguments)
+
+    monkeypatch.setattr("autocompress.policy.trial.apply", slowly)
+    monkeypatch.setattr("autocompress.policy.trial._costs", lambda *_: pytest.fail("measured again"))
+    assert costs_of(job, chosen) == first
+
+
 def test_8_bits_are_smaller_in_the_file_that_is_measured(recipe: Path) -> None:
     job = job_of(recipe)
     floats, bits = (
@@ -190,6 +212,9 @@ def test_paths_are_relative_to_the_recipe(recipe: Path) -> None:
     found = load_policy_recipe(recipe)
     assert found.weights == recipe.parent / "weights.safetensors"
     assert found.model.startswith(str(recipe.parent))
+    payload = yaml.safe_load(recipe.read_text()) | {"target": {"name": "device.json"}}
+    recipe.write_text(yaml.safe_dump(payload))
+    assert load_policy_recipe(recipe).target.name == str(recipe.parent / "device.json")
 
 
 @pytest.mark.parametrize(

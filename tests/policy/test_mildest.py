@@ -8,8 +8,8 @@ import yaml
 from policy.test_trial import job_of, recipe
 
 from autocompress.errors import PolicyError
+from autocompress.policy.mildest import is_single, mildest_policies
 from autocompress.policy.passes import Policy, is_off, policy_text
-from autocompress.policy.singles import is_single, single_passes
 from autocompress.policy.trial import Job, policy_of
 
 __all__ = ["recipe"]
@@ -46,14 +46,14 @@ def priced(
                 left *= given["bits"] / 32
         return {"macs": left}
 
-    monkeypatch.setattr("autocompress.policy.singles.costs_of", costs_of)
-    monkeypatch.setattr("autocompress.policy.singles.limits_of", lambda job: {"macs": LIMIT})
+    monkeypatch.setattr("autocompress.policy.mildest.costs_of", costs_of)
+    monkeypatch.setattr("autocompress.policy.mildest.limits_of", lambda job: {"macs": LIMIT})
     return job_of(recipe), asked
 
 
 def test_each_pass_is_alone_and_as_mild_as_fits(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, asked = priced(recipe, PASSES, monkeypatch)
-    policies = [dict(policy_of(job.recipe, chosen)) for chosen in single_passes(job)]
+    policies = [dict(policy_of(job.recipe, chosen)) for chosen in mildest_policies(job)]
     assert [
         [(name, settings) for name, settings in policy.items() if not is_off(name, settings)]
         for policy in policies
@@ -74,13 +74,46 @@ def test_a_pass_that_never_fits_or_cannot_be_is_left_out(
 ) -> None:
     passes = [{"prune": {"ratio": [0.0, 0.1]}}, {"quantize": {"bits": [32, 8]}}, {"distill": {"epochs": 1}}]
     job, _ = priced(recipe, passes, monkeypatch)
-    assert single_passes(job) == [{"0.prune.ratio": 0.0, "1.quantize.bits": 8}]
+    assert mildest_policies(job) == [{"0.prune.ratio": 0.0, "1.quantize.bits": 8}]
 
     def broken(job: Job, policy: Policy) -> dict[str, float]:
         raise PolicyError("cannot be")
 
-    monkeypatch.setattr("autocompress.policy.singles.costs_of", broken)
-    assert single_passes(job) == []
+    monkeypatch.setattr("autocompress.policy.mildest.costs_of", broken)
+    assert mildest_policies(job) == []
+
+
+@pytest.mark.parametrize("most", [0.3, 0.5, 0.7])
+def test_settings_too_strong_to_be_made_do_not_hide_those_that_fit(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    passes = [{"prune": {"ratio": [0.0, 0.2, 0.4, 0.55, 0.6, 0.8, 0.9]}}, {"distill": {"epochs": 1}}]
+    job, _ = priced(recipe, passes, monkeypatch)
+
+    def limited(job: Job, policy: Policy) -> dict[str, float]:
+        if float(dict(policy)["prune"]["ratio"]) > most:
+            raise PolicyError("pruning cannot leave so little")
+        return {"macs": (1 - float(dict(policy)["prune"]["ratio"])) / 1.2}
+
+    monkeypatch.setattr("autocompress.policy.mildest.costs_of", limited)
+    assert mildest_policies(job) == ([] if most < 0.4 else [{"0.prune.ratio": 0.4}])
+
+
+def test_where_no_pass_fits_alone_the_others_are_added_to_the_nearest(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [
+        {"prune": {"ratio": [0.0, 0.2, 0.3, 0.4]}},
+        {"factorize": {"method": ["none", "tucker"], "ratio": [0.6, 0.8]}},
+        {"distill": {"epochs": 1}},
+    ]
+    job, _ = priced(recipe, passes, monkeypatch)
+    # Factorization leaves .57, pruning .6: the former is kept. With a fifth pruned away it leaves .456.
+    assert mildest_policies(job) == [
+        {"0.prune.ratio": 0.2, "1.factorize.method": "tucker", "1.factorize.ratio": 0.6}
+    ]
+    monkeypatch.setattr("autocompress.policy.mildest.limits_of", lambda job: {"macs": 0.1})
+    assert mildest_policies(job) == []
 
 
 def test_what_cannot_be_turned_off_stays_and_what_is_fixed_is_no_choice(
@@ -93,7 +126,7 @@ def test_what_cannot_be_turned_off_stays_and_what_is_fixed_is_no_choice(
         {"distill": {"epochs": 1}},
     ]
     job, _ = priced(recipe, passes, monkeypatch)
-    assert single_passes(job) == [
+    assert mildest_policies(job) == [
         {"1.factorize.ratio": 0.25, "2.quantize.bits": 32},
         {"1.factorize.ratio": 0.25, "2.quantize.bits": 8},
     ]
