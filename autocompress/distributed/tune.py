@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -30,7 +30,8 @@ from autocompress.policy.trial import (
     policy_of,
 )
 from autocompress.progress import Progress, silent
-from autocompress.space import SearchSpace
+from autocompress.space import Codes, SearchSpace
+from autocompress.strategy import Strategy, WarmStart
 
 EXPERIMENT = "tune"
 MEASURED = 10
@@ -45,7 +46,8 @@ PROGRESS: ContextVar[Progress] = ContextVar("progress", default=silent)
 def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
     """Try policies until as many were finetuned as the recipe says, from where an earlier call stopped.
 
-    Those over the budget are measured only, and do not count; there are at most `MEASURED` times as many.
+    Those over the budget are measured only, and do not count; there are at most `MEASURED` times as many, and
+    none is tried twice.
 
     Reports stand in the folders of the trials. What was stopped early has none.
 
@@ -99,14 +101,12 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     settings = job.recipe.tune
     strategy = load_strategy_for(settings.strategy, settings.options, key="tune.options.")
     sampler = StrategySampler(
-        Constraints(space, {}, {}), strategy, seed=settings.seed, objective=WORTH, options=settings.options
+        Constraints(space, {}, {}),
+        partial(_warm, strategy, _first(job, space, progress)),
+        seed=settings.seed,
+        objective=WORTH,
+        options=settings.options,
     )
-    # The first options may be the network as it was brought: a waste where that does not fit.
-    first = {choice.name: choice.options[0] for choice in space.choices}
-    whole = original_costs(job)
-    firsts = [first] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else []
-    if settings.warm_start == "mildest":
-        firsts += [one for one in mildest_policies(job, progress) if one not in firsts]
     longest = _longest(job.recipe)
     scheduler = None
     if longest > settings.grace_epochs:
@@ -122,10 +122,10 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
             search_alg=_fitting(
                 distributions(space),
                 sampler=sampler,
-                points_to_evaluate=firsts or None,
                 metric=WORTH,
                 mode="max",
                 wanted=settings.trials,
+                most=min(MEASURED * settings.trials, space.size),
             ),
             scheduler=scheduler,
             metric=WORTH,
@@ -144,7 +144,25 @@ def _tuner(job: Job, space: SearchSpace, trainable: Any, progress: Progress) -> 
     )
 
 
-def _fitting(*arguments: Any, wanted: int, **named: Any) -> Any:
+def _first(job: Job, space: SearchSpace, progress: Progress) -> Codes:
+    """Return what is tried first."""
+    # The first options may be the network as it was brought: a waste where that does not fit.
+    brought = {choice.name: choice.options[0] for choice in space.choices}
+    whole = original_costs(job)
+    found = [brought] if all(whole[m] <= limit for m, limit in limits_of(job).items()) else []
+    if job.recipe.tune.warm_start == "mildest":
+        found += mildest_policies(job, progress)
+    architectures = {arch.key: arch for arch in map(space.architecture, found)}
+    return space.encode(list(architectures.values()))
+
+
+def _warm(
+    strategy: Callable[..., Strategy], first: Codes, constraints: Constraints, **given: Any
+) -> Strategy:
+    return WarmStart(strategy(constraints, **given), first)
+
+
+def _fitting(*arguments: Any, wanted: int, most: int, **named: Any) -> Any:
     """Return a search that ends when as many policies were finetuned as are wanted: others cost little."""
     from ray.tune.search import Searcher
     from ray.tune.search.optuna import OptunaSearch
@@ -156,7 +174,7 @@ def _fitting(*arguments: Any, wanted: int, **named: Any) -> Any:
 
         def suggest(self, trial_id: str) -> Any:
             """Return another policy; nothing as long as those that run may be enough."""
-            if self.fit >= wanted or self.begun >= MEASURED * wanted:
+            if self.fit >= wanted or self.begun >= most:
                 return Searcher.FINISHED
             if self.fit + self.running >= wanted:
                 return None
@@ -229,7 +247,8 @@ def _told(total: int) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             """Tell progress."""
-            done = sum(fits(one.last_result) for one in trials if one.is_finished())
+            ended = (one for one in trials if one.is_finished() or one.trial_id == trial.trial_id)
+            done = sum(fits(one.last_result) for one in ended)
             PROGRESS.get()(min(done, total), total, "")
 
         def __reduce__(self) -> Any:
