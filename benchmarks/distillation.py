@@ -77,6 +77,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "ResNet-56, kd": "larger kd",
         "ResNet-56, eskd": "larger eskd",
     },
+    "A much larger teacher, stopped early": {"ResNet-56, kd": "larger kd", "ResNet-56, eskd": "larger eskd"},
     "A searched network: finetuned, or trained alone, for the same epochs": {
         "without distillation": "searched without",
         "with distillation": "searched with distillation",

@@ -139,8 +139,9 @@ def test_a_worker_that_is_killed_loses_no_policy(recipe: Path, tmp_path: Path, w
             process.kill()
     assert {path: done()[path] for path in before} == before
     result = json.loads((folder / "result.json").read_text())
-    # The first policy is given, and the strategy may ask for it while it runs: two trials of one policy.
-    assert len(result["trials"]) in ((5,) if workers == 1 else (4, 5))
+    # Two at a time there is a random policy where the strategy has to be told first: it may come again.
+    finetuned = [trial for trial in result["trials"] if trial["metrics"]]
+    assert len(finetuned) in ((5,) if workers == 1 else (4, 5))
     assert not any("error" in json.loads(path.read_text()) for path in done())
     assert len(begun()) == len(done())
     assert (folder / "best" / "manifest.json").exists()
