@@ -1,8 +1,8 @@
 """What distillation is worth: students alone and taught, few labels, a larger teacher, after a search.
 
-    python benchmarks/distillation.py              # CPU size: some three hours of one core; resumes
+    python benchmarks/distillation.py              # CPU size: two and a half hours of one core; resumes
     python benchmarks/distillation.py --quick      # a smoke test of a minute
-    python benchmarks/distillation.py --part losses --part few    # beside another process with other parts
+    python benchmarks/distillation.py --part losses    # beside another process with the other parts: 80 minutes
 
 CIFAR-10, 10,000 training images at 16 pixels, as in shrink_resnet.py, whose ResNet-20 is the teacher. The
 student is a ResNet-8, trained from random weights that are the seed's, for the same epochs and with the same
