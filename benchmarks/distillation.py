@@ -2,7 +2,7 @@
 
     python benchmarks/distillation.py              # CPU size: two and a half hours of one core; resumes
     python benchmarks/distillation.py --quick      # a smoke test of a minute
-    python benchmarks/distillation.py --part losses    # beside another process with the other parts: 80 minutes
+    python benchmarks/distillation.py --part losses    # beside one with the other parts: 80 minutes
 
 CIFAR-10, 10,000 training images at 16 pixels, as in shrink_resnet.py, whose ResNet-20 is the teacher. The
 student is a ResNet-8, trained from random weights that are the seed's, for the same epochs and with the same
