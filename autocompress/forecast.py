@@ -26,7 +26,7 @@ from autocompress.policy.passes import policy_text
 from autocompress.recipe import Recipe
 from autocompress.run import is_differentiable, load_recipe_data, make_space, strategy_factory
 from autocompress.space import Architecture, SearchSpace
-from autocompress.stages import check_passes, check_reward, passes_of, try_out, untimed_costs
+from autocompress.stages import check_losses, check_passes, check_reward, passes_of, try_out, untimed_costs
 from autocompress.strategy import at_most
 from autocompress.training.bilevel import halves, train_relaxed
 from autocompress.training.check import check_regularisers, check_task
@@ -67,6 +67,7 @@ def forecast(recipe: Recipe) -> list[str]:
     """
     strategy_factory(recipe)
     check_reward(recipe)
+    check_losses(recipe)
     data = load_recipe_data(recipe)
     space = make_space(recipe, lambda: data)
     limits = {metric: value for metric, value in recipe.search.budget.items() if metric != "latency_ms"}

@@ -272,6 +272,14 @@ class DistillTerm(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the loss, such as `{temperature: 2}`."""
 
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        if self.start is not None and self.start >= self.end:
+            raise ValueError(
+                f"start must be below end, got {self.start:g} and {self.end:g}: it would never count"
+            )
+        return self
+
 
 class TeacherSettings(Settings):
     """A trained model that teaches."""

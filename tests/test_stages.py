@@ -108,6 +108,8 @@ def test_regularisers_without_a_place_and_options_of_no_loss_are_refused_before_
 ) -> None:
     with pytest.raises(RecipeError, match="drops paths of cells"):
         stages.check(Run(tmp_path / "run", small_recipe(finetune={"drop_path": 0.2})))
+    with pytest.raises(RecipeError, match=r"start must be below end, got 0.9 and 0.1: it would"):
+        small_recipe(finetune={"distill": [{"loss": "at", "start": 0.9, "end": 0.1}]})
     distill = [{"loss": "at", "options": {"powr": 2}}]
     with pytest.raises(DistillationError, match="'at' has the options power, got powr"):
         stages.check(Run(tmp_path / "other", small_recipe(finetune={"distill": distill})))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.errors import DistillationError
+from autocompress.quantize.quantizer import Quantizer
 
 INPUT = ":in"
 SHOWN_NAMES = 5
@@ -112,7 +113,12 @@ def stages_of(network: nn.Module, images: Tensor) -> list[str]:
     Raises:
         DistillationError: The network gives no maps.
     """
-    inner = {name: module for name, module in network.named_modules() if name}
+    inner = {
+        name: module
+        for name, module in network.named_modules()
+        # These give weights, too, which are no maps.
+        if name and not isinstance(module, Quantizer) and "parametrizations" not in name.split(".")
+    }
     last: dict[tuple[int, int], str] = {}
     for name, output in _outputs(network, inner, images):
         output = output[-1] if isinstance(output, tuple) else output

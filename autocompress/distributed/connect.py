@@ -16,6 +16,8 @@ is the kind of frame. Ray's servers speak gRPC, which is HTTP/2."""
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 # Read by Ray when it is imported or started; what is set outside stays.
 ENVIRONMENT = {
+    # Ctrl-C ends `tune` as it ends everything else; Ray would end the tuning as if it were done.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Workers of Ray give way to everything else (niceness 15): beside any load they would stand still, and
     # latencies that they measure would be those of a busy machine.
     "RAY_worker_niceness": "0",

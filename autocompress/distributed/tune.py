@@ -62,6 +62,7 @@ def tune(job: Job, space: SearchSpace, progress: Progress = silent) -> None:
     """
     settings = job.recipe.tune
     load_strategy_for(settings.strategy, settings.options, key="tune.options.")
+    progress(0, settings.trials, "Ray starts")
     with ExitStack() as opened:
         connected(opened, workers=settings.workers, threads=job.recipe.threads, address=settings.address)
         from ray import tune as ray_tune

@@ -421,7 +421,7 @@ def check(policy: Policy) -> None:
             raise PolicyError(f"pass {name!r} has the settings {', '.join(known)}, not {', '.join(unknown)}")
         if quantized and name != "distill":
             raise PolicyError(
-                f"{name!r} works on floating point, and stands behind {quantized!r}: put it before"
+                f"{name!r} works on floating point, and stands behind 'quantize': put it before"
             )
         if trained and name == "prune" and not is_off(name, settings):
             raise PolicyError(

@@ -5,8 +5,10 @@ costs as it was brought), `structures/KEY/` (what each structure costs), `trials
 (Ray's own records), `result.json`, `best/` (the exported network), `report.json` and `report.md` last of all.
 """
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from autocompress.atomic import read_json, write_json, write_text
 from autocompress.distributed.tune import tune
 from autocompress.errors import BudgetError, RecipeError, StorageError
 from autocompress.export.manifest import MANIFEST
-from autocompress.latency.measure import measure_networks
+from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
 from autocompress.plugins import load_space_factory
 from autocompress.policy.mildest import is_single
@@ -38,6 +40,7 @@ from autocompress.policy.trial import (
     original_costs,
     policy_of,
 )
+from autocompress.prune.beforehand import describe_score
 from autocompress.prune.load import arguments_of
 from autocompress.recipe import parsed, read_yaml
 from autocompress.result import SearchResult, load_result
@@ -48,13 +51,34 @@ from autocompress.training.evaluate import Scored, evaluate
 from autocompress.trial import Outcome, Trial
 
 RESULT, REPORT_PAGE, BEST, INPUTS = "result.json", "report.md", "best", "inputs.json"
-SINGLE = "best single pass"
-"""The row of the best policy of one pass that was tried."""
+ORIGINAL, SINGLE = "as you brought it", "best single pass"
+CONFIRMED = 5
+"""The best policies that are measured again, together; the first of these that holds the budget is taken."""
+LATENCY = "latency_ms"
 RANDOM_DRAWS = 50
 """Policies that are drawn at most for the random baseline; what does not fit is not trained."""
 COMPARED_RUNS = 200
 SAME_LAYERS = ("prune", "distill")
 """Passes after which the network has the layers that it had, with fewer channels."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """Latencies of networks that were measured together, interleaved, and of the original.
+
+    Attributes:
+        measured: By the key of their structure.
+    """
+
+    measured: Mapping[str, Measurement]
+
+    def of(self, policy: Policy) -> Measurement:
+        """Return the latency of a policy; of one in which everything is off, the original's."""
+        return self.measured[key_of(structure_of(policy))]
+
+    def share(self, policy: Policy) -> float:
+        """Return it as share of the original's."""
+        return self.of(policy).median_ms / self.of([]).median_ms
 
 
 def space_of(recipe: PolicyRecipe) -> SearchSpace:
@@ -113,10 +137,9 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
     space, whole = space_of(job.recipe), original_costs(job)
     limits = limits_of(job)
     brought = evaluate(job.model, job.data.validation, job.task.score)
-    shown.say(
-        f"as you brought it: validation {job.task.metric} {brought.mean:.4f}, {_costs_text(whole)}; limits: "
-        f"{_costs_text(limits)}"
-    )
+    for line in describe_score(brought, job.data.in_shape[1:], job.data, job.task):
+        shown.say(line)
+    shown.say(f"it costs {_costs_text(whole)}; limits: {_costs_text(limits)}")
     with shown.stage("tune policies") as progress:
         tune(job, space, progress)
     path = job.folder / RESULT
@@ -131,26 +154,47 @@ def run_policies(job: Job, shown: Shown) -> dict[str, Any]:
         f"{len(result.trials)} policies: {counted[Outcome.MEASURED]} finetuned to the end, "
         f"{counted[Outcome.INFEASIBLE]} over the budget, {counted[Outcome.FAILED]} that cannot be"
     )
+    if why := _failures(result):
+        shown.say(why)
     if not result.measured:
         raise BudgetError(_why_none(job, result))
-    policies = {"tuned": _policy(job, result.best())}
-    if singles := [trial for trial in result.measured if is_single(_policy(job, trial))]:
-        best_single = max(singles, key=lambda trial: trial.metrics[result.objective])
-        policies[SINGLE] = _policy(job, best_single)
     with shown.stage("random policies under the same budget") as progress:
-        for number, policy in enumerate(_random(job, space, progress), start=1):
-            policies[f"random policy {number}"] = policy
-    report = compare(job, policies)
+        drawn = _random(job, space, progress)
+    ranked = [_policy(job, trial) for trial in _ranked(result)]
+    singles = [policy for policy in ranked if is_single(policy)][:CONFIRMED]
+    best = [policy for policy in ranked if policy in ranked[:CONFIRMED] or policy in singles]
+    session = measured_together(job, [*best, *drawn])
+    policies = {"tuned": _first_that_holds(job, session, best)}
+    if singles:
+        policies[SINGLE] = _first_that_holds(job, session, singles)
+    policies |= {f"random policy {number}": policy for number, policy in enumerate(drawn, start=1)}
+    report = compare(job, policies, session)
     write_json(page, report)
     _finish(job, report)
     return report
 
 
+def _ranked(result: SearchResult) -> list[Trial]:
+    """Return the policies that were finetuned, the best first; of equals that of the least latency."""
+    return sorted(result.measured, key=lambda t: (-t.metrics[result.objective], t.costs[LATENCY], t.number))
+
+
+def _first_that_holds(job: Job, session: Session, ranked: Sequence[Policy]) -> Policy:
+    """Return the first policy that holds a latency budget in a session of measurements; else the first.
+
+    What held it when it was tried, on a machine that is never quite the same, may not do so again.
+    """
+    limit = limits_of(job).get(LATENCY, math.inf) / original_costs(job)[LATENCY]
+    return next((policy for policy in ranked if session.share(policy) <= limit), ranked[0])
+
+
 def _finish(job: Job, report: Mapping[str, Any]) -> None:
     """Export the tuned network, and write the report as a page, where that is not done."""
     if not (job.folder / BEST / MANIFEST).exists():
-        best = load_result(job.folder / RESULT, space_of(job.recipe)).best().architecture
-        _export(job, best, policy_of(job.recipe, dict(best.settings)), report)
+        policy = report["rows"][1]["policy"]
+        trials = load_result(job.folder / RESULT, space_of(job.recipe)).measured
+        best = next(trial for trial in trials if key_of(_policy(job, trial)) == key_of(policy))
+        _export(job, best.architecture, _policy(job, best), report)
     write_text(job.folder / REPORT_PAGE, markdown(report))
 
 
@@ -191,10 +235,16 @@ def _why_none(job: Job, result: SearchResult) -> str:
     if priced:
         least = {metric: min(trial.costs[metric] for trial in priced) for metric in limits}
         text += f"; the smallest seen are {_costs_text(least)}"
-    if errors := Counter(trial.error for trial in result.trials if trial.error).most_common(1):
-        ((error, times),) = errors
-        text += f"; {times} of {len(result.trials)} cannot be, mostly: {error}"
-    return f"{text}; allow stronger settings in passes or a looser budget, in a new run directory"
+        text += "; allow stronger settings in passes or a looser budget, in a new run directory"
+    return f"{text}. {_failures(result)}" if _failures(result) else text
+
+
+def _failures(result: SearchResult) -> str:
+    """Return how many policies cannot be, and why most of them; empty where all can."""
+    errors = Counter(trial.error for trial in result.trials if trial.error)
+    if not errors:
+        return ""
+    return f"{errors.total()} of {len(result.trials)} cannot be, mostly: {errors.most_common(1)[0][0]}"
 
 
 def _policy(job: Job, trial: Trial) -> Policy:
@@ -232,29 +282,37 @@ def network_of(job: Job, policy: Policy) -> nn.Module:
     return network.eval()
 
 
-def compare(job: Job, policies: Mapping[str, Policy]) -> dict[str, Any]:
-    """Score networks on the test part, read once here, and measure them interleaved beside the original."""
-    rows = []
-    files = {"as you brought it": job.folder / WHOLE}
-    for name, policy in policies.items():
-        files[name] = job.folder / "structures" / key_of(structure_of(policy)) / "network.onnx"
+def measured_together(job: Job, policies: Iterable[Policy]) -> Session:
+    """Measure networks of policies that were tried, interleaved beside the original."""
+    keys = sorted({key_of(structure_of(policy)) for policy in policies})
+    files = {key: job.folder / "structures" / key / "network.onnx" for key in keys}
+    files[key_of([])] = job.folder / WHOLE
     with pinned(job.target):
-        runs = {name: prepare_onnx(path, job.target) for name, path in files.items()}
-        measured = measure_networks(runs, target=job.target, count=COMPARED_RUNS)
-    for name in files:
+        runs = {key: prepare_onnx(path, job.target) for key, path in files.items()}
+        return Session(measure_networks(runs, target=job.target, count=COMPARED_RUNS))
+
+
+def compare(job: Job, policies: Mapping[str, Policy], session: Session | None = None) -> dict[str, Any]:
+    """Score networks on the test part, read once here, beside the original.
+
+    Args:
+        job: Their tuning.
+        policies: Which were tried, by the names of their rows.
+        session: Their latencies; measured here by default.
+    """
+    session = session or measured_together(job, policies.values())
+    rows = []
+    for name in (ORIGINAL, *policies):
         policy = policies.get(name, [])
         network = network_of(job, policy) if name in policies else job.model
         costs = costs_of(job, policy) if name in policies else original_costs(job)
+        latency = session.of(policy)
         rows.append(
             {
                 "name": name,
                 "policy": [[key, dict(settings)] for key, settings in policy],
                 "costs": costs,
-                "latency_ms": {
-                    "median": measured[name].median_ms,
-                    "low": measured[name].low_ms,
-                    "high": measured[name].high_ms,
-                },
+                LATENCY: {"median": latency.median_ms, "low": latency.low_ms, "high": latency.high_ms},
                 "validation": _scored(job, network, job.data.validation),
                 "test": _scored(job, network, job.data.test),
             }
@@ -306,36 +364,63 @@ def _origin(job: Job, policy: Policy) -> dict[str, Any] | None:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return a report as a page."""
-    metric = report["metric"]
+    metric, rows = report["metric"], report["rows"]
     lines = [
         "# A compression policy",
         "",
-        f"Budget: {_costs_text(report['limits'])}. Latencies are medians of runs interleaved in one session; "
-        f"{metric} on the test part, read once, with its 95 % interval.",
+        f"Budget: {_costs_text(report['limits'])}. Latencies are medians of runs interleaved in one session, "
+        f"also in percent of that of the network as you brought it; {metric} on the test part, read once, "
+        "with its 95 % interval.",
         "",
-        f"| | {metric}, test | validation | latency, ms | MACs, M | parameters, k | ONNX, kB | policy |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | {metric}, test | validation | latency, ms | % | MACs, M | parameters, k | ONNX, kB | policy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
+    for row in rows:
         test, costs, latency = row["test"], row["costs"], row["latency_ms"]
         cells = [
             row["name"],
-            f"{test['mean']:.4f} ({test['low']:.4f}-{test['high']:.4f})",
+            f"{test['mean']:.4f} ({test['low']:.4f} to {test['high']:.4f})",
             f"{row['validation']['mean']:.4f}",
-            f"{latency['median']:.3f} ({latency['low']:.3f}-{latency['high']:.3f})",
+            f"{latency['median']:.3f} ({latency['low']:.3f} to {latency['high']:.3f})",
+            f"{100 * _share(report, row):.1f}",
             f"{costs['macs'] / 1e6:.2f}",
             f"{costs['params'] / 1e3:.1f}",
             f"{costs['size_bytes'] / 1e3:.1f}",
             policy_text(row["policy"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *(line for note in _notes(report) for line in ("", note)), ""])
+
+
+def _share(report: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Return the latency of a row in the final session as share of the original's."""
+    return float(row["latency_ms"]["median"] / report["rows"][0]["latency_ms"]["median"])
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the table should not overlook."""
     first, tuned, *others = report["rows"]
+    notes = []
     for other in others:
         if key_of(other["policy"]) == key_of(tuned["policy"]):
-            lines += ["", f"The tuned policy is the {other['name']}."]
-    if tuned["latency_ms"]["median"] >= first["latency_ms"]["median"]:
-        lines += ["", "**The tuned network is no faster than the one you brought.**"]
-    return "\n".join([*lines, ""])
+            notes.append(f"The tuned policy is the {other['name']}.")
+        elif other["validation"]["mean"] > tuned["validation"]["mean"]:
+            notes.append(
+                f"**The {other['name']} is better on validation than the tuned policy: take more trials.**"
+            )
+    if not any(row["name"] == SINGLE for row in others):
+        notes.append("No pass alone was tried that fits the budget.")
+    if _share(report, tuned) >= 1:
+        notes.append("**The tuned network is no faster than the one you brought.**")
+    now, then = _share(report, tuned), tuned["costs"][LATENCY] / first["costs"][LATENCY]
+    limit = report["limits"].get(LATENCY, math.inf) / first["costs"][LATENCY]
+    if now > limit:
+        notes.append(
+            f"**Measured again, the tuned network takes {100 * now:.1f} % of the original's latency, above "
+            f"the budget of {100 * limit:.1f} %, and so do the next best; when tried, {100 * then:.1f} %.** "
+            "Leave this machine alone while it measures, take more `tune.runs`, or a tighter budget."
+        )
+    return notes
 
 
 def _costs_text(costs: Mapping[str, float]) -> str:

@@ -3,7 +3,14 @@
 profile -> train -> search -> finetune -> passes -> export -> report; each calls those before it.
 """
 
-from autocompress.stages.checking import check, check_passes, check_reward, check_trained, passes_of
+from autocompress.stages.checking import (
+    check,
+    check_losses,
+    check_passes,
+    check_reward,
+    check_trained,
+    passes_of,
+)
 from autocompress.stages.compressing import compress, final_folder
 from autocompress.stages.exporting import export
 from autocompress.stages.finetuning import finetune
@@ -53,6 +60,7 @@ __all__ = [
     "calibration",
     "check",
     "check_change",
+    "check_losses",
     "check_passes",
     "check_reward",
     "check_trained",

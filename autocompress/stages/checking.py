@@ -56,13 +56,22 @@ def check(run: Run) -> None:
         PolicyError: There is no such pass, or networks cannot have it.
     """
     check_reward(run.recipe)
+    check_losses(run.recipe)
     check_passes(run.recipe, run.space, target(run))
-    for term in run.recipe.finetune.distill:
-        method_of(term.loss, term.options)
     check_task(run.data, run.task, run.space)
     if run.supernet_space is not run.space:
         check_task(run.data, run.task, run.supernet_space)
     check_regularisers(run.data, run.recipe.finetune, run.space)
+
+
+def check_losses(recipe: Recipe) -> None:
+    """Refuse losses of distillation that there are not, and options that they have not.
+
+    Raises:
+        DistillationError: Names the nearest, or those that there are.
+    """
+    for term in recipe.finetune.distill:
+        method_of(term.loss, term.options)
 
 
 def check_reward(recipe: Recipe) -> None:

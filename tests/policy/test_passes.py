@@ -192,7 +192,7 @@ def test_a_whole_policy_is_its_passes_one_after_the_other() -> None:
         (
             [("quantize", {"bits": 8}), ("prune", {"ratio": 0.5})],
             PolicyError,
-            "'prune' works on floating point",
+            "'prune' works on floating point, and stands behind 'quantize': put it before",
         ),
         ([("prune", {"ratio": 1.0})], PolicyError, r"must be a share in \[0, 1\), got 1.0"),
         ([("prune", {"ratio": 0.5, "criterion": "best"})], PolicyError, "must be .*taylor.*, got 'best'"),
@@ -224,6 +224,12 @@ def test_a_pass_that_comes_twice_has_checkpoints_of_its_own_and_resumes(tmp_path
     assert {path.parent.name for path in tmp_path.rglob("distill.pt")} == {"0", "2"}
     assert_equal(weights(first), weights(again))
     assert_equal(weights(first), weights(apply(network(), policy, context())))
+
+
+def test_a_quantized_network_learns_from_maps_and_not_from_weights() -> None:
+    """What rounds weights gives tensors of four dimensions, too."""
+    policy: Any = [("quantize", {"bits": 8}), ("distill", {"epochs": 1, "losses": "kd+at+sp"})]
+    assert has_quantizers(apply(network(), policy, context()))
 
 
 def test_what_a_pass_that_is_off_leaves_behind_it_is_free() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from autocompress.errors import BudgetError, RecipeError
 from autocompress.policy.recipe import load_policy_recipe
 from autocompress.policy.run import (
+    Session,
     _export,
+    _first_that_holds,
     _random,
     begin,
     markdown,
@@ -22,7 +25,7 @@ from autocompress.policy.run import (
     run_policies,
     space_of,
 )
-from autocompress.policy.trial import Job, attempt, policy_of, try_policy
+from autocompress.policy.trial import Job, attempt, key_of, policy_of, try_policy
 from autocompress.run import Shown
 
 __all__ = ["recipe"]
@@ -81,7 +84,7 @@ def test_why_policies_cannot_be_is_said_where_none_can(recipe: Path, monkeypatch
             assert "no such kernel" in attempt(job, policy_of(job.recipe, {"0.prune.ratio": 0.4}))["error"]
 
     monkeypatch.setattr("autocompress.policy.run.tune", tune)
-    with pytest.raises(BudgetError, match="1 of 1 cannot be, mostly: RuntimeError: no such kernel"):
+    with pytest.raises(BudgetError, match=r"fits macs [\d.]+. 1 of 1 cannot be, mostly: RuntimeError: no"):
         run_policies(job, Shown())
 
 
@@ -112,6 +115,55 @@ def test_another_recipe_other_weights_and_other_data_are_refused(recipe: Path, t
     save_file({name: tensor + 1 for name, tensor in content.items()}, found.weights)
     with pytest.raises(RecipeError, match="holds a tuning with other weights, at the same paths"):
         begin(folder, found)
+
+
+def test_the_best_policy_that_still_holds_the_latency_when_measured_again_is_taken(recipe: Path) -> None:
+    job = job_of(recipe, budget={"latency_ms": "60%"})
+    job.folder.joinpath("original.json").write_text(json.dumps({"latency_ms": 2.0}))
+    best, second, third = ([("prune", {"ratio": ratio})] for ratio in (0.1, 0.2, 0.3))
+
+    def session(*shares: float) -> Session:
+        keys = [key_of(policy) for policy in ([], best, second, third)]
+        return Session({k: FakeMeasurement(3.0 * s) for k, s in zip(keys, (1.0, *shares), strict=True)})
+
+    ranked = [best, second, third]
+    assert _first_that_holds(job, session(0.6, 0.5, 0.4), ranked) == best
+    assert _first_that_holds(job, session(0.62, 0.5, 0.4), ranked) == second
+    assert _first_that_holds(job, session(0.7, 0.8, 0.9), ranked) == best  # none does: the page says so
+    job = job_of(recipe, "other", budget={"macs": "60%"})
+    job.folder.joinpath("original.json").write_text(json.dumps({"latency_ms": 2.0, "macs": 9.0}))
+    assert _first_that_holds(job, session(7.0, 0.8, 0.9), ranked) == best
+
+
+def test_a_page_says_what_should_not_be_overlooked() -> None:
+    def row(name: str, latency: float, validation: float, ratio: float) -> dict[str, Any]:
+        costs = {"latency_ms": latency, "macs": 1e6, "params": 1e3, "size_bytes": 1e3}
+        found = {"mean": validation, "low": 0.1, "high": 0.9, "count": 10}
+        times = {"median": latency, "low": latency, "high": latency}
+        policy = [["prune", {"ratio": ratio}]]
+        return {
+            "name": name, "policy": policy, "costs": costs, "latency_ms": times,
+            "validation": found, "test": found,
+        }  # fmt: skip
+
+    first = row("as you brought it", 2.0, 0.9, 0.0)
+    single, random = row("best single pass", 1.0, 0.8, 0.5), row("random 1", 1.0, 0.8, 0.6)
+    report = {"metric": "accuracy", "limits": {"latency_ms": 1.0}}
+    good = markdown({**report, "rows": [first, row("tuned", 1.0, 0.8, 0.5), single]})
+    assert "**" not in good
+    assert "| 50.0 |" in good
+    assert "The tuned policy is the best single pass." in good
+    assert "0.8000 (0.1000 to 0.9000)" in good
+    poor = markdown({**report, "rows": [first, row("tuned", 2.1, 0.7, 0.5), random]})
+    assert "**The random 1 is better on validation than the tuned policy: take more trials.**" in poor
+    assert "No pass alone was tried that fits the budget." in poor
+    assert "**The tuned network is no faster than the one you brought.**" in poor
+    assert "takes 105.0 % of the original's latency, above the budget of 50.0 %" in poor
+
+
+@dataclass
+class FakeMeasurement:
+    median_ms: float
 
 
 def exported(job: Job, **settings: Any) -> tuple[Path, dict[str, Any], torch.nn.Module]:
