@@ -15,7 +15,7 @@ from policy.test_trial import recipe
 from typer.testing import CliRunner
 
 from autocompress.cli import app
-from autocompress.errors import RecipeError
+from autocompress.errors import AutocompressError, RecipeError
 from autocompress.machine import cores
 
 __all__ = ["recipe"]
@@ -34,6 +34,25 @@ def test_a_dry_run_says_what_may_be_chosen_and_writes_nothing(recipe: Path, tmp_
     assert "12 policies:" in said
     assert "0.prune.ratio: 0.0, 0.4" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("weights=nope.pt", "nope.pt"),
+        ("data.source=digit", "digit"),
+        ("tune.workers=1000", "1000 workers of 1 threads need 1000 cores"),
+        ("tune.strategy=tpee", "tpee"),
+        ("tune.options.foo=1", "foo"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    recipe: Path, tmp_path: Path, change: str, text: str, dry: bool
+) -> None:
+    with pytest.raises(AutocompressError, match=text):
+        call("tune", recipe, "--run", tmp_path / "run", "--set", change, *(["--dry-run"] if dry else []))
+    assert {path.name for path in tmp_path.glob("run/*")} <= {".lock"}
 
 
 @pytest.mark.slow
@@ -67,7 +86,10 @@ def test_policies_are_tuned_compared_and_the_best_is_exported(
 
 
 @pytest.mark.slow
-def test_a_tuning_that_was_killed_goes_on_and_tries_nothing_twice(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_tuning_that_was_stopped_goes_on_and_tries_nothing_twice(
+    recipe: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     folder = tmp_path / "run"
     program = Path(sys.executable).with_name("autocompress")
     command = [str(program), "tune", str(recipe), "--run", str(folder)]
@@ -76,14 +98,18 @@ def test_a_tuning_that_was_killed_goes_on_and_tries_nothing_twice(recipe: Path, 
     deadline = time.monotonic() + 300
     while not list(folder.glob("trials/*/report.json")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, sent)
+    # Ctrl-C once is enough: Ray would take what was tried so far for all.
+    assert process.wait(120) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert not (folder / "result.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/report.json")}
     assert before
     time.sleep(10)  # what Ray had started sees that its driver is gone
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     assert (folder / "best" / "manifest.json").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    result = json.loads((folder / "result.json").read_text())
+    assert sum(bool(trial["metrics"]) for trial in result["trials"]) == 4
 
 
 def working(driver: int) -> dict[int, bytes]:

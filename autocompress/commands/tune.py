@@ -33,12 +33,14 @@ def tune(
     changes = [*(set_ or []), *(f"tune.{key}={value}" for key, value in options.items() if value is not None)]
     from autocompress.atomic import locked
     from autocompress.policy.recipe import parse_policy_recipe
-    from autocompress.policy.run import begin, markdown, run_policies, space_of
+    from autocompress.policy.run import begin, check, markdown, run_policies, space_of
+    from autocompress.policy.trial import Job
     from autocompress.recipe import read_yaml
 
     parsed = parse_policy_recipe(with_changes(read_yaml(recipe), changes), recipe)
     space = space_of(parsed)
     if dry_run:
+        check(Job(parsed, run))
         _say_choices(space)
         return
     with locked(run):

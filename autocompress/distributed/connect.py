@@ -30,6 +30,20 @@ ENVIRONMENT = {
 }
 
 
+def check_cores(workers: int, threads: int, address: str | None) -> None:
+    """Refuse more workers than a Ray on this machine would have cores for.
+
+    Raises:
+        AutocompressError: There are too few.
+    """
+    needed = workers * threads
+    if address is None and needed > cores():
+        raise AutocompressError(
+            f"{workers} workers of {threads} threads need {needed} cores, but this process may use {cores()}"
+            ": take fewer workers or threads"
+        )
+
+
 def connected(opened: ExitStack, *, workers: int, threads: int, address: str | None) -> Any:
     """Return the module of Ray, connected; what is started here is stopped with `opened`.
 
@@ -62,10 +76,7 @@ def connected(opened: ExitStack, *, workers: int, threads: int, address: str | N
                 f"Ray is initialised in this process already: leave out address, got {address!r}"
             )
     else:
-        if address is None and needed > cores():
-            raise AutocompressError(
-                f"{wanted}, but this process may use {cores()}: take fewer workers or threads"
-            )
+        check_cores(workers, threads, address)
         opened.callback(ray.shutdown, wait_for_processes=True)
         _start(ray, needed, address)
     there = int(ray.cluster_resources().get("CPU", 0))

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.atomic import read_json, write_json, write_text
+from autocompress.distributed.connect import check_cores
 from autocompress.distributed.tune import tune
 from autocompress.errors import BudgetError, RecipeError, StorageError
 from autocompress.export.manifest import MANIFEST
 from autocompress.latency.measure import Measurement, measure_networks
 from autocompress.latency.runtime import pinned, prepare_onnx
-from autocompress.plugins import load_space_factory
+from autocompress.plugins import load_space_factory, load_strategy_for
 from autocompress.policy.mildest import is_single
 from autocompress.policy.passes import Policy, Setting, apply, is_off, policy_text, structure_of
 from autocompress.policy.recipe import PolicyRecipe
@@ -90,6 +91,19 @@ def space_of(recipe: PolicyRecipe) -> SearchSpace:
     return load_space_factory("policy")(passes=recipe.passes)
 
 
+def check(job: Job) -> Job:
+    """Refuse what can be refused before anything is measured or written; return the job, all of it loaded.
+
+    Raises:
+        AutocompressError: Model, weights, data, task, target, strategy or workers cannot be.
+    """
+    recipe, settings = job.recipe, job.recipe.tune
+    load_strategy_for(settings.strategy, settings.options, key="tune.options.")
+    check_cores(settings.workers, recipe.threads, settings.address)
+    job.load()
+    return job
+
+
 def begin(folder: Path, recipe: PolicyRecipe) -> Job:
     """Open or start a run directory; to be called with the folder held.
 
@@ -100,7 +114,7 @@ def begin(folder: Path, recipe: PolicyRecipe) -> Job:
 
     path = folder / "recipe.yaml"
     content = recipe.model_dump(mode="json")
-    job = Job(recipe, folder.resolve())  # Ray takes a relative path for an address
+    job = check(Job(recipe, folder.resolve()))  # Ray takes a relative path for an address
     inputs = {"weights": weights_fingerprint(job.model), "data": job.data.fingerprint}
     if path.exists():
         # What has been added to recipes since has its default.
