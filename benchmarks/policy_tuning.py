@@ -1,7 +1,7 @@
 """A tuned compression policy against the best of a single pass, at the same measured latency and trials.
 
-    python benchmarks/policy_tuning.py            # CPU size: about an hour of one core; resumes
-    python benchmarks/policy_tuning.py --budget 50%    # one of the two budgets
+    python benchmarks/policy_tuning.py            # CPU size: about two hours of one core; resumes
+    python benchmarks/policy_tuning.py --budget 50%    # one of the two budgets: an hour
     python benchmarks/policy_tuning.py --quick    # a smoke test of a minute or two; written to runs/
     python benchmarks/policy_tuning.py --dry      # latency of every single-pass policy; trains nothing
 
