@@ -507,20 +507,26 @@ def read_yaml(path: Path) -> Any:
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with its paths made absolute; relative ones are taken to be relative to `folder`."""
-    updates: dict[str, Any] = {}
-    if recipe.data.folder is not None:
-        data = (folder / recipe.data.folder.expanduser()).resolve()
-        updates["data"] = recipe.data.model_copy(update={"folder": data})
+    updates = absolute_inputs(recipe.data, recipe.target, folder)
     if recipe.profile.table is not None:
         table = (folder / recipe.profile.table.expanduser()).resolve()
         updates["profile"] = recipe.profile.model_copy(update={"table": table})
     if recipe.finetune.teachers:
         teachers = tuple(_absolute(teacher, folder) for teacher in recipe.finetune.teachers)
         updates["finetune"] = recipe.finetune.model_copy(update={"teachers": teachers})
-    if recipe.target.name.endswith(".json"):
-        name = str((folder / Path(recipe.target.name).expanduser()).resolve())
-        updates["target"] = recipe.target.model_copy(update={"name": name})
     return recipe.model_copy(update=updates)
+
+
+def absolute_inputs(data: DataSettings, target: TargetSettings, folder: Path) -> dict[str, Any]:
+    """Return the settings of data and target that name files, with absolute paths."""
+    updates: dict[str, Any] = {}
+    if data.folder is not None:
+        place = (folder / data.folder.expanduser()).resolve()
+        updates["data"] = data.model_copy(update={"folder": place})
+    if target.name.endswith(".json"):
+        name = str((folder / Path(target.name).expanduser()).resolve())
+        updates["target"] = target.model_copy(update={"name": name})
+    return updates
 
 
 def absolute_model(name: str, folder: Path) -> str:

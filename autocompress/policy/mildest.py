@@ -7,7 +7,7 @@ from typing import Any
 
 from autocompress.policy.passes import PASSES, Policy, Setting, is_off
 from autocompress.policy.recipe import PolicyRecipe
-from autocompress.policy.trial import Job, costs_of, limits_of, policy_of
+from autocompress.policy.trial import Job, costs_of, policy_of, use_of
 from autocompress.progress import Progress, silent
 
 Chosen = dict[str, Setting]
@@ -117,4 +117,4 @@ def _use(job: Job, chosen: Chosen) -> float:
         raise
     except Exception:  # noqa: BLE001  (exporters raise anything; as a trial it would say why)
         return math.inf
-    return max(costs[metric] / limit for metric, limit in limits_of(job).items())
+    return use_of(job, costs)

@@ -16,6 +16,7 @@ from autocompress.recipe import (
     Settings,
     TargetSettings,
     TaskSettings,
+    absolute_inputs,
     absolute_model,
     default_budget,
     parsed,
@@ -119,13 +120,8 @@ def parse_policy_recipe(payload: Any, path: Path) -> PolicyRecipe:
     """
     recipe = parsed(PolicyRecipe, payload, f"recipe {path}")
     folder = path.parent
-    updates: dict[str, Any] = {"model": absolute_model(recipe.model, folder)}
+    updates = absolute_inputs(recipe.data, recipe.target, folder)
+    updates["model"] = absolute_model(recipe.model, folder)
     if recipe.weights is not None:
         updates["weights"] = (folder / recipe.weights.expanduser()).resolve()
-    if recipe.data.folder is not None:
-        data = (folder / recipe.data.folder.expanduser()).resolve()
-        updates["data"] = recipe.data.model_copy(update={"folder": data})
-    if recipe.target.name.endswith(".json"):
-        name = str((folder / Path(recipe.target.name).expanduser()).resolve())
-        updates["target"] = recipe.target.model_copy(update={"name": name})
     return recipe.model_copy(update=updates)

@@ -161,7 +161,7 @@ def try_policy(
     torch.set_num_threads(job.recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     costs = costs_of(job, policy)
-    excess = max(costs[metric] / limit - 1 for metric, limit in limits_of(job).items())
+    excess = use_of(job, costs) - 1
     report: dict[str, Any] = {
         "policy": [[name, dict(settings)] for name, settings in policy],
         "costs": costs,
@@ -210,6 +210,11 @@ def limits_of(job: Job) -> dict[str, float]:
         limit.metric: limit.value / 100 * whole[limit.metric] if limit.percent else limit.value
         for limit in Budget.of(job.recipe.tune.budget).limits
     }
+
+
+def use_of(job: Job, costs: Mapping[str, float]) -> float:
+    """Return the share of the budget that costs use; above 1 they do not fit."""
+    return max(costs[metric] / limit for metric, limit in limits_of(job).items())
 
 
 def original_costs(job: Job) -> dict[str, float]:

@@ -179,7 +179,10 @@ def test_every_option_is_one_of_its_loss(name: str, option: str) -> None:
     options = ({"k": 2} if name == "topk" else {}) | {option: value}
     network, teacher = staged(), staged(width=9, seed=4)
     term = {"loss": name, "options": options, "start": 0.0}
-    finetune(network, DATA, TASK, settings(epochs=1, distill=[term]), resolution=SIDE, teacher=teacher)
+    chosen = settings(epochs=1, distill=[term])
+    scored = finetune(network, DATA, TASK, chosen, resolution=SIDE, teacher=teacher)
+    assert 0 <= scored.mean <= 1
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
 
 
 @pytest.mark.parametrize("distill", ["kd+hint", "crd+vid"])

@@ -47,7 +47,7 @@ def priced(
         return {"macs": left}
 
     monkeypatch.setattr("autocompress.policy.mildest.costs_of", costs_of)
-    monkeypatch.setattr("autocompress.policy.mildest.limits_of", lambda job: {"macs": LIMIT})
+    monkeypatch.setattr("autocompress.policy.trial.limits_of", lambda job: {"macs": LIMIT})
     return job_of(recipe), asked
 
 
@@ -112,7 +112,7 @@ def test_where_no_pass_fits_alone_the_others_are_added_to_the_nearest(
     assert mildest_policies(job) == [
         {"0.prune.ratio": 0.2, "1.factorize.method": "tucker", "1.factorize.ratio": 0.6}
     ]
-    monkeypatch.setattr("autocompress.policy.mildest.limits_of", lambda job: {"macs": 0.1})
+    monkeypatch.setattr("autocompress.policy.trial.limits_of", lambda job: {"macs": 0.1})
     assert mildest_policies(job) == []
 
 
